@@ -1,0 +1,28 @@
+"""Decoupled convolution (Liu et al., CVPR 2018) as fused kernels for PyTorch."""
+
+from dcconv import backends, functional, reference
+from dcconv.backends import use_backend
+from dcconv.functional import decoupled_conv2d, patch_norm
+from dcconv.modules import DecoupledConv2d
+from dcconv.optim import (
+    orthogonality_penalty,
+    project_weights,
+    register_projection,
+    register_weighted_gradients,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecoupledConv2d",
+    "backends",
+    "decoupled_conv2d",
+    "functional",
+    "orthogonality_penalty",
+    "patch_norm",
+    "project_weights",
+    "reference",
+    "register_projection",
+    "register_weighted_gradients",
+    "use_backend",
+]

@@ -1,0 +1,142 @@
+"""The one place where forward and backward ops are composed for autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcconv import ops, reference
+from dcconv.keep import DOT, OUTPUT
+from dcconv.problem import Operands, Problem
+
+
+class DecoupledConv2dFunction(torch.autograd.Function):
+    """y and the batch's mean norm from the compiled ops, with hand-written backward.
+
+    Inputs are the six tensors of ``Operands``, then the fields of ``Problem``, what backward
+    keeps and whether anything needs a gradient. Results: y, norm map, mean, dot; all but y are not
+    differentiable and only there so that backward can save them.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        radius: Tensor | None,
+        norm_mean: Tensor | None,
+        k: Tensor | None,
+        problem: Problem,
+        kept: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        operands = Operands(x, weight, bias, radius, norm_mean, k)
+        arguments = ops.conv2d_arguments(operands, problem)
+        y, norm_map, mean, dot = torch.ops.dcconv.conv2d_forward(*arguments, kept == DOT)
+        return y, norm_map, mean, dot
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, radius, norm_mean, k, problem, kept = inputs
+        y, norm_map, mean, dot = output
+        ctx.mark_non_differentiable(norm_map, mean, dot)
+        ctx.set_materialize_grads(False)
+        kept_tensor = y if kept == OUTPUT else dot
+        ctx.save_for_backward(
+            x, weight, bias, radius, norm_mean, k, kept_tensor, norm_map, mean
+        )
+        ctx.problem = problem
+        ctx.kept = kept
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+        if grad_y is None:
+            return (None,) * 8
+        x, weight, bias, radius, norm_mean, k, kept_tensor, norm_map, mean = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        wanted = ctx.needs_input_grad[:6]
+        if torch.is_grad_enabled():
+            operands = Operands(x, weight, bias, radius, norm_mean, k)
+            return (*reference_gradients(operands, problem, grad_y, wanted), None, None)
+        arguments = ops.conv2d_arguments(
+            Operands(x, weight, None, radius, norm_mean, k), problem
+        )
+        needs = sum(1 << i for i, want in enumerate(wanted) if want)
+        grads = torch.ops.dcconv.conv2d_backward(
+            grad_y,
+            x,
+            weight,
+            kept_tensor,
+            norm_map,
+            mean,
+            *arguments[3:],
+            problem.norm_grad,
+            ctx.kept,
+            needs,
+        )
+        return (
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            None,
+            None,
+        )
+
+
+def reference_gradients(
+    operands: Operands, problem: Problem, grad_y: Tensor, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Return differentiable gradients of the reference: the first half of a double backward."""
+    inputs = [t for t, want in zip(operands, wanted, strict=True) if want and t is not None]
+    y, _ = reference.forward(operands, problem)
+    found = iter(
+        torch.autograd.grad(
+            y, inputs, grad_y, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]
+
+
+class PatchNormFunction(torch.autograd.Function):
+    """The patch-norm map from the compiled ops."""
+
+    @staticmethod
+    def forward(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+        b: Tensor = torch.ops.dcconv.patch_norm_forward(
+            x,
+            list(kernel),
+            list(problem.stride),
+            list(problem.padding),
+            list(problem.dilation),
+            problem.groups,
+            problem.padding_mode,
+            problem.eps,
+        )
+        return b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, kernel, problem = inputs
+        ctx.save_for_backward(x, output)
+        ctx.kernel = kernel
+        ctx.problem = problem
+
+    @staticmethod
+    def backward(ctx: Any, grad_b: Tensor) -> tuple[Any, ...]:
+        x, b = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        if torch.is_grad_enabled():
+            again = reference.window_norm(x, ctx.kernel, problem)
+            (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
+            return grad_x, None, None
+        grad_x = torch.ops.dcconv.patch_norm_backward(
+            grad_b,
+            x,
+            b,
+            list(ctx.kernel),
+            list(problem.stride),
+            list(problem.padding),
+            list(problem.dilation),
+            problem.groups,
+            problem.padding_mode,
+        )
+        return grad_x, None, None

@@ -1,0 +1,248 @@
+"""Which implementation runs a call, and why the others do not.
+
+One record per backend, in order of preference; each has one predicate that returns None or one
+sentence. The same sentence is the exception for a forced backend, the skip reason of a test and
+the line of ``report``. Choosing has no side effects but one warning per process and reason.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcconv import autograd, checks, ops, reference
+from dcconv.keep import DOT, NOTHING, kept
+from dcconv.problem import Operands, Problem
+
+AUTO = "auto"
+
+
+class Call(NamedTuple):
+    """What a backend is asked about: static facts only, so that choosing can be traced."""
+
+    device: str
+    dtype: torch.dtype
+    transformed: bool
+
+
+class Backend(NamedTuple):
+    """One implementation: its predicate, its convolution and its patch norm."""
+
+    name: str
+    why_not: Callable[[Call], str | None]
+    conv2d: Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]
+    patch_norm: Callable[[Tensor, tuple[int, int], Problem], Tensor]
+
+
+def _why_not_cuda(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"it runs on CUDA tensors, got a {call.device} tensor"
+    reason = ops.cuda_missing()
+    if reason is not None:
+        return reason
+    return "this version has no CUDA kernels for the operator"
+
+
+def _why_not_triton(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"it runs on CUDA tensors, got a {call.device} tensor"
+    return "this version has no Triton kernels for the operator"
+
+
+def _why_not_cpu(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"it runs on CPU tensors, got a {call.device} tensor"
+    if ops.missing is not None:
+        return ops.missing
+    if call.transformed:
+        return "torch.func transforms need plain PyTorch operations"
+    return None
+
+
+def _why_not_reference(call: Call) -> str | None:
+    return None
+
+
+def _compiled_conv2d(
+    operands: Operands, problem: Problem, keep: str
+) -> tuple[Tensor, Tensor | None]:
+    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+    if mode == DOT and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    ):
+        mode = NOTHING
+    y, _, mean, _ = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode)
+    return y, mean
+
+
+def _compiled_patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+    b: Tensor = autograd.PatchNormFunction.apply(x, kernel, problem)
+    return b
+
+
+def _reference_conv2d(
+    operands: Operands, problem: Problem, keep: str
+) -> tuple[Tensor, Tensor | None]:
+    kept(problem, operands.x.dtype, operands.bias is not None, keep)
+    return reference.forward(operands, problem)
+
+
+_BACKENDS = (
+    Backend("cuda", _why_not_cuda, _compiled_conv2d, _compiled_patch_norm),
+    Backend("triton", _why_not_triton, _compiled_conv2d, _compiled_patch_norm),
+    Backend("cpu", _why_not_cpu, _compiled_conv2d, _compiled_patch_norm),
+    Backend("reference", _why_not_reference, _reference_conv2d, reference.window_norm),
+)
+
+#: Names of all backends, in order of preference.
+names: tuple[str, ...] = tuple(backend.name for backend in _BACKENDS)
+
+# The backends meant for a device; taking "reference" there instead is worth a warning.
+_FAST = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+_default = os.environ.get("DCCONV_BACKEND", AUTO)
+_warned: set[str] = set()
+
+
+def check_name(argument: str, name: object) -> None:
+    """Require ``auto`` or the name of a backend."""
+    checks.choice(argument, name, (AUTO, *names))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend for every call inside the context that names none itself.
+
+    The setting belongs to the process, not to a thread; ``DCCONV_BACKEND`` sets it at import.
+
+    Args:
+        name: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: by a call inside, with the backend's own sentence, if it refuses.
+
+    Example:
+        >>> import dcconv, torch
+        >>> with dcconv.use_backend("reference"):
+        ...     y = dcconv.DecoupledConv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8))
+    """
+    global _default
+    check_name("backend", name)
+    before = _default
+    _default = name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def describe(x: Tensor) -> Call:
+    """Return the facts about a call that backends decide by."""
+    transformed = not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+    )
+    return Call(x.device.type, x.dtype, transformed)
+
+
+def choose(x: Tensor, requested: str | None = None) -> Backend:
+    """Return the backend for a call: the requested one, or the first willing one.
+
+    Args:
+        x: the input tensor.
+        requested: a backend's name, ``auto``, or None for the process's setting.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: the named backend refuses; the message is its sentence.
+    """
+    call = describe(x)
+    name = _default if requested is None else requested
+    if name != AUTO:
+        check_name("DCCONV_BACKEND" if requested is None else "backend", name)
+        backend = _BACKENDS[names.index(name)]
+        reason = backend.why_not(call)
+        if reason is not None:
+            raise NotImplementedError(f"dcconv: backend '{name}' cannot run this call: {reason}")
+        return backend
+    for backend in _BACKENDS:
+        if backend.why_not(call) is None:
+            break
+    if backend.name == "reference" and not call.transformed:
+        _warn_slow(call)
+    return backend
+
+
+def _warn_slow(call: Call) -> None:
+    if torch.compiler.is_compiling():
+        return
+    reasons = [
+        f"{backend.name}: {backend.why_not(call)}"
+        for backend in _BACKENDS
+        if backend.name in _FAST.get(call.device, ())
+    ]
+    text = "; ".join(reasons)
+    if reasons and text not in _warned:
+        _warned.add(text)
+        warnings.warn(
+            f"dcconv: the plain PyTorch reference runs on {call.device} tensors ({text})",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def report(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+    keep: str = "auto",
+    **operator: Any,
+) -> str:
+    """Return which backend would run a call, one line per backend, and what backward would keep.
+
+    Args:
+        x, weight, bias, stride, padding, dilation, groups, operator: as in
+            :func:`dcconv.functional.decoupled_conv2d`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as the call itself.
+
+    Example:
+        >>> import dcconv, torch
+        >>> text = dcconv.backends.report(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
+        >>> "reference" in text
+        True
+    """
+    from dcconv.functional import check_call
+
+    operands, problem, chosen = check_call(
+        x, weight, bias, stride, padding, dilation, groups, backend=backend, keep=keep, **operator
+    )
+    call = describe(x)
+    lines = [
+        f"{problem.magnitude} x {problem.angular}, weighting {problem.weighting}, "
+        f"norm {problem.norm}; x {list(x.shape)} {x.dtype} {x.device}; "
+        f"weight {list(weight.shape)}"
+    ]
+    for candidate in _BACKENDS:
+        reason = candidate.why_not(call)
+        state = "runs this call" if candidate.name == chosen.name else reason or "could run it"
+        if candidate.name == "cpu" and reason is None:
+            state += f" ({torch.ops.dcconv.cpu_isa()} instructions)"
+        lines.append(f"  {candidate.name:<10}{state}")
+    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+    if chosen.name != "reference":
+        lines.append(f"  backward keeps x, weight, the norm map and: {mode}")
+    return "\n".join(lines)

@@ -1,0 +1,334 @@
+"""Every check of user input, with its message: "dcconv: <argument> must <rule>, got <value>".
+
+Values are checked for Python numbers only: reading a tensor's value would synchronise the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcconv.functions import angulars, magnitudes, weightings
+from dcconv.numerics import ANGLE_DELTA, FLOATING_DTYPES
+from dcconv.problem import (
+    NORM_BATCH,
+    NORM_GIVEN,
+    NORM_NONE,
+    PADDING_MODES,
+    Operands,
+    Problem,
+    as_compute,
+    output_size,
+    same_padding,
+)
+
+KEEPS = ("auto", "output", "dot")
+
+
+def value_error(argument: str, rule: str, got: object) -> ValueError:
+    """Build the house ValueError."""
+    return ValueError(f"dcconv: {argument} must {rule}, got {got}")
+
+
+def type_error(argument: str, rule: str, got: object) -> TypeError:
+    """Build the house TypeError."""
+    return TypeError(f"dcconv: {argument} must {rule}, got {got}")
+
+
+def choice(argument: str, value: object, known: Iterable[str]) -> None:
+    """Require one of the known names."""
+    names = list(known)
+    if not isinstance(value, str):
+        raise type_error(argument, f"be one of {', '.join(names)}", type(value).__name__)
+    if value not in names:
+        raise value_error(argument, f"be one of {', '.join(names)}", repr(value))
+
+
+def number(argument: str, value: object, rule: str, low: float, *, closed: bool = False) -> None:
+    """Require a finite Python number above ``low`` (at least ``low`` when closed)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise type_error(argument, rule, type(value).__name__)
+    if not math.isfinite(value) or value < low or (value == low and not closed):
+        raise value_error(argument, rule, value)
+
+
+def integer(argument: str, value: object, low: int) -> None:
+    """Require an integer of at least ``low``."""
+    rule = f"be an integer of at least {low}"
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise type_error(argument, rule, type(value).__name__)
+    if value < low:
+        raise value_error(argument, rule, value)
+
+
+def boolean(argument: str, value: object) -> None:
+    """Require a bool."""
+    if not isinstance(value, bool):
+        raise type_error(argument, "be a bool", type(value).__name__)
+
+
+def pair(argument: str, value: Any, low: int) -> tuple[int, int]:
+    """Return an integer or a pair of integers, each at least ``low``, as a pair."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != 2:
+            raise value_error(argument, "be an integer or a pair of integers", tuple(value))
+        for item in value:
+            integer(argument, item, low)
+        return int(value[0]), int(value[1])
+    integer(argument, value, low)
+    return int(value), int(value)
+
+
+def padding_argument(padding: Any) -> str | tuple[int, int]:
+    """Return ``same``, ``valid`` or a pair of integers."""
+    if isinstance(padding, str):
+        choice("padding", padding, ("same", "valid"))
+        return padding
+    return pair("padding", padding, 0)
+
+
+def operator(
+    magnitude: object,
+    angular: object,
+    weighting: object,
+    alpha: object,
+    beta: object,
+    power: object,
+    eps: object,
+    padding_mode: object,
+) -> None:
+    """Check the names and constants of an operator."""
+    choice("magnitude", magnitude, magnitudes)
+    choice("angular", angular, angulars)
+    choice("weighting", weighting, weightings)
+    choice("padding_mode", padding_mode, PADDING_MODES)
+    only_with = weightings[str(weighting)].only_with
+    if only_with is not None and magnitude != only_with:
+        raise value_error(
+            "magnitude", f"be '{only_with}' for weighting '{weighting}'", repr(magnitude)
+        )
+    number("alpha", alpha, "be a finite number above 0", 0.0)
+    number("beta", beta, "be a finite number of at least 0", 0.0, closed=True)
+    number("power", power, "be a finite number of at least 1", 1.0, closed=True)
+    number("eps", eps, "be a finite number above 0", 0.0)
+
+
+def input_tensor(x: object) -> None:
+    """Require a floating [n, c, h, w] or [c, h, w] tensor."""
+    if not isinstance(x, Tensor):
+        raise type_error("x", "be a tensor", type(x).__name__)
+    if x.dim() not in (3, 4):
+        raise value_error("x", "have shape [n, c, h, w] or [c, h, w]", list(x.shape))
+    if x.dtype not in FLOATING_DTYPES:
+        raise type_error("x", "have dtype float16, bfloat16, float32 or float64", x.dtype)
+    if x.layout != torch.strided:
+        raise type_error("x", "be a strided tensor", x.layout)
+
+
+def same_device(argument: str, value: Tensor, x: Tensor) -> None:
+    """Require a tensor on x's device."""
+    if value.device != x.device:
+        raise value_error(argument, f"be on x's device {x.device}", value.device)
+
+
+def weight_tensor(weight: object, x: Tensor, groups: int) -> None:
+    """Require a [o, c / groups, r, s] filter tensor that fits x."""
+    if not isinstance(weight, Tensor):
+        raise type_error("weight", "be a tensor", type(weight).__name__)
+    if weight.dim() != 4:
+        raise value_error("weight", "have shape [o, c / groups, r, s]", list(weight.shape))
+    if weight.dtype != x.dtype:
+        raise type_error("weight", f"have x's dtype {x.dtype}", weight.dtype)
+    same_device("weight", weight, x)
+    channels = x.shape[-3]
+    if channels == 0 or channels % groups:
+        raise value_error("groups", f"divide the {channels} channels of x", groups)
+    if weight.shape[0] == 0 or weight.shape[0] % groups:
+        raise value_error("groups", f"divide the {weight.shape[0]} filters of weight", groups)
+    if weight.shape[1] != channels // groups:
+        raise value_error(
+            "weight.size(1)", f"be in_channels / groups = {channels // groups}", weight.shape[1]
+        )
+    if weight.shape[2] == 0 or weight.shape[3] == 0:
+        raise value_error("weight", "have at least one row and column", list(weight.shape))
+
+
+def bias_tensor(bias: object, x: Tensor, filters: int) -> None:
+    """Require None or a [o] tensor of x's dtype."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise type_error("bias", "be a tensor or None", type(bias).__name__)
+    if bias.dim() != 1 or bias.shape[0] != filters:
+        raise value_error("bias", f"have shape [{filters}]", list(bias.shape))
+    if bias.dtype != x.dtype:
+        raise type_error("bias", f"have x's dtype {x.dtype}", bias.dtype)
+    same_device("bias", bias, x)
+
+
+def parameter(argument: str, value: object, x: Tensor, filters: int) -> None:
+    """Require a number above 0 or a floating tensor of shape [] or [o]."""
+    rule = f"be a number above 0 or a floating tensor of shape [] or [{filters}]"
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATING_DTYPES:
+            raise type_error(argument, rule, value.dtype)
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != filters):
+            raise value_error(argument, rule, f"shape {list(value.shape)}")
+        same_device(argument, value, x)
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise type_error(argument, rule, type(value).__name__)
+    if not math.isfinite(value) or value <= 0:
+        raise value_error(argument, rule, value)
+
+
+def norm_mean_argument(norm_mean: object, x: Tensor) -> str:
+    """Return the norm mode of a ``norm_mean`` argument."""
+    rule = "be None, 'batch' or a floating tensor of shape []"
+    if norm_mean is None:
+        return NORM_NONE
+    if isinstance(norm_mean, str):
+        if norm_mean != NORM_BATCH:
+            raise value_error("norm_mean", rule, repr(norm_mean))
+        return NORM_BATCH
+    if not isinstance(norm_mean, Tensor) or norm_mean.dtype not in FLOATING_DTYPES:
+        got = norm_mean.dtype if isinstance(norm_mean, Tensor) else type(norm_mean).__name__
+        raise type_error("norm_mean", rule, got)
+    if norm_mean.dim() != 0:
+        raise value_error("norm_mean", rule, f"shape {list(norm_mean.shape)}")
+    same_device("norm_mean", norm_mean, x)
+    return NORM_GIVEN
+
+
+def geometry(
+    x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any, padding_mode: str
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
+    """Return stride, padding (top, bottom, left, right) and dilation, checked against x."""
+    stride = pair("stride", stride, 1)
+    dilation = pair("dilation", dilation, 1)
+    padding = padding_argument(padding)
+    h, w = x.shape[-2], x.shape[-1]
+    if padding == "same":
+        edges = (
+            *same_padding(h, kernel[0], stride[0], dilation[0]),
+            *same_padding(w, kernel[1], stride[1], dilation[1]),
+        )
+    elif padding == "valid":
+        edges = (0, 0, 0, 0)
+    else:
+        edges = (padding[0], padding[0], padding[1], padding[1])
+    for size, before, after, axis in ((h, *edges[:2], "height"), (w, *edges[2:], "width")):
+        largest = max(before, after)
+        if padding_mode == "reflect" and largest and largest >= size:
+            raise value_error("padding", f"be below the {axis} {size} for 'reflect'", largest)
+        if padding_mode == "circular" and largest > size:
+            raise value_error("padding", f"be at most the {axis} {size} for 'circular'", largest)
+        if padding_mode == "replicate" and largest and size == 0:
+            raise value_error("x", f"have a {axis} of at least 1 for 'replicate'", size)
+    p = output_size(h, kernel[0], stride[0], edges[0], edges[1], dilation[0])
+    q = output_size(w, kernel[1], stride[1], edges[2], edges[3], dilation[1])
+    if p < 1 or q < 1:
+        extent = [dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1]
+        padded = [h + edges[0] + edges[1], w + edges[2] + edges[3]]
+        raise value_error(
+            "x", f"be at least as large as the dilated kernel {extent} after padding", padded
+        )
+    return stride, edges, dilation
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    *,
+    magnitude: str,
+    angular: str,
+    weighting: str,
+    alpha: float,
+    beta: float,
+    radius: Tensor | float,
+    norm_mean: Tensor | str | None,
+    k: Tensor | float,
+    power: float,
+    eps: float,
+    padding_mode: str,
+    norm_grad: bool = True,
+) -> tuple[Operands, Problem]:
+    """Check a decoupled convolution call and return its operands, x batched, and its problem."""
+    operator(magnitude, angular, weighting, alpha, beta, power, eps, padding_mode)
+    input_tensor(x)
+    integer("groups", groups, 1)
+    weight_tensor(weight, x, groups)
+    bias_tensor(bias, x, weight.shape[0])
+    parameter("radius", radius, x, weight.shape[0])
+    parameter("k", k, x, weight.shape[0])
+    norm = norm_mean_argument(norm_mean, x)
+    kernel = (weight.shape[2], weight.shape[3])
+    stride, edges, dilation = geometry(x, kernel, stride, padding, dilation, padding_mode)
+    uses_rho = magnitudes[magnitude].uses_rho
+    problem = Problem(
+        stride=stride,
+        padding=edges,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        magnitude=magnitude,
+        angular=angular,
+        weighting=weighting,
+        alpha=float(alpha),
+        beta=float(beta),
+        power=float(power),
+        eps=float(eps),
+        norm=norm if uses_rho else NORM_NONE,
+        norm_grad=norm_grad,
+        delta=ANGLE_DELTA[x.dtype],
+    )
+    mean = norm_mean if isinstance(norm_mean, Tensor) and uses_rho else None
+    operands = Operands(
+        x=x if x.dim() == 4 else x.unsqueeze(0),
+        weight=weight,
+        bias=bias,
+        radius=as_compute(radius, x) if uses_rho else None,
+        norm_mean=as_compute(mean, x),
+        k=as_compute(k, x) if problem.uses_k else None,
+    )
+    return operands, problem
+
+
+def patch_norm(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    eps: float,
+    padding_mode: str,
+) -> tuple[Tensor, tuple[int, int], Problem]:
+    """Check a patch norm call and return x batched, the kernel size and the problem."""
+    choice("padding_mode", padding_mode, PADDING_MODES)
+    number("eps", eps, "be a finite number above 0", 0.0)
+    input_tensor(x)
+    integer("groups", groups, 1)
+    kernel = pair("kernel_size", kernel_size, 1)
+    channels = x.shape[-3]
+    if channels == 0 or channels % groups:
+        raise value_error("groups", f"divide the {channels} channels of x", groups)
+    stride, edges, dilation = geometry(x, kernel, stride, padding, dilation, padding_mode)
+    problem = Problem(
+        stride=stride,
+        padding=edges,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        eps=float(eps),
+    )
+    return x if x.dim() == 4 else x.unsqueeze(0), kernel, problem

@@ -1,0 +1,205 @@
+"""Every magnitude, weighting and angular function of the operator family, in plain PyTorch.
+
+This file is the executable specification of the functions; ``csrc/functions.h`` holds the same
+lists for the compiled kernels, and a test compares the two. Adding a function means one decorated
+function here and one struct there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MagnitudeValue = Callable[[Tensor, "Tensor | None", float, float], Tensor]
+AngularValue = Callable[[Tensor, "Tensor | None", float, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """A magnitude function h of the patch norm b, spec equation names as in the paper.
+
+    ``uses_rho`` says whether the radius appears; ``formula`` is the text shown in the README.
+    """
+
+    name: str
+    value: MagnitudeValue
+    uses_rho: bool
+    formula: str
+
+
+@dataclass(frozen=True)
+class Angular:
+    """An angular function g of the cosine c.
+
+    ``uses_k`` says whether the curvature appears. ``invertible`` says whether c is recovered from
+    g at full relative accuracy, which lets backward keep the output instead of the dot product.
+    """
+
+    name: str
+    value: AngularValue
+    uses_k: bool
+    invertible: bool
+    formula: str
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How the filter norm a enters the magnitude; ``only_with`` restricts the magnitude."""
+
+    name: str
+    only_with: str | None
+    formula: str
+
+
+magnitudes: dict[str, Magnitude] = {}
+angulars: dict[str, Angular] = {}
+
+
+def magnitude(formula: str, *, rho: bool = False) -> Callable[[MagnitudeValue], MagnitudeValue]:
+    """Register a magnitude function under its own name, without a trailing underscore."""
+
+    def register(value: MagnitudeValue) -> MagnitudeValue:
+        name = value.__name__.rstrip("_")
+        magnitudes[name] = Magnitude(name, value, rho, formula)
+        return value
+
+    return register
+
+
+def angular(
+    formula: str, *, k: bool = False, invertible: bool = False
+) -> Callable[[AngularValue], AngularValue]:
+    """Register an angular function under its own name, without the ``_angle`` suffix."""
+
+    def register(value: AngularValue) -> AngularValue:
+        name = value.__name__.removesuffix("_angle")
+        angulars[name] = Angular(name, value, k, invertible, formula)
+        return value
+
+    return register
+
+
+@magnitude("alpha")
+def sphere(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return torch.full_like(b, alpha)
+
+
+@magnitude("alpha * min(b, rho) / rho", rho=True)
+def ball(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    assert rho is not None
+    # b == rho counts as inside: the official code's relu(b - rho) has derivative 0 there.
+    return alpha * torch.where(b <= rho, b / rho, torch.ones_like(b / rho))
+
+
+@magnitude("alpha * tanh(b / rho)", rho=True)
+def tanh(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    assert rho is not None
+    return alpha * torch.tanh(b / rho)
+
+
+@magnitude("alpha * b")
+def linear(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return alpha * b
+
+
+@magnitude("alpha * b if b < rho else beta * b + (alpha - beta) * rho", rho=True)
+def segmented(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    assert rho is not None
+    # b == rho counts as outside, as in the official code (the paper writes <=; the value agrees).
+    return torch.where(b < rho, alpha * b, beta * b + (alpha - beta) * rho)
+
+
+@magnitude("alpha * log(1 + b)")
+def log(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return alpha * torch.log1p(b)
+
+
+@magnitude("alpha * b + beta * log(1 + b)")
+def mix(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return alpha * b + beta * torch.log1p(b)
+
+
+weightings: dict[str, Weighting] = {
+    w.name: w
+    for w in (
+        Weighting("none", None, "h(b)"),
+        Weighting("linear", None, "a * h(b)"),
+        Weighting("product", "tanh", "alpha * tanh(a * b / rho)"),
+        Weighting("separate", "tanh", "alpha * tanh(b / rho) * tanh(a / rho)"),
+    )
+}
+
+
+def weighted_magnitude(
+    name: str, weighting: str, a: Tensor, b: Tensor, rho: Tensor | None, alpha: float, beta: float
+) -> Tensor:
+    """Evaluate h(a, b; alpha, beta, rho) for a magnitude and a weighting (spec 1.2 and 1.4).
+
+    Args:
+        name: a key of ``magnitudes``.
+        weighting: a key of ``weightings``.
+        a: filter norms, broadcastable against ``b``.
+        b: patch norms, broadcastable against ``a``.
+        rho: operator radius, broadcastable; None for magnitudes without one.
+        alpha: scale, positive.
+        beta: second slope, not negative.
+
+    Returns:
+        h, broadcast shape of the arguments.
+    """
+    if weighting == "product":
+        assert rho is not None
+        return alpha * torch.tanh(a * b / rho)
+    h = magnitudes[name].value(b, rho, alpha, beta)
+    if weighting == "linear":
+        return h * a
+    if weighting == "separate":
+        assert rho is not None
+        return h * torch.tanh(a / rho)
+    return h
+
+
+def capped_asin(c: Tensor, delta: float) -> Tensor:
+    """asin of c clamped to [-1, 1], whose derivative is 1 / sqrt(max((1 - c)(1 + c), delta)).
+
+    The slope of asin is unbounded at the ends and rounding moves c past them, so the derivative
+    is capped, not zeroed. Differentiable any number of times.
+    """
+    bound = (1.0 - delta) ** 0.5
+    inside = c.clamp(-bound, bound)
+    extended = torch.asin(inside) + (c - inside) * delta**-0.5
+    return extended + (torch.asin(c.clamp(-1.0, 1.0)) - extended).detach()
+
+
+@angular("(2 / pi) * asin(c)", invertible=True)
+def linear_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
+    return capped_asin(c, delta) * (2.0 / torch.pi)
+
+
+@angular("c", invertible=True)
+def cosine_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
+    return c
+
+
+@angular("tanh(asin(c) / (2 * k)) / tanh(pi / (4 * k))", k=True)
+def sigmoid_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
+    assert k is not None
+    return torch.tanh(capped_asin(c, delta) / (2.0 * k)) / torch.tanh(torch.pi / (4.0 * k))
+
+
+@angular("sign(c) * c * c", invertible=True)
+def square_cosine_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
+    return c * c.abs()
+
+
+@angular("sign(c) * abs(c) ** power")
+def power_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
+    size = c.abs()
+    # 0 ** (power - 1) has no derivative for power < 2: zero takes the defined one-sided limit.
+    safe = torch.where(size > 0, size, torch.ones_like(size))
+    at_zero = c if power == 1.0 else c * 0.0
+    # NaN fails size > 0 and must come out as NaN: c * 0 keeps it.
+    return torch.where(size > 0, torch.sign(c) * safe**power, at_zero)

@@ -1,0 +1,362 @@
+"""DecoupledConv2d: the layer that takes the place of ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dcconv import backends, checks
+from dcconv.functional import conv2d_and_mean, patch_norm
+from dcconv.functions import angulars, magnitudes
+from dcconv.numerics import EPS
+from dcconv.problem import NORM_BATCH
+
+# The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
+RADIUS_OFFSET = 1e-4
+K_OFFSET = 0.05
+
+_STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")
+
+
+class DecoupledConv2d(nn.Module):
+    """Decoupled convolution with the arguments of ``nn.Conv2d``.
+
+    y = h(||w||, ||x||) g(angle between w and x) for every filter w and patch x; the formula and
+    the meaning of every operator argument stand at :func:`dcconv.functional.decoupled_conv2d`.
+    The one different default is ``bias=False``: an offset breaks the bound and the angle.
+
+    State: parameters ``weight``, ``bias``, ``radius_raw`` [o] (r = radius_raw^2 + 1e-4) and
+    ``k_raw`` [o] (k = abs(k_raw) + 0.05); buffers ``norm_mean`` (float32, float64 for float64
+    layers, never half) and ``norm_mean_steps``. A plain ``nn.Conv2d`` state dict loads strictly.
+    Operators without a radius have neither radius nor norm state. A layer recomputed by
+    activation checkpointing updates its moving average twice, as BatchNorm does.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as ``nn.Conv2d``; ``padding="same"`` works at any stride.
+        magnitude, angular, weighting, alpha, beta, power, eps, keep, backend: as the functional.
+        radius: initial r, a number above 0.
+        learn_radius: make r a parameter, one per filter (the official code does).
+        radius_unit: ``mean_norm``: rho = r m, with m this batch's mean patch norm in training and
+            its moving average in evaluation; ``absolute``: rho = r.
+        norm_momentum: t of m_avg <- (1 - t) m_avg + t m, in (0, 1].
+        norm_init: ``first`` starts the average at the first batch's mean, ``zero`` at 0 without
+            correction, the official behaviour.
+        norm_mean_grad: let the gradient flow through m, the official behaviour.
+        sync_norm: average m over the ranks of the default process group.
+        k: initial curvature of ``sigmoid``, a number above 0 (at least 0.05 if learned).
+        learn_k: make k a parameter, one per filter.
+
+    Shape:
+        x [n, in_channels, h, w] or [in_channels, h, w] to y [n, out_channels, p, q] or
+        [out_channels, p, q].
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+
+    Source: Liu et al., Decoupled Networks, CVPR 2018, and the official code's constants.
+
+    Example:
+        >>> import torch
+        >>> from dcconv import DecoupledConv2d
+        >>> layer = DecoupledConv2d(16, 32, 3, padding=1, magnitude="ball")
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    radius_raw: nn.Parameter | None
+    k_raw: nn.Parameter | None
+    norm_mean: Tensor | None
+    norm_mean_steps: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        magnitude: str = "tanh",
+        angular: str = "cosine",
+        weighting: str = "none",
+        alpha: float = 1.0,
+        beta: float = 0.5,
+        radius: float = 1.0,
+        learn_radius: bool = True,
+        radius_unit: str = "mean_norm",
+        norm_momentum: float = 1e-3,
+        norm_init: str = "first",
+        norm_mean_grad: bool = True,
+        sync_norm: bool = False,
+        k: float = 0.3,
+        learn_k: bool = False,
+        power: float = 2.0,
+        eps: float = EPS,
+        keep: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.operator(magnitude, angular, weighting, alpha, beta, power, eps, padding_mode)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            checks.integer(name, channels, 1)
+        checks.integer("groups", groups, 1)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise checks.value_error("groups", f"divide {name} {channels}", groups)
+        for name, flag in (
+            ("bias", bias),
+            ("learn_radius", learn_radius),
+            ("norm_mean_grad", norm_mean_grad),
+            ("sync_norm", sync_norm),
+            ("learn_k", learn_k),
+        ):
+            checks.boolean(name, flag)
+        checks.choice("radius_unit", radius_unit, ("mean_norm", "absolute"))
+        checks.choice("norm_init", norm_init, ("first", "zero"))
+        checks.choice("keep", keep, checks.KEEPS)
+        if backend is not None:
+            backends.check_name("backend", backend)
+        checks.number("radius", radius, "be a finite number above 0", 0.0)
+        checks.number("k", k, "be a finite number above 0", 0.0)
+        if learn_k:
+            checks.number("k", k, "be at least 0.05 with learn_k=True", K_OFFSET, closed=True)
+        checks.number("norm_momentum", norm_momentum, "be in (0, 1]", 0.0)
+        if norm_momentum > 1:
+            raise checks.value_error("norm_momentum", "be in (0, 1]", norm_momentum)
+        if dtype is not None and not dtype.is_floating_point:
+            raise checks.type_error("dtype", "be a floating dtype", dtype)
+
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
+        self.stride = checks.pair("stride", stride, 1)
+        self.padding = checks.padding_argument(padding)
+        self.dilation = checks.pair("dilation", dilation, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.magnitude = magnitude
+        self.angular = angular
+        self.weighting = weighting
+        self.alpha = float(alpha)
+        self.beta = float(beta)
+        self.initial_radius = float(radius)
+        self.learn_radius = learn_radius
+        self.radius_unit = radius_unit
+        self.norm_momentum = float(norm_momentum)
+        self.norm_init = norm_init
+        self.norm_mean_grad = norm_mean_grad
+        self.sync_norm = sync_norm
+        self.initial_k = float(k)
+        self.learn_k = learn_k
+        self.power = float(power)
+        self.eps = float(eps)
+        self.keep = keep
+        self.backend = backend
+
+        uses_rho = magnitudes[magnitude].uses_rho
+        uses_k = angulars[angular].uses_k
+        self.uses_norm_mean = uses_rho and radius_unit == "mean_norm"
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        filters = (out_channels,)
+        self.bias = nn.Parameter(torch.empty(filters, **factory)) if bias else None
+        learned_radius = uses_rho and learn_radius
+        self.radius_raw = (
+            nn.Parameter(torch.empty(filters, **factory)) if learned_radius else None
+        )
+        learned_k = uses_k and learn_k
+        self.k_raw = nn.Parameter(torch.empty(filters, **factory)) if learned_k else None
+        if self.uses_norm_mean:
+            state = {"device": device, "dtype": self._norm_dtype()}
+            self.register_buffer("norm_mean", torch.empty((), **state))
+            steps = torch.zeros((), device=device, dtype=torch.int64)
+            self.register_buffer("norm_mean_steps", steps)
+        else:
+            self.register_buffer("norm_mean", None)
+            self.register_buffer("norm_mean_steps", None)
+        self.reset_parameters()
+
+    def _norm_dtype(self) -> torch.dtype:
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as ``nn.Conv2d``, radius and k, and forget the average."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.weight[0].numel())
+                self.bias.uniform_(-bound, bound)
+            if self.radius_raw is not None:
+                self.radius_raw.fill_(math.sqrt(self.initial_radius))
+            if self.k_raw is not None:
+                self.k_raw.fill_(self.initial_k - K_OFFSET)
+            if self.norm_mean is not None and self.norm_mean_steps is not None:
+                # The norm of a patch of unit-variance pixels: evaluation before training is finite.
+                start = math.sqrt(self.weight[0].numel()) if self.norm_init == "first" else 0.0
+                self.norm_mean.fill_(start)
+                self.norm_mean_steps.zero_()
+
+    @property
+    def radius(self) -> Tensor | float:
+        """The radius r: [o] if learned, else a number."""
+        if self.radius_raw is None:
+            return self.initial_radius
+        return self.radius_raw.square() + RADIUS_OFFSET
+
+    @property
+    def k(self) -> Tensor | float:
+        """The curvature k: [o] if learned, else a number."""
+        if self.k_raw is None:
+            return self.initial_k
+        return self.k_raw.abs() + K_OFFSET
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the operator; in training also update the moving average of the mean norm."""
+        norm_mean: Tensor | str | None = None
+        if self.uses_norm_mean:
+            norm_mean = self.norm_mean
+            if self.training:
+                norm_mean = self._synchronised_mean(x) if self._must_synchronise() else NORM_BATCH
+        y, mean = conv2d_and_mean(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            magnitude=self.magnitude,
+            angular=self.angular,
+            weighting=self.weighting,
+            alpha=self.alpha,
+            beta=self.beta,
+            radius=self.radius,
+            norm_mean=norm_mean,
+            k=self.k,
+            power=self.power,
+            eps=self.eps,
+            padding_mode=self.padding_mode,
+            keep=self.keep,
+            backend=self.backend,
+            norm_grad=self.norm_mean_grad,
+        )
+        if self.uses_norm_mean and self.training:
+            if isinstance(norm_mean, Tensor):
+                mean = norm_mean.detach()
+            if y.numel() and mean is not None:
+                self._update_norm_mean(mean)
+        return y
+
+    def _must_synchronise(self) -> bool:
+        return self.sync_norm and dist.is_available() and dist.is_initialized()
+
+    def _synchronised_mean(self, x: Tensor) -> Tensor:
+        """Return the mean norm over all ranks: differentiable sum and count, one all-reduce."""
+        import torch.distributed.nn.functional as dist_functional
+
+        b = patch_norm(
+            x,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            eps=self.eps,
+            padding_mode=self.padding_mode,
+            backend=self.backend,
+        )
+        if not self.norm_mean_grad:
+            b = b.detach()
+        local = torch.stack((b.sum(), b.new_tensor(float(b.numel()))))
+        total = dist_functional.all_reduce(local)
+        mean: Tensor = total[0] / total[1].clamp(min=1.0)
+        return mean
+
+    def _update_norm_mean(self, mean: Tensor) -> None:
+        assert self.norm_mean is not None and self.norm_mean_steps is not None
+        with torch.no_grad():
+            mean = mean.to(self.norm_mean.dtype)
+            average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
+            if self.norm_init == "first":
+                average = torch.where(self.norm_mean_steps == 0, mean, average)
+            self.norm_mean.copy_(average)
+            self.norm_mean_steps.add_(1)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DecoupledConv2d:
+        # The average has the accuracy of float32 whatever the layer's dtype: a cast to half
+        # would freeze it, since t = 1e-3 is below half an ulp.
+        before = self.norm_mean
+        super()._apply(fn, recurse)
+        after = self.norm_mean
+        if before is not None and after is not None and after.dtype != self._norm_dtype():
+            source = after if before.is_meta else before.to(after.device)
+            self.norm_mean = source.to(self._norm_dtype())
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        plain = not any(prefix + name in state_dict for name in _STATE)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if plain:
+            own = {prefix + name for name in _STATE}
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def extra_repr(self) -> str:
+        """Show the arguments that differ from their defaults, in signature order."""
+        parts = [
+            f"{self.in_channels}, {self.out_channels}",
+            f"kernel_size={self.kernel_size}",
+        ]
+        shown = {
+            "stride": (self.stride, (1, 1)),
+            "padding": (self.padding, (0, 0)),
+            "dilation": (self.dilation, (1, 1)),
+            "groups": (self.groups, 1),
+            "bias": (self.bias is not None, False),
+            "padding_mode": (self.padding_mode, "zeros"),
+            "magnitude": (self.magnitude, "tanh"),
+            "angular": (self.angular, "cosine"),
+            "weighting": (self.weighting, "none"),
+            "alpha": (self.alpha, 1.0),
+            "beta": (self.beta, 0.5),
+            "radius": (self.initial_radius, 1.0),
+            "learn_radius": (self.learn_radius, True),
+            "radius_unit": (self.radius_unit, "mean_norm"),
+            "norm_momentum": (self.norm_momentum, 1e-3),
+            "norm_init": (self.norm_init, "first"),
+            "norm_mean_grad": (self.norm_mean_grad, True),
+            "sync_norm": (self.sync_norm, False),
+            "k": (self.initial_k, 0.3),
+            "learn_k": (self.learn_k, False),
+            "power": (self.power, 2.0),
+            "eps": (self.eps, EPS),
+            "keep": (self.keep, "auto"),
+            "backend": (self.backend, None),
+        }
+        parts += [f"{name}={value!r}" for name, (value, usual) in shown.items() if value != usual]
+        return ", ".join(parts)

@@ -1,0 +1,167 @@
+"""Optimisation tricks of the paper (spec section 4.1): projection, penalty, weighted gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcconv import checks
+from dcconv.modules import DecoupledConv2d
+from dcconv.numerics import compute_dtype
+from dcconv.reference import filter_norm
+
+
+def decoupled_layers(model: nn.Module) -> Iterator[DecoupledConv2d]:
+    """Yield the decoupled layers of a model, each once."""
+    for module in model.modules():
+        if isinstance(module, DecoupledConv2d):
+            yield module
+
+
+def _require_layers(model: nn.Module) -> list[DecoupledConv2d]:
+    if not isinstance(model, nn.Module):
+        raise checks.type_error("model", "be an nn.Module", type(model).__name__)
+    layers = list(decoupled_layers(model))
+    if not layers:
+        raise checks.value_error("model", "have a DecoupledConv2d layer", type(model).__name__)
+    return layers
+
+
+@torch.no_grad()
+def project_weights(model: nn.Module) -> None:
+    """Project every decoupled filter: w <- w / sqrt(||w||^2 + eps) (spec 2.6), in place.
+
+    Optimiser state is not touched. Contradicts weighted operators, whose magnitude is ||w||.
+
+    Args:
+        model: a module with at least one ``DecoupledConv2d``; eps is each layer's own.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: it has no decoupled layer.
+
+    Example:
+        >>> import dcconv
+        >>> layer = dcconv.DecoupledConv2d(3, 4, 3)
+        >>> dcconv.project_weights(layer)
+        >>> bool((layer.weight.square().sum(dim=(1, 2, 3)) <= 1).all())
+        True
+    """
+    for layer in _require_layers(model):
+        a = filter_norm(layer.weight, layer.eps).reshape(-1, 1, 1, 1)
+        layer.weight.copy_(layer.weight.to(a.dtype) / a)
+
+
+def register_projection(
+    optimizer: torch.optim.Optimizer, model: nn.Module, every: int = 100
+) -> torch.utils.hooks.RemovableHandle:
+    """Project the model's filters after every ``every``-th optimiser step but the first.
+
+    The official schedule: at iteration i (from 0) when i > 0 and i is a multiple of 100, after
+    that iteration's step (spec 2.6).
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; a post-step hook is registered on it.
+        model: as :func:`project_weights`.
+        every: iterations between projections, at least 1.
+
+    Returns:
+        The hook's handle; ``remove()`` ends the projections.
+
+    Raises:
+        TypeError, ValueError: as :func:`project_weights`, or ``every`` is wrong.
+
+    Example:
+        >>> import dcconv, torch
+        >>> layer = dcconv.DecoupledConv2d(3, 4, 3)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> handle = dcconv.register_projection(optimizer, layer)
+    """
+    checks.integer("every", every, 1)
+    _require_layers(model)
+    iteration = 0
+
+    def project(*_: Any) -> None:
+        nonlocal iteration
+        if iteration and iteration % every == 0:
+            project_weights(model)
+        iteration += 1
+
+    return optimizer.register_step_post_hook(project)
+
+
+def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor:
+    """Penalise correlated filters: coefficient / 2 * sum over layers of ||W^T W - I||_F^2.
+
+    W holds a layer's filters divided by their norms, one column each (spec 2.5); filters of
+    different groups see different channels and are not compared.
+
+    Args:
+        model: as :func:`project_weights`.
+        coefficient: a number of at least 0; 1e-5 is the official value.
+
+    Returns:
+        A differentiable scalar, float32 (float64 for float64 layers).
+
+    Raises:
+        TypeError, ValueError: as :func:`project_weights`, or the coefficient is wrong.
+
+    Example:
+        >>> import dcconv
+        >>> float(dcconv.orthogonality_penalty(dcconv.DecoupledConv2d(3, 1, 3))) < 1e-5
+        True
+    """
+    checks.number("coefficient", coefficient, "be a finite number of at least 0", 0.0, closed=True)
+    total: Tensor | None = None
+    for layer in _require_layers(model):
+        weight = layer.weight.to(compute_dtype(layer.weight.dtype))
+        a = filter_norm(weight, layer.eps).reshape(-1, 1, 1, 1)
+        unit = (weight / a).flatten(1).unflatten(0, (layer.groups, -1))  # [g, o / g, c r s / g]
+        gram = unit @ unit.mT
+        error = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square()
+        total = error.sum() if total is None else total + error.sum()
+    assert total is not None
+    return total * (0.5 * coefficient)
+
+
+def register_weighted_gradients(
+    model: nn.Module, scale: float = 1.0
+) -> Callable[[], None]:
+    """Multiply every decoupled filter's gradient by scale * ||w|| (spec 4.1, "weighted gradients").
+
+    Cancels the 1 / ||w|| factor of the tangential gradient: the step is what it would be on the
+    unit sphere. Pointless with optimisers that normalise each parameter's gradient.
+
+    Args:
+        model: as :func:`project_weights`.
+        scale: a number above 0.
+
+    Returns:
+        A function that removes the hooks.
+
+    Raises:
+        TypeError, ValueError: as :func:`project_weights`, or the scale is wrong.
+
+    Example:
+        >>> import dcconv
+        >>> remove = dcconv.register_weighted_gradients(dcconv.DecoupledConv2d(3, 4, 3))
+        >>> remove()
+    """
+    checks.number("scale", scale, "be a finite number above 0", 0.0)
+    handles = []
+    for layer in _require_layers(model):
+
+        def weigh(grad: Tensor, layer: DecoupledConv2d = layer) -> Tensor:
+            a = filter_norm(layer.weight.detach(), layer.eps).reshape(-1, 1, 1, 1)
+            return (grad.to(a.dtype) * (scale * a)).to(grad.dtype)
+
+        handles.append(layer.weight.register_hook(weigh))
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove

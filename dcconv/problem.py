@@ -1,0 +1,134 @@
+"""The static description of one call: geometry, operator and numerics, checked once.
+
+A ``Problem`` is what a backend is asked about, what an op receives and what an error message, a
+test case and a benchmark row are made of. Letters: n batch, c/h/w input, o filters, p/q output,
+r/s filter rows and columns, g groups.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcconv.functions import angulars, magnitudes, weightings
+from dcconv.numerics import ANGLE_DELTA, EPS, compute_dtype
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+NORM_NONE, NORM_BATCH, NORM_GIVEN = "none", "batch", "given"
+
+
+class Problem(NamedTuple):
+    """One call of the operator, tensors apart.
+
+    Attributes:
+        stride, dilation: rows and columns, in pixels.
+        padding: top, bottom, left, right, in pixels.
+        groups: number of channel groups.
+        padding_mode: one of ``PADDING_MODES``.
+        magnitude, angular, weighting: names in ``dcconv.functions``.
+        alpha, beta, power, eps: operator constants.
+        norm: ``none`` (rho = radius), ``batch`` (times this batch's mean norm) or ``given``.
+        norm_grad: whether the gradient flows through the batch's mean norm.
+        delta: floor of (1 - c)(1 + c) in angular derivatives.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+    magnitude: str = "tanh"
+    angular: str = "cosine"
+    weighting: str = "none"
+    alpha: float = 1.0
+    beta: float = 0.5
+    power: float = 2.0
+    eps: float = EPS
+    norm: str = NORM_NONE
+    norm_grad: bool = True
+    delta: float = ANGLE_DELTA[torch.float32]
+
+    @property
+    def uses_rho(self) -> bool:
+        """Whether the operator has a radius."""
+        return magnitudes[self.magnitude].uses_rho
+
+    @property
+    def uses_k(self) -> bool:
+        """Whether the operator has a curvature."""
+        return angulars[self.angular].uses_k
+
+    @property
+    def norm_free(self) -> bool:
+        """Whether the patch norm cancels: alpha b c = alpha u / a needs no norm at all."""
+        return (
+            self.magnitude == "linear"
+            and self.angular == "cosine"
+            and weightings[self.weighting].only_with is None
+        )
+
+    @property
+    def symmetric_zeros(self) -> bool:
+        """Whether a library convolution takes this padding as it is."""
+        top, bottom, left, right = self.padding
+        return self.padding_mode == "zeros" and top == bottom and left == right
+
+
+class Operands(NamedTuple):
+    """The tensors of one call, after the checks.
+
+    Attributes:
+        x: [n, c, h, w].
+        weight: [o, c / groups, r, s].
+        bias: [o] or None.
+        radius: [] or [o], compute dtype; None for operators without one.
+        norm_mean: [], compute dtype; None unless ``Problem.norm`` is ``given``.
+        k: [] or [o], compute dtype; None for operators without one.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    radius: Tensor | None
+    norm_mean: Tensor | None
+    k: Tensor | None
+
+
+def output_size(
+    size: int, kernel: int, stride: int, before: int, after: int, dilation: int
+) -> int:
+    """Return the number of windows along one axis: floor((padded - extent) / stride) + 1."""
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Return TensorFlow's SAME padding of one axis: ceil(size / stride) outputs, extra at the end.
+
+    At stride 1 this is PyTorch's ``same``.
+    """
+    outputs = (size + stride - 1) // stride
+    total = (outputs - 1) * stride + dilation * (kernel - 1) + 1 - size
+    total = torch.sym_max(total, 0)
+    before = total // 2
+    return before, total - before
+
+
+def output_shape(x: Tensor, weight: Tensor, problem: Problem) -> tuple[int, int, int, int]:
+    """Return [n, o, p, q] of a call."""
+    top, bottom, left, right = problem.padding
+    r, s = weight.shape[2], weight.shape[3]
+    p = output_size(x.shape[2], r, problem.stride[0], top, bottom, problem.dilation[0])
+    q = output_size(x.shape[3], s, problem.stride[1], left, right, problem.dilation[1])
+    return x.shape[0], weight.shape[0], p, q
+
+
+def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
+    """Return a parameter as a tensor of x's device and compute dtype; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.to(compute_dtype(x.dtype))
+    return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
