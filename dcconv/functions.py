@@ -169,9 +169,11 @@ def capped_asin(c: Tensor, delta: float) -> Tensor:
     is capped, not zeroed. Differentiable any number of times.
     """
     bound = (1.0 - delta) ** 0.5
-    inside = c.clamp(-bound, bound)
-    extended = torch.asin(inside) + (c - inside) * delta**-0.5
-    return extended + (torch.asin(c.clamp(-1.0, 1.0)) - extended).detach()
+    # The line that continues asin past the bound; one branch is selected, not a difference formed:
+    # slopes of 1e6 would cancel.
+    line = c * delta**-0.5
+    slope = torch.where(c.abs() <= bound, torch.asin(c.clamp(-bound, bound)), line)
+    return slope + (torch.asin(c.clamp(-1.0, 1.0)) - slope).detach()
 
 
 @angular("(2 / pi) * asin(c)", invertible=True)

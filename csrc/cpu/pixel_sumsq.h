@@ -1,0 +1,47 @@
+// x -> sum of squares over the channels of a group, per pixel, in compute dtype.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "storage.h"
+
+namespace dcconv {
+namespace cpu {
+namespace DCCONV_ISA {
+
+using namespace ::dcconv::DCCONV_ISA;
+
+template <class T, class A>
+void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(p.x);
+  A* sums = static_cast<A*>(p.sums);
+  const int64_t channels = p.c / p.groups;
+  if (p.channels_last) {
+    const int64_t step = p.task_pixels();
+    const int64_t first = begin * step, last = std::min(end * step, p.n * p.pixels);
+    for (int64_t i = first * p.groups; i < last * p.groups; ++i) {
+      const T* v = x + i * channels;
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < channels; ++c) sum += load(v[c]) * load(v[c]);
+      sums[i] = sum;
+    }
+    return;
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t plane = task / p.blocks(), first = task % p.blocks() * kTile;
+    const int64_t count = std::min(kTile, p.pixels - first);
+    A* out = sums + plane * p.pixels + first;
+    std::fill_n(out, count, A(0));
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* v = x + (plane * channels + c) * p.pixels + first;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] += load(v[i]) * load(v[i]);
+    }
+  }
+}
+
+}  // namespace DCCONV_ISA
+}  // namespace cpu
+}  // namespace dcconv

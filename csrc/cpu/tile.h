@@ -1,0 +1,90 @@
+// How a channels-last tile of positions and filters takes values that exist once per position and
+// group.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "elementary.h"
+
+namespace dcconv {
+namespace cpu {
+namespace DCCONV_ISA {
+
+using namespace ::dcconv::DCCONV_ISA;
+
+// `rows` positions times filters [from, from + filters). Several rows only with all filters.
+struct Tile {
+  int64_t rows, from, filters;
+  int64_t per_group;
+  int64_t first_group, groups;  // groups that the filters touch
+
+  Tile(const Positions& shape, int64_t rows, int64_t from)
+      : rows(rows),
+        from(from),
+        filters(std::min(kTile, shape.o - from)),
+        per_group(shape.filters_per_group()),
+        first_group(from / per_group),
+        groups((from + filters - 1) / per_group - first_group + 1) {}
+
+  int64_t count() const { return rows * filters; }
+  int64_t values() const { return rows * groups; }
+
+  // Filters of the tile that belong to its i-th group.
+  int64_t begin_of(int64_t i) const {
+    return std::max<int64_t>((first_group + i) * per_group - from, 0);
+  }
+  int64_t end_of(int64_t i) const {
+    return std::min((first_group + i + 1) * per_group - from, filters);
+  }
+
+  // values [rows, groups] -> to [rows, filters]
+  template <class A>
+  void spread(const A* values, A* to) const {
+    if (groups == 1) {
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(to + r * filters, filters, values[r]);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < groups; ++i)
+        std::fill(
+            to + r * filters + begin_of(i), to + r * filters + end_of(i), values[r * groups + i]);
+  }
+
+  // to [rows, groups] += sums over the filters of each group of values [rows, filters]
+  template <class A>
+  void add_sums(const A* values, A* to) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < groups; ++i) {
+        const A* v = values + r * filters;
+        const int64_t first = begin_of(i), last = end_of(i);
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < last; ++j) sum += v[j];
+        to[r * groups + i] += sum;
+      }
+  }
+
+  // to [filters] += sums over the rows of values [rows, filters] * factors
+  template <class A>
+  void add_columns(const A* values, const A* factors, A* to) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A *v = values + r * filters, *f = factors + r * filters;
+#pragma omp simd
+      for (int64_t j = 0; j < filters; ++j) to[j] += v[j] * f[j];
+    }
+  }
+
+  template <class A>
+  void add_columns(const A* values, A* to) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* v = values + r * filters;
+#pragma omp simd
+      for (int64_t j = 0; j < filters; ++j) to[j] += v[j];
+    }
+  }
+};
+
+}  // namespace DCCONV_ISA
+}  // namespace cpu
+}  // namespace dcconv

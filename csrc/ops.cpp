@@ -1,0 +1,76 @@
+// Schemas of all ops, the function lists, and the module. Each device folder registers its own
+// implementations.
+
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "functions.h"
+
+namespace dcconv {
+namespace {
+
+using namespace portable;
+
+template <class... F>
+std::vector<std::string> names_of(TypeList<F...>) {
+  return {F::name...};
+}
+
+std::vector<std::string> magnitudes() { return names_of(Magnitudes{}); }
+std::vector<std::string> angulars() { return names_of(Angulars{}); }
+
+}  // namespace
+}  // namespace dcconv
+
+STABLE_TORCH_LIBRARY(dcconv, m) {
+  // What the arguments mean: dcconv/problem.py. norm_map is 1-d, in the kernels' own order.
+  m.def(
+      "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? radius, Tensor? norm_mean, "
+      "Tensor? k, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
+      "str padding_mode, str magnitude, str angular, str weighting, float alpha, float beta, "
+      "float power, float eps, float delta, str norm, bool keep_dot) "
+      "-> (Tensor y, Tensor norm_map, Tensor mean, Tensor dot)");
+  m.def(
+      "conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor kept, Tensor norm_map, "
+      "Tensor mean, Tensor? radius, Tensor? norm_mean, Tensor? k, SymInt[] stride, "
+      "SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode, str magnitude, "
+      "str angular, str weighting, float alpha, float beta, float power, float eps, float delta, "
+      "str norm, bool norm_grad, str kept_is, int needs) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_radius, "
+      "Tensor grad_norm_mean, Tensor grad_k)");
+  m.def(
+      "patch_norm_forward(Tensor x, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, str padding_mode, float eps) -> Tensor");
+  m.def(
+      "patch_norm_backward(Tensor grad_b, Tensor x, Tensor b, SymInt[] kernel_size, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode) "
+      "-> Tensor");
+  m.def("magnitudes() -> str[]");
+  m.def("angulars() -> str[]");
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str[]");
+  m.def("set_cpu_isa(str isa) -> ()");
+  // Function values and derivatives, for tests and the accuracy benchmark.
+  m.def(
+      "magnitude_grad(str magnitude, str weighting, Tensor a, Tensor b, Tensor rho, float alpha, "
+      "float beta) -> (Tensor h, Tensor h_b, Tensor h_rho, Tensor h_a)");
+  m.def(
+      "angular_grad(str angular, Tensor c, Tensor k, float power, float delta) "
+      "-> (Tensor g, Tensor g_c, Tensor g_k, Tensor c)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
+  m.impl("magnitudes", TORCH_BOX(&dcconv::magnitudes));
+  m.impl("angulars", TORCH_BOX(&dcconv::angulars));
+}
+
+// Importing dcconv._C runs the registrations above; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
