@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dcconv import autograd, checks, ops, reference
 from dcconv.keep import DOT, NOTHING, kept
@@ -61,7 +62,7 @@ def _why_not_cpu(call: Call) -> str | None:
     if ops.missing is not None:
         return ops.missing
     if call.transformed:
-        return "torch.func transforms need plain PyTorch operations"
+        return "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
     return None
 
 
@@ -146,7 +147,7 @@ def use_backend(name: str) -> Iterator[None]:
 def describe(x: Tensor) -> Call:
     """Return the facts about a call that backends decide by."""
     transformed = not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
     return Call(x.device.type, x.dtype, transformed)
 

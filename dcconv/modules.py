@@ -294,7 +294,8 @@ class DecoupledConv2d(nn.Module):
             average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
             if self.norm_init == "first":
                 average = torch.where(self.norm_mean_steps == 0, mean, average)
-            self.norm_mean.copy_(average)
+            # Through an index: torch.compile (2.13) drops in-place writes to 0-d float64 tensors.
+            self.norm_mean[...] = average
             self.norm_mean_steps.add_(1)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DecoupledConv2d:
