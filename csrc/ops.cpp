@@ -54,6 +54,8 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
   m.def("set_cpu_isa(str isa) -> ()");
+  // Images per chunk of the CPU kernels, 0 for the rule: for tests and measurements.
+  m.def("set_cpu_chunk(int images) -> ()");
   // Function values and derivatives, for tests and the accuracy benchmark.
   m.def(
       "magnitude_grad(str magnitude, str weighting, Tensor a, Tensor b, Tensor rho, float alpha, "

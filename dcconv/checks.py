@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,11 +48,19 @@ def choice(argument: str, value: object, known: Iterable[str]) -> None:
         raise value_error(argument, f"be one of {', '.join(names)}", repr(value))
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a Python number, or one that a compiler made symbolic."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(
+        value, bool
+    )
+
+
 def number(argument: str, value: object, rule: str, low: float, *, closed: bool = False) -> None:
     """Require a finite Python number above ``low`` (at least ``low`` when closed)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise type_error(argument, rule, type(value).__name__)
-    if not math.isfinite(value) or value < low or (value == low and not closed):
+    # A chain of comparisons, because it must also trace numbers that a compiler made symbolic.
+    if not (low <= value < math.inf) or (value == low and not closed):
         raise value_error(argument, rule, value)
 
 
@@ -180,9 +188,9 @@ def parameter(argument: str, value: object, x: Tensor, filters: int) -> None:
             raise value_error(argument, rule, f"shape {list(value.shape)}")
         same_device(argument, value, x)
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise type_error(argument, rule, type(value).__name__)
-    if not math.isfinite(value) or value <= 0:
+    if not 0 < value < math.inf:
         raise value_error(argument, rule, value)
 
 

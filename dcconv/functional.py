@@ -12,19 +12,20 @@ from dcconv.numerics import EPS
 from dcconv.problem import Operands, Problem
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast x, weight and bias to the autocast dtype, where autocast is on for x's device."""
-    tensors = (x, *others)
     if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
-        return tensors
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    # float64 stays, as in PyTorch's own autocast.
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )
+
+    def cast(t: Any) -> Any:
+        # float64 stays, as in PyTorch's own autocast.
+        wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if wanted else t
+
+    return cast(x), cast(weight), cast(bias)
 
 
 def check_call(
@@ -87,9 +88,8 @@ def conv2d_and_mean(
     The mean is a scalar in compute dtype where ``norm_mean="batch"`` and the magnitude has a
     radius, else None or an empty tensor. The module keeps its moving average from it.
     """
-    batched, cast_weight, cast_bias = _autocast(x, weight, bias)
     operands, problem, backend = check_call(
-        batched, cast_weight, cast_bias, *geometry, keep=keep, **operator
+        *_autocast(x, weight, bias), *geometry, keep=keep, **operator
     )
     with torch.autocast(operands.x.device.type, enabled=False):
         y, mean = backend.conv2d(operands, problem, keep)

@@ -169,9 +169,10 @@ def capped_asin(c: Tensor, delta: float) -> Tensor:
     is capped, not zeroed. Differentiable any number of times.
     """
     bound = (1.0 - delta) ** 0.5
-    # The line that continues asin past the bound; one branch is selected, not a difference formed:
-    # slopes of 1e6 would cancel.
-    line = c * delta**-0.5
+    # Past the bound asin continues as a line; one branch is selected, not a difference formed,
+    # and the line starts at the bound: slopes of 1e6 would cancel.
+    end = torch.sign(c.detach()) * bound
+    line = torch.asin(end) + (c - end) * delta**-0.5
     slope = torch.where(c.abs() <= bound, torch.asin(c.clamp(-bound, bound)), line)
     return slope + (torch.asin(c.clamp(-1.0, 1.0)) - slope).detach()
 

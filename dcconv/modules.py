@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcconv import backends, checks
 from dcconv.functional import conv2d_and_mean, patch_norm
 from dcconv.functions import angulars, magnitudes
-from dcconv.numerics import EPS
+from dcconv.numerics import EPS, compute_dtype
 from dcconv.problem import NORM_BATCH
 
 # The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
@@ -192,7 +192,7 @@ class DecoupledConv2d(nn.Module):
         self.reset_parameters()
 
     def _norm_dtype(self) -> torch.dtype:
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.weight.dtype)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as ``nn.Conv2d``, radius and k, and forget the average."""
@@ -213,17 +213,17 @@ class DecoupledConv2d(nn.Module):
 
     @property
     def radius(self) -> Tensor | float:
-        """The radius r: [o] if learned, else a number."""
+        """The radius r: [o] in compute dtype if learned, else a number."""
         if self.radius_raw is None:
             return self.initial_radius
-        return self.radius_raw.square() + RADIUS_OFFSET
+        return self.radius_raw.to(self._norm_dtype()).square() + RADIUS_OFFSET
 
     @property
     def k(self) -> Tensor | float:
-        """The curvature k: [o] if learned, else a number."""
+        """The curvature k: [o] in compute dtype if learned, else a number."""
         if self.k_raw is None:
             return self.initial_k
-        return self.k_raw.abs() + K_OFFSET
+        return self.k_raw.to(self._norm_dtype()).abs() + K_OFFSET
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""

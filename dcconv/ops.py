@@ -64,9 +64,11 @@ def is_channels_last(t: Tensor) -> bool:
     return t.stride(1) != 0
 
 
-def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Return the layout the library convolution computes in for these tensors."""
-    if any(is_channels_last(t) for t in tensors):
+def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_format:
+    """Return the layout of the library convolution's result: either operand decides."""
+    if x.shape[0] == 0:
+        return torch.contiguous_format
+    if is_channels_last(x) or (weight is not None and is_channels_last(weight)):
         return torch.channels_last
     return torch.contiguous_format
 

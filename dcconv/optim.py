@@ -111,7 +111,7 @@ def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor
 
     Example:
         >>> import dcconv
-        >>> float(dcconv.orthogonality_penalty(dcconv.DecoupledConv2d(3, 1, 3))) < 1e-5
+        >>> dcconv.orthogonality_penalty(dcconv.DecoupledConv2d(3, 1, 3)).item() < 1e-5
         True
     """
     checks.number("coefficient", coefficient, "be a finite number of at least 0", 0.0, closed=True)

@@ -110,8 +110,8 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[in
     At stride 1 this is PyTorch's ``same``.
     """
     outputs = (size + stride - 1) // stride
-    total = (outputs - 1) * stride + dilation * (kernel - 1) + 1 - size
-    total = torch.sym_max(total, 0)
+    missing = (outputs - 1) * stride + dilation * (kernel - 1) + 1 - size
+    total = max(missing, 0)
     before = total // 2
     return before, total - before
 

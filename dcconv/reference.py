@@ -58,8 +58,12 @@ def mean_norm(b: Tensor) -> Tensor:
 
 
 def per_filter(value: Tensor, filters: int, groups: int) -> Tensor:
-    """Shape a [] or [o] parameter to broadcast against [n, groups, o / groups, p, q]."""
-    return value.expand(filters).reshape(groups, filters // groups, 1, 1)
+    """Shape a [] or [o] parameter to broadcast against u: [n, o, p, q], or with groups
+    [n, groups, o / groups, p, q]."""
+    value = value.expand(filters)
+    if groups > 1:
+        value = value.unflatten(0, (groups, filters // groups))
+    return value.unsqueeze(-1).unsqueeze(-1)
 
 
 def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -74,13 +78,14 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     compute = compute_dtype(x.dtype)
 
     library_x, padding = padded(x, problem)
-    u = F.conv2d(library_x, weight, None, problem.stride, padding, problem.dilation, groups)
-    u = u.to(compute).unflatten(1, (groups, filters // groups))  # [n, g, o / g, p, q]
-
-    b_map = window_norm(x, (weight.shape[2], weight.shape[3]), problem)
-    b = b_map.unsqueeze(2)  # [n, g, 1, p, q]
+    dot = F.conv2d(library_x, weight, None, problem.stride, padding, problem.dilation, groups)
+    u = dot.to(compute)
+    b_map = b = window_norm(x, (weight.shape[2], weight.shape[3]), problem)
+    if groups > 1:
+        u = u.unflatten(1, (groups, filters // groups))
+        b = b_map.unsqueeze(2)  # [n, g, 1, p, q]
     a = per_filter(filter_norm(weight, problem.eps), filters, groups)
-    c = u / (a * b)
+    c = u / a / b
 
     mean = None
     rho = None
@@ -99,10 +104,14 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     )
     curvature = None if k is None else per_filter(k, filters, groups)
     g = angulars[problem.angular].value(c, curvature, problem.power, problem.delta)
-    y = (h * g).flatten(1, 2)
+    y = (h * g).flatten(1, 2) if groups > 1 else h * g
     if bias is not None:
         y = y + bias.to(compute).reshape(-1, 1, 1)
-    return y.to(x.dtype), mean
+    y = y.to(x.dtype)
+    if y.stride() != dot.stride():
+        last = dot.stride(3) == filters
+        y = y.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return y, mean
 
 
 def decoupled_conv2d(

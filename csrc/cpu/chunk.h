@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <cstdlib>
 
 #include <unistd.h>
 
@@ -23,12 +23,17 @@ inline int64_t last_level_cache() {
   return bytes;
 }
 
+// Images per chunk that tests and measurements ask for; 0 leaves the choice to the rule.
+inline std::atomic<int64_t>& forced_chunk() {
+  static std::atomic<int64_t> images{0};
+  return images;
+}
+
 // A chunk's input and output fit half of the last-level cache.
 inline int64_t images_per_chunk(int64_t n, int64_t bytes_per_image) {
-  const char* forced = std::getenv("DCCONV_CHUNK");
-  if (forced != nullptr) return std::max<int64_t>(1, std::min<int64_t>(n, std::atol(forced)));
   const int64_t fitting = last_level_cache() / 2 / std::max<int64_t>(bytes_per_image, 1);
-  return std::max<int64_t>(1, std::min(n, fitting));
+  const int64_t forced = forced_chunk();
+  return std::max<int64_t>(1, std::min(n, forced > 0 ? forced : fitting));
 }
 
 }  // namespace cpu

@@ -47,7 +47,8 @@ Call make_call(const Tensor& x, const Tensor& weight, const Ints& stride, const 
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
                       weight.size(1) * groups == x.size(1),
                   "dcconv: weight does not fit x");
-  const bool channels_last = is_channels_last(x) || is_channels_last(weight);
+  const bool channels_last =
+      x.size(0) > 0 && (is_channels_last(x) || is_channels_last(weight));
   const ConvShape shape =
       conv_shape(x, weight.size(0), {weight.size(2), weight.size(3)}, stride, padding, dilation,
                  groups, padding_mode, channels_last);
@@ -341,7 +342,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   grad_y = contiguous(grad_y, shape.channels_last);
   if (!call.norm_free) kept = contiguous(kept, shape.channels_last);
   const Weight weight = make_weight(call, weight_in, eps);
-  const Tensor none = empty({0}, call.storage), none_compute = empty({0}, call.compute);
+  // Results that are not wanted; outputs of an op must not alias each other.
+  const auto none = [&] { return empty({0}, call.storage); };
+  const auto none_compute = [&] { return empty({0}, call.compute); };
 
   double factor = 1.0;
   if (batch_mean && mean.numel() == 1) factor = scalar_of<A>(mean);
@@ -350,7 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   const Ints input_sizes{shape.n, shape.c, shape.rows.input, shape.columns.input};
   const Ints weight_sizes(weight_in.sizes().begin(), weight_in.sizes().end());
-  Tensor grad_x = none, grad_weight = none;
+  Tensor grad_x = none(), grad_weight = none();
   const bool one_chunk = call.chunk >= shape.n;
   const bool reuse = one_chunk && call.library == call.storage && !call.pad;
   if (needs_x && !reuse) grad_x = empty(input_sizes, call.storage, shape.channels_last);
@@ -411,7 +414,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   };
 
   std::vector<Tensor> library_grads;  // behind the barrier
-  Tensor grad_bias = none;
+  Tensor grad_bias = none();
   Tensor library_grad_bias;
   for (int64_t first = 0; first < shape.n; first += call.chunk) {
     const int64_t count = std::min(call.chunk, shape.n - first);
@@ -529,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto totals = [&](const Columns<A>& sums) -> const std::vector<double>& {
     return sums.total.empty() ? zeros : sums.total;
   };
-  Tensor grad_radius = none_compute, grad_mean = none_compute, grad_k = none_compute;
+  Tensor grad_radius = none_compute(), grad_mean = none_compute(), grad_k = none_compute();
   if ((needs & kRadius) != 0 && radius.has_value())
     grad_radius = parameter_grad<A>(*radius, totals(sum_rho), factor);
   if ((needs & kNormMean) != 0 && norm_mean.has_value())
@@ -568,9 +571,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
              norm_grad, kept_is, needs);
 }
 
+void set_cpu_chunk(int64_t images) { forced_chunk() = images; }
+
 }  // namespace
 }  // namespace cpu
 }  // namespace dcconv
+
+STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
+  m.impl("set_cpu_chunk", TORCH_BOX(&dcconv::cpu::set_cpu_chunk));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
   m.impl("conv2d_forward", TORCH_BOX(&dcconv::cpu::conv2d_forward));

@@ -27,7 +27,7 @@ std::array<StableIValue, (sizeof...(Args) > kResults ? sizeof...(Args) : kResult
     const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, (sizeof...(Args) > kResults ? sizeof...(Args) : kResults)> stack{
       torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return stack;
 }

@@ -26,14 +26,14 @@ __global__ void cuda_arch_kernel(int32_t* out) {
 // out: [1] int32
 void cuda_arch(torch::stable::Tensor out) {
   STD_TORCH_CHECK(
-    out.scalar_type() == torch::headeronly::ScalarType::Int && out.numel() == 1,
-    "dcconv: out must be one int32 element"
+      out.scalar_type() == torch::headeronly::ScalarType::Int && out.numel() == 1,
+      "dcconv: out must be one int32 element"
   );
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device_index(), &stream));
   cuda_arch_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
-    static_cast<int32_t*>(out.mutable_data_ptr())
+      static_cast<int32_t*>(out.mutable_data_ptr())
   );
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -1,0 +1,58 @@
+# `make demo` and `make test` set up everything on a machine with Python and a compiler.
+#
+#   TORCH         the PyTorch to install, a pip requirement: make test TORCH=torch==2.13.0
+#   PYTHON, VENV  the interpreter and the folder of the virtual environment made from it
+#   DCCONV_BUILD, DCCONV_DEBUG, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS  see setup.py
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+SOURCES := $(sort $(shell find csrc -type f))
+FORMATTED := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
+OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
+
+.PHONY: demo test lint build bench clean FORCE
+
+demo: build
+	$(BIN)/python -m train.digits
+
+test: build lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+bench: build
+	$(BIN)/python -m bench
+
+build: $(VENV)/built
+	@$(BIN)/python -c "from dcconv import ops; print('dcconv:', ops.missing or ops.cuda_missing() or 'the compiled library has CUDA code')"
+
+clean:
+	rm -rf build dist *.egg-info dcconv/_C.* dcconv/_build.py
+	rm -rf .mypy_cache .pytest_cache .ruff_cache $(VENV)/built
+
+# The settings of the last run: these files change, and what depends on them is made again, only
+# when a setting does.
+$(VENV)/torch $(VENV)/options: FORCE | $(BIN)/pip
+	@printf '%s\n' '$(if $(filter %/torch,$@),$(TORCH),$(OPTIONS))' > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# Without build isolation the library is built against the PyTorch it will run with.
+$(VENV)/installed: pyproject.toml $(VENV)/torch
+	@echo 'Filling $(VENV); the default build of PyTorch is a download of several GB.'
+	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
+	DCCONV_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev]'
+	@touch $@
+
+$(VENV)/built: setup.py $(SOURCES) $(VENV)/installed $(VENV)/options
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,85 @@
+"""The accuracy gate: a provider that computes something else is shown with its error, not a time.
+
+truth  = reference(inputs.double())     of the already rounded inputs
+peer   = reference(inputs)              same dtype, plain PyTorch
+err(t) = max(max abs(t - truth) / max abs(truth), rms(t - truth) / rms(truth))
+accept : err(provider) <= 2 * min(err(peer), 8 * floor) + floor, for y and every gradient
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import BOTH, DTYPES, Case, Inputs
+from bench.providers import ours, run
+
+FLOORS = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Return the larger of the relative maximum error and the relative rms error.
+
+    Infinite where ``found`` has a value that is not finite.
+
+    Example:
+        >>> error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0], dtype=torch.float64))
+        0.25
+    """
+    if found.shape != truth.shape:
+        return math.inf
+    difference = found.double() - truth
+    if not bool(difference.isfinite().all()):
+        return math.inf
+    largest = float(truth.abs().max())
+    rms = float(truth.square().mean().sqrt())
+    if largest == 0.0:
+        return 0.0 if float(difference.abs().max()) == 0.0 else math.inf
+    return max(
+        float(difference.abs().max()) / largest, float(difference.square().mean().sqrt()) / rms
+    )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The truth of one case and what it allows, by the names of :func:`bench.providers.run`."""
+
+    truth: dict[str, Tensor]
+    allowed: dict[str, float]
+
+    def errors(self, found: dict[str, Tensor], which: str) -> dict[str, float]:
+        """Return the error of y, and of every gradient where the pass has a backward."""
+        names = list(self.truth) if which == BOTH else ["y"]
+        return {
+            name: error(found[name], self.truth[name]) if name in found else math.inf
+            for name in names
+        }
+
+    def refusal(self, errors: dict[str, float]) -> str | None:
+        """Return one sentence naming the errors above what is allowed, or None."""
+        wrong = [
+            f"{name} off by {value:.1e}, allowed {self.allowed[name]:.1e}"
+            for name, value in errors.items()
+            if not value <= self.allowed[name]
+        ]
+        return "wrong: " + "; ".join(wrong) if wrong else None
+
+
+def make_gate(case: Case, inputs: Inputs) -> Gate:
+    """Evaluate the reference in float64 and in the case's dtype."""
+    function = ours("reference")(case)
+    truth = run(function, inputs.double(), BOTH)
+    peer = run(function, inputs, BOTH)
+    floor = FLOORS[DTYPES[case.dtype]]
+    allowed = {
+        name: 2.0 * min(error(peer[name], truth[name]), 8.0 * floor) + floor for name in truth
+    }
+    return Gate(truth, allowed)
