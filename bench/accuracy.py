@@ -16,13 +16,7 @@ from torch import Tensor
 
 from bench.cases import BOTH, DTYPES, Case, Inputs
 from bench.providers import ours, run
-
-FLOORS = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-6,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
+from dcconv.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -78,8 +72,9 @@ def make_gate(case: Case, inputs: Inputs) -> Gate:
     function = ours("reference")(case)
     truth = run(function, inputs.double(), BOTH)
     peer = run(function, inputs, BOTH)
-    floor = FLOORS[DTYPES[case.dtype]]
+    floor = ACCURACY_FLOOR[DTYPES[case.dtype]]
     allowed = {
-        name: 2.0 * min(error(peer[name], truth[name]), 8.0 * floor) + floor for name in truth
+        name: PEER_FACTOR * min(error(peer[name], truth[name]), PEER_CAP * floor) + floor
+        for name in truth
     }
     return Gate(truth, allowed)

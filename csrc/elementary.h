@@ -49,16 +49,26 @@ DC_HD T clamp_unit(T c) {
   return at_least(at_most(c, T(1)), T(-1));
 }
 
-DC_HD float abs_of(float x) { return float_of(bits_of(x) & 0x7fffffff); }
-DC_HD double abs_of(double x) { return std::fabs(x); }
+DC_HD float abs_of(float x) {
+  return float_of(bits_of(x) & 0x7fffffff);
+}
+DC_HD double abs_of(double x) {
+  return std::fabs(x);
+}
 
 DC_HD float with_sign(float size, float sign) {
   return float_of((bits_of(size) & 0x7fffffff) | (bits_of(sign) & ~0x7fffffff));
 }
-DC_HD double with_sign(double size, double sign) { return std::copysign(size, sign); }
+DC_HD double with_sign(double size, double sign) {
+  return std::copysign(size, sign);
+}
 
-DC_HD float sqrt_of(float x) { return ::sqrtf(x); }
-DC_HD double sqrt_of(double x) { return ::sqrt(x); }
+DC_HD float sqrt_of(float x) {
+  return ::sqrtf(x);
+}
+DC_HD double sqrt_of(double x) {
+  return ::sqrt(x);
+}
 
 // tanh x for x >= 0 and its derivative 1 / cosh(x)^2, which 1 - tanh(x)^2 would lose to
 // cancellation: with e = exp(-2 x), tanh = (1 - e) / (1 + e) and the derivative 4 e / (1 + e)^2.
@@ -113,7 +123,9 @@ DC_HD float tanh_of(float x) {
   return with_sign(tanh_slope(abs_of(x)).t, x);
 #endif
 }
-DC_HD double tanh_of(double x) { return ::tanh(x); }
+DC_HD double tanh_of(double x) {
+  return ::tanh(x);
+}
 
 // x = 2^exponent * (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; x positive and normal.
 DC_HD void split(float x, float& exponent, float& f) {
@@ -141,7 +153,9 @@ DC_HD float log1p_of(float x) {
   const float value = e * 0.693145752f + (f + (r + (e * 1.42860677e-06f + lost)));
   return x < 3.0e38f ? value : x;
 }
-DC_HD double log1p_of(double x) { return ::log1p(x); }
+DC_HD double log1p_of(double x) {
+  return ::log1p(x);
+}
 
 // asin x for |x| <= 1: x + x^3 P(x^2) below 1/2, pi/2 - 2 asin(sqrt((1 - x) / 2)) above.
 DC_HD float asin_of(float x) {
@@ -159,7 +173,9 @@ DC_HD float asin_of(float x) {
   const float value = large ? 1.57079637f - (2.0f * small + 4.37113883e-08f) : small;
   return with_sign(value, x);
 }
-DC_HD double asin_of(double x) { return ::asin(x); }
+DC_HD double asin_of(double x) {
+  return ::asin(x);
+}
 
 // sin(pi/2 x) for |x| <= 1.
 DC_HD float sin_half_pi(float x) {
@@ -171,7 +187,9 @@ DC_HD float sin_half_pi(float x) {
   p = p * t + 1.57079637f;
   return x * p;
 }
-DC_HD double sin_half_pi(double x) { return ::sin(x * 1.57079632679489661923); }
+DC_HD double sin_half_pi(double x) {
+  return ::sin(x * 1.57079632679489661923);
+}
 
 // x^y for x >= 0, y >= 0: exp2(y log2 x), the leading product in two parts.
 DC_HD float pow_of(float x, float y) {
@@ -203,7 +221,9 @@ DC_HD float pow_of(float x, float y) {
   const float nonzero = x > 0.0f ? value : x;  // 0 and NaN come out as they are
   return y == 0.0f ? 1.0f : nonzero;
 }
-DC_HD double pow_of(double x, double y) { return ::pow(x, y); }
+DC_HD double pow_of(double x, double y) {
+  return ::pow(x, y);
+}
 
 }  // namespace DCCONV_ISA
 }  // namespace dcconv

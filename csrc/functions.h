@@ -110,7 +110,8 @@ struct Ball {
         value(a, b, r, k),
         outside ? -k.alpha : T(0),
         outside ? T(0) : -k.alpha * b * r.inverse * r.inverse,
-        T(0)};
+        T(0)
+    };
   }
 };
 
@@ -126,11 +127,7 @@ struct Tanh {
   DC_HD static MagnitudeGrad<T> grad(T, T b, Radius<T> r, const Constants<T>& k) {
     const T z = b * r.inverse;
     const TanhSlope<T> v = tanh_slope(z);
-    return {
-        k.alpha * v.t,
-        k.alpha * tanh_defect(z, v),
-        -k.alpha * z * r.inverse * v.slope,
-        T(0)};
+    return {k.alpha * v.t, k.alpha * tanh_defect(z, v), -k.alpha * z * r.inverse * v.slope, T(0)};
   }
 };
 
@@ -226,7 +223,8 @@ struct TanhSeparate {
         k.alpha * vb.t * va.t,
         k.alpha * va.t * tanh_defect(zb, vb),
         -k.alpha * r.inverse * (zb * vb.slope * va.t + za * va.slope * vb.t),
-        k.alpha * vb.t * va.slope * r.inverse};
+        k.alpha * vb.t * va.slope * r.inverse
+    };
   }
 };
 

@@ -20,8 +20,12 @@ std::vector<std::string> names_of(TypeList<F...>) {
   return {F::name...};
 }
 
-std::vector<std::string> magnitudes() { return names_of(Magnitudes{}); }
-std::vector<std::string> angulars() { return names_of(Angulars{}); }
+std::vector<std::string> magnitudes() {
+  return names_of(Magnitudes{});
+}
+std::vector<std::string> angulars() {
+  return names_of(Angulars{});
+}
 
 }  // namespace
 }  // namespace dcconv
@@ -33,7 +37,8 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
       "Tensor? k, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
       "str padding_mode, str magnitude, str angular, str weighting, float alpha, float beta, "
       "float power, float eps, float delta, str norm, bool keep_dot) "
-      "-> (Tensor y, Tensor norm_map, Tensor mean, Tensor dot)");
+      "-> (Tensor y, Tensor norm_map, Tensor mean, Tensor dot)"
+  );
   m.def(
       "conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor kept, Tensor norm_map, "
       "Tensor mean, Tensor? radius, Tensor? norm_mean, Tensor? k, SymInt[] stride, "
@@ -41,14 +46,17 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
       "str angular, str weighting, float alpha, float beta, float power, float eps, float delta, "
       "str norm, bool norm_grad, str kept_is, int needs) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_radius, "
-      "Tensor grad_norm_mean, Tensor grad_k)");
+      "Tensor grad_norm_mean, Tensor grad_k)"
+  );
   m.def(
       "patch_norm_forward(Tensor x, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, str padding_mode, float eps) -> Tensor");
+      "SymInt[] dilation, SymInt groups, str padding_mode, float eps) -> Tensor"
+  );
   m.def(
       "patch_norm_backward(Tensor grad_b, Tensor x, Tensor b, SymInt[] kernel_size, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode) "
-      "-> Tensor");
+      "-> Tensor"
+  );
   m.def("magnitudes() -> str[]");
   m.def("angulars() -> str[]");
   m.def("cpu_isa() -> str");
@@ -59,10 +67,12 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   // Function values and derivatives, for tests and the accuracy benchmark.
   m.def(
       "magnitude_grad(str magnitude, str weighting, Tensor a, Tensor b, Tensor rho, float alpha, "
-      "float beta) -> (Tensor h, Tensor h_b, Tensor h_rho, Tensor h_a)");
+      "float beta) -> (Tensor h, Tensor h_b, Tensor h_rho, Tensor h_a)"
+  );
   m.def(
       "angular_grad(str angular, Tensor c, Tensor k, float power, float delta) "
-      "-> (Tensor g, Tensor g_c, Tensor g_k, Tensor c)");
+      "-> (Tensor g, Tensor g_c, Tensor g_k, Tensor c)"
+  );
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
@@ -73,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
 // Importing dcconv._C runs the registrations above; the module itself is empty.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static struct PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr
+  };
   return PyModule_Create(&module);
 }

@@ -6,13 +6,9 @@
 
 namespace dcconv {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-struct Half {
-  uint16_t bits;
-};
+// Scalar types of their own, not structs: compilers do not vectorise loads of structs.
+enum class BFloat16 : uint16_t {};
+enum class Half : uint16_t {};
 
 // The dtype of norms, sums, c, h and g.
 template <class T>
@@ -26,17 +22,23 @@ struct ComputeType<double> {
 
 namespace DCCONV_ISA {
 
-DC_HD float load(float x) { return x; }
-DC_HD double load(double x) { return x; }
-DC_HD float load(BFloat16 x) { return float_of(static_cast<int32_t>(uint32_t(x.bits) << 16)); }
+DC_HD float load(float x) {
+  return x;
+}
+DC_HD double load(double x) {
+  return x;
+}
+DC_HD float load(BFloat16 x) {
+  return float_of(static_cast<int32_t>(uint32_t(x) << 16));
+}
 
 DC_HD float load(Half x) {
-  const uint32_t size = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t size = (uint32_t(x) & 0x7fffu) << 13;
   // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals normal.
   const float finite = float_of(static_cast<int32_t>(size)) * 0x1.0p112f;
   const uint32_t special = uint32_t(bits_of(finite)) | 0x7f800000u;
   const uint32_t value = size >= 0x0f800000u ? special : uint32_t(bits_of(finite));
-  return float_of(static_cast<int32_t>(value | (uint32_t(x.bits & 0x8000) << 16)));
+  return float_of(static_cast<int32_t>(value | ((uint32_t(x) & 0x8000u) << 16)));
 }
 
 template <class T>
@@ -59,7 +61,7 @@ struct Store<BFloat16> {
     const uint32_t bits = static_cast<uint32_t>(bits_of(x));
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+    return BFloat16(nan ? 0x7fc0u : rounded);
   }
 };
 
@@ -77,7 +79,7 @@ struct Store<Half> {
     uint32_t value = size < 0x38800000u ? subnormal : normal;
     value = size >= 0x477ff000u ? 0x7c00u : value;
     value = size > 0x7f800000u ? 0x7e00u : value;
-    return {static_cast<uint16_t>(value | ((bits >> 16) & 0x8000u))};
+    return Half(value | ((bits >> 16) & 0x8000u));
   }
 };
 

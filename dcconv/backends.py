@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dcconv import autograd, checks, ops, reference
-from dcconv.keep import DOT, NOTHING, kept
+from dcconv.keep import NOTHING, kept
 from dcconv.problem import Operands, Problem
 
 AUTO = "auto"
@@ -74,11 +74,10 @@ def _compiled_conv2d(
     operands: Operands, problem: Problem, keep: str
 ) -> tuple[Tensor, Tensor | None]:
     mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
-    if mode == DOT and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    ):
-        mode = NOTHING
-    y, _, mean, _ = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        y, _, mean, _ = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode)
+    else:
+        y, _, mean, _ = autograd.conv2d_forward(operands, problem, NOTHING)
     return y, mean
 
 
@@ -194,7 +193,8 @@ def _warn_slow(call: Call) -> None:
         warnings.warn(
             f"dcconv: the plain PyTorch reference runs on {call.device} tensors ({text})",
             RuntimeWarning,
-            stacklevel=4,
+            # warn, choose, check, run, the public function: the line of the user's call.
+            stacklevel=6,
         )
 
 

@@ -91,7 +91,8 @@ def sphere(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
 def ball(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
     assert rho is not None
     # b == rho counts as inside: the official code's relu(b - rho) has derivative 0 there.
-    return alpha * torch.where(b <= rho, b / rho, torch.ones_like(b / rho))
+    # NaN fails b > rho and must come out as NaN: b / rho keeps it.
+    return alpha * torch.where(b > rho, torch.ones_like(b / rho), b / rho)
 
 
 @magnitude("alpha * tanh(b / rho)", rho=True)
@@ -169,12 +170,13 @@ def capped_asin(c: Tensor, delta: float) -> Tensor:
     is capped, not zeroed. Differentiable any number of times.
     """
     bound = (1.0 - delta) ** 0.5
-    # Past the bound asin continues as a line; one branch is selected, not a difference formed,
-    # and the line starts at the bound: slopes of 1e6 would cancel.
-    end = torch.sign(c.detach()) * bound
-    line = torch.asin(end) + (c - end) * delta**-0.5
-    slope = torch.where(c.abs() <= bound, torch.asin(c.clamp(-bound, bound)), line)
-    return slope + (torch.asin(c.clamp(-1.0, 1.0)) - slope).detach()
+    inside = c.clamp(-bound, bound)
+    # Autograd divides the slope of atan2 by sqrt((1 - c)(1 + c)); asin's uses 1 - c * c, which
+    # cancels near 1.
+    angle = torch.atan2(inside, torch.sqrt((1.0 - inside) * (1.0 + inside)))
+    # One branch is selected, not a difference formed: slopes of 1e6 would cancel.
+    beyond = torch.asin(c.detach().clamp(-1.0, 1.0)) + (c - c.detach()) * delta**-0.5
+    return torch.where(c.abs() > bound, beyond, angle)
 
 
 @angular("(2 / pi) * asin(c)", invertible=True)

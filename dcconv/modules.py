@@ -34,7 +34,7 @@ class DecoupledConv2d(nn.Module):
     ``k_raw`` [o] (k = abs(k_raw) + 0.05); buffers ``norm_mean`` (float32, float64 for float64
     layers, never half) and ``norm_mean_steps``. A plain ``nn.Conv2d`` state dict loads strictly.
     Operators without a radius have neither radius nor norm state. A layer recomputed by
-    activation checkpointing updates its moving average twice, as BatchNorm does.
+    activation checkpointing may update its moving average twice, as BatchNorm does.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -176,9 +176,7 @@ class DecoupledConv2d(nn.Module):
         filters = (out_channels,)
         self.bias = nn.Parameter(torch.empty(filters, **factory)) if bias else None
         learned_radius = uses_rho and learn_radius
-        self.radius_raw = (
-            nn.Parameter(torch.empty(filters, **factory)) if learned_radius else None
-        )
+        self.radius_raw = nn.Parameter(torch.empty(filters, **factory)) if learned_radius else None
         learned_k = uses_k and learn_k
         self.k_raw = nn.Parameter(torch.empty(filters, **factory)) if learned_k else None
         if self.uses_norm_mean:

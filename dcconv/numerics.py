@@ -21,6 +21,17 @@ ANGLE_DELTA = {
     torch.bfloat16: 1e-3,
 }
 
+# The accuracy rule, for y and every gradient: err(kernel) <= factor * min(err(peer), cap * floor)
+# + floor, both errors against float64. Tests and benchmarks take the numbers from here.
+ACCURACY_FLOOR = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+PEER_FACTOR = 2.0
+PEER_CAP = 8.0
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of norms, sums, c, h and g for a storage dtype."""

@@ -134,9 +134,7 @@ def _conv2d_forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, q = _window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], p, q)
-    y = torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight)
-    )
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
     compute = compute_dtype(x.dtype)
     norm_free = Problem(magnitude=magnitude, angular=angular, weighting=weighting).norm_free
     norm_map = x.new_empty(0 if norm_free else x.shape[0] * groups * p * q, dtype=compute)

@@ -127,9 +127,7 @@ def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor
     return total * (0.5 * coefficient)
 
 
-def register_weighted_gradients(
-    model: nn.Module, scale: float = 1.0
-) -> Callable[[], None]:
+def register_weighted_gradients(model: nn.Module, scale: float = 1.0) -> Callable[[], None]:
     """Multiply every decoupled filter's gradient by scale * ||w|| (spec 4.1, "weighted gradients").
 
     Cancels the 1 / ||w|| factor of the tangential gradient: the step is what it would be on the

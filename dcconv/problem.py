@@ -97,9 +97,7 @@ class Operands(NamedTuple):
     k: Tensor | None
 
 
-def output_size(
-    size: int, kernel: int, stride: int, before: int, after: int, dilation: int
-) -> int:
+def output_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
     """Return the number of windows along one axis: floor((padded - extent) / stride) + 1."""
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 

@@ -58,8 +58,7 @@ def mean_norm(b: Tensor) -> Tensor:
 
 
 def per_filter(value: Tensor, filters: int, groups: int) -> Tensor:
-    """Shape a [] or [o] parameter to broadcast against u: [n, o, p, q], or with groups
-    [n, groups, o / groups, p, q]."""
+    """Shape a [] or [o] parameter to broadcast against u, whose filters are split by group."""
     value = value.expand(filters)
     if groups > 1:
         value = value.unflatten(0, (groups, filters // groups))

@@ -1,4 +1,4 @@
-"""The one accuracy rule, for every output and gradient, and every number it needs.
+"""The one accuracy rule, for every output and gradient; its numbers stand in dcconv/numerics.py.
 
     truth  = reference(inputs.double())   of the already rounded inputs, delta of the tested dtype
     peer   = reference(inputs)            same dtype, plain PyTorch
@@ -25,16 +25,7 @@ from cases import Inputs
 from torch import Tensor
 
 from dcconv import checks, reference
-from dcconv.numerics import ANGLE_DELTA
-
-FLOOR = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-6,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
-PEER_FACTOR = 2.0
-PEER_CAP = 8.0
+from dcconv.numerics import ACCURACY_FLOOR, ANGLE_DELTA, PEER_CAP, PEER_FACTOR
 
 # Records of the official code were computed in float32: their distance to a float64 evaluation,
 # relative to the record's norm, is at most 7e-6.
@@ -68,7 +59,7 @@ def error(value: Tensor, truth: Tensor) -> float:
 
 def limit(peer_error: float, dtype: torch.dtype) -> float:
     """Return the largest acceptable err(kernel) next to a peer's."""
-    floor = FLOOR[dtype]
+    floor = ACCURACY_FLOOR[dtype]
     capped = min(peer_error, PEER_CAP * floor) if math.isfinite(peer_error) else PEER_CAP * floor
     return PEER_FACTOR * capped + floor
 
@@ -96,7 +87,7 @@ def check(name: str, got: Tensor, truth: Tensor, peer: Tensor, dtype: torch.dtyp
     if not kernel_error <= allowed:
         raise AssertionError(
             f"{name} ({dtype}): err(kernel) {kernel_error:.3e} > limit {allowed:.3e}; "
-            f"err(peer) {peer_error:.3e}, floor {FLOOR[dtype]:.1e}, "
+            f"err(peer) {peer_error:.3e}, floor {ACCURACY_FLOOR[dtype]:.1e}, "
             f"max |truth| {float(truth.detach().abs().max()):.3e}"
         )
 

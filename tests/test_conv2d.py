@@ -165,9 +165,7 @@ def test_linear_cosine_weighted_is_a_plain_convolution(
 
 
 @pytest.mark.parametrize("magnitude", ["tanh", "linear", "sphere"])
-def test_gradients_only_where_they_are_asked_for(
-    backend: str, device: str, magnitude: str
-) -> None:
+def test_gradients_only_where_they_are_asked_for(backend: str, device: str, magnitude: str) -> None:
     inputs = make_inputs(
         by_id("groups3-odd"), magnitude=magnitude, angular="cosine", bias=True, device=device
     )

@@ -67,7 +67,7 @@ def grid(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name,weighting", WEIGHTED_MAGNITUDES)
+@pytest.mark.parametrize(("name", "weighting"), WEIGHTED_MAGNITUDES)
 def test_magnitudes_and_derivatives(
     isa: str, name: str, weighting: str, dtype: torch.dtype
 ) -> None:
@@ -86,7 +86,7 @@ def test_magnitudes_and_derivatives(
         check(f"{isa} {name} {weighting} {label}", g, t, p, dtype)
 
 
-@pytest.mark.parametrize("name,weighting", WEIGHTED_MAGNITUDES)
+@pytest.mark.parametrize(("name", "weighting"), WEIGHTED_MAGNITUDES)
 def test_magnitude_derivatives_are_those_of_the_value(isa: str, name: str, weighting: str) -> None:
     """Central differences of the compiled value itself, in float64."""
     points = grid(torch.float64)
@@ -170,7 +170,10 @@ def test_storage_rounds_to_nearest(isa: str) -> None:
     """A sphere of aligned unit vectors returns alpha: its rounding to the storage dtype shows."""
     generator = torch.Generator().manual_seed(0)
     mantissas = 1 + torch.rand(60, generator=generator, dtype=torch.float64)
-    for dtype, exponents in ((torch.bfloat16, (-100, -3, 0, 90)), (torch.float16, (-18, -3, 0, 14))):
+    for dtype, exponents in (
+        (torch.bfloat16, (-100, -3, 0, 90)),
+        (torch.float16, (-18, -3, 0, 14)),
+    ):
         one = torch.ones(1, 1, 1, 1, dtype=dtype)
         for mantissa in mantissas.tolist():
             for exponent in exponents:

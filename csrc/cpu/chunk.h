@@ -16,7 +16,8 @@ inline int64_t last_level_cache() {
     long found = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (found <= 0) found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found <= 0)
+      found = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
     return found > 0 ? static_cast<int64_t>(found) : int64_t{8} << 20;
   }();
@@ -29,11 +30,25 @@ inline std::atomic<int64_t>& forced_chunk() {
   return images;
 }
 
-// A chunk's input and output fit half of the last-level cache.
-inline int64_t images_per_chunk(int64_t n, int64_t bytes_per_image) {
-  const int64_t fitting = last_level_cache() / 2 / std::max<int64_t>(bytes_per_image, 1);
+// Forward: the output of a chunk, read once more by the epilogue, fits the last-level cache.
+inline int64_t forward_chunk(int64_t n, int64_t output_bytes) {
+  const int64_t fitting = last_level_cache() / std::max<int64_t>(output_bytes, 1);
   const int64_t forced = forced_chunk();
   return std::max<int64_t>(1, std::min(n, forced > 0 ? forced : fitting));
+}
+
+// Backward: dy, the kept tensor and du of a chunk fit the last-level cache. Only where the output
+// is the larger side: a chunk's input gradient is copied once more, and each chunk repeats the
+// library's preparation. Measured on [8, 64, 56, 56] -> 256, 1x1: 1.5 times the plain convolution
+// in chunks, 2.2 times whole; on [64, 96, 32, 32] -> 96, 3x3: 1.2 in chunks, 1.1 whole.
+inline int64_t backward_chunk(int64_t n, int64_t input_bytes, int64_t output_bytes) {
+  const int64_t forced = forced_chunk();
+  if (forced > 0)
+    return std::max<int64_t>(1, std::min(n, forced));
+  if (output_bytes <= input_bytes)
+    return std::max<int64_t>(1, n);
+  const int64_t fitting = last_level_cache() / (3 * output_bytes + input_bytes);
+  return std::max<int64_t>(1, std::min(n, fitting));
 }
 
 }  // namespace cpu

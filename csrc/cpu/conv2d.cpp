@@ -29,29 +29,50 @@ struct Call {
   ScalarType storage, library, compute;
   const Kernels& table;
   LibraryGeometry geometry;
-  bool pad;             // x is padded for the library
-  bool norm_free;       // linear x cosine: the patch norm cancels
-  bool scaled_by_a;     // norm_free: the weight is divided by its norm
-  bool weight_last;     // layout in which weights are read
-  int64_t chunk;        // images at a time
+  bool pad;          // x is padded for the library
+  bool norm_free;    // linear x cosine: the patch norm cancels
+  bool scaled_by_a;  // norm_free: the weight is divided by its norm
+  bool weight_last;  // layout in which weights are read
+  int64_t chunk;     // images at a time
 
   int64_t output_elements() const { return shape.positions() * shape.o; }
   int64_t map_elements() const { return shape.positions() * shape.groups; }
 };
 
-Call make_call(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
-               const Ints& dilation, int64_t groups, const std::string& padding_mode,
-               const std::string& magnitude, const std::string& angular,
-               const std::string& weighting, double alpha, double beta, double power,
-               double delta) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
-                      weight.size(1) * groups == x.size(1),
-                  "dcconv: weight does not fit x");
-  const bool channels_last =
-      x.size(0) > 0 && (is_channels_last(x) || is_channels_last(weight));
-  const ConvShape shape =
-      conv_shape(x, weight.size(0), {weight.size(2), weight.size(3)}, stride, padding, dilation,
-                 groups, padding_mode, channels_last);
+Call make_call(
+    const Tensor& x,
+    const Tensor& weight,
+    const Ints& stride,
+    const Ints& padding,
+    const Ints& dilation,
+    int64_t groups,
+    const std::string& padding_mode,
+    const std::string& magnitude,
+    const std::string& angular,
+    const std::string& weighting,
+    double alpha,
+    double beta,
+    double power,
+    double delta,
+    bool backward
+) {
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
+          weight.size(1) * groups == x.size(1),
+      "dcconv: weight does not fit x"
+  );
+  const bool channels_last = x.size(0) > 0 && (is_channels_last(x) || is_channels_last(weight));
+  const ConvShape shape = conv_shape(
+      x,
+      weight.size(0),
+      {weight.size(2), weight.size(3)},
+      stride,
+      padding,
+      dilation,
+      groups,
+      padding_mode,
+      channels_last
+  );
   const Dtype dtype = dtype_of(x);
   const bool symmetric = shape.rows.mode == PaddingMode::zeros &&
                          shape.rows.before == shape.rows.after &&
@@ -60,27 +81,35 @@ Call make_call(const Tensor& x, const Tensor& weight, const Ints& stride, const 
       symmetric ? Ints{shape.rows.before, shape.columns.before} : Ints{0, 0};
   const ScalarType storage = x.scalar_type(), library = library_type(dtype, storage);
   const int64_t element = dtype == Dtype::f64 ? 8 : library == ScalarType::Float ? 4 : 2;
-  const bool norm_free = magnitude == portable::Linear::name &&
-                         angular == portable::Cosine::name &&
+  const bool norm_free = magnitude == portable::Linear::name && angular == portable::Cosine::name &&
                          (weighting == "none" || weighting == "linear");
-  const int64_t image_bytes =
-      element * (shape.c * shape.input_pixels() + shape.o * shape.output_pixels());
-  return {shape,
-          {magnitude_index(magnitude, weighting),
-           index_of(portable::Angulars{}, angular, "angular function"), weighting == "linear",
-           alpha, beta, power, delta},
-          dtype,
-          storage,
-          library,
-          compute_type(dtype),
-          kernels(dtype),
-          {stride, library_padding, dilation, groups},
-          !symmetric,
-          norm_free,
-          norm_free && weighting == "none",
-          is_channels_last(weight),
-          norm_free && library == storage ? std::max<int64_t>(shape.n, 1)
-                                          : images_per_chunk(shape.n, image_bytes)};
+  const int64_t input_bytes = element * shape.c * shape.input_pixels();
+  const int64_t output_bytes = element * shape.o * shape.output_pixels();
+  // Norm-free operators have no pass of their own to keep in cache.
+  const int64_t chunk = norm_free && library == storage ? std::max<int64_t>(shape.n, 1)
+                        : backward ? backward_chunk(shape.n, input_bytes, output_bytes)
+                                   : forward_chunk(shape.n, output_bytes);
+  return {
+      shape,
+      {magnitude_index(magnitude, weighting),
+       index_of(portable::Angulars{}, angular, "angular function"),
+       weighting == "linear",
+       alpha,
+       beta,
+       power,
+       delta},
+      dtype,
+      storage,
+      library,
+      compute_type(dtype),
+      kernels(dtype),
+      {stride, library_padding, dilation, groups},
+      !symmetric,
+      norm_free,
+      norm_free && weighting == "none",
+      is_channels_last(weight),
+      chunk
+  };
 }
 
 // The weight in library dtype and one layout, its norms, and for norm-free operators the weight
@@ -112,9 +141,11 @@ Weight make_weight(const Call& call, const Tensor& weight, double eps) {
     result.library =
         call.library == call.storage ? result.stored : to_dtype(result.stored, call.library);
   }
-  run_tasks(call.shape.o, [&](int64_t begin, int64_t end) {
-    call.table.filter_norm(p, begin, end);
-  });
+  run_tasks(
+      call.shape.o,
+      [&](int64_t begin, int64_t end) { call.table.filter_norm(p, begin, end); },
+      kTask / p.size + 1
+  );
   return result;
 }
 
@@ -125,16 +156,22 @@ struct FilterVectors {
   double mean = 1;  // factor of the radius
   bool radius_per_filter = false;
 
-  FilterVectors(const Call& call, const Tensor& norms, const std::optional<Tensor>& radius,
-                double mean, const std::optional<Tensor>& k_values,
-                const std::optional<Tensor>& bias_values)
+  FilterVectors(
+      const Call& call,
+      const Tensor& norms,
+      const std::optional<Tensor>& radius,
+      double mean,
+      const std::optional<Tensor>& k_values,
+      const std::optional<Tensor>& bias_values
+  )
       : mean(mean) {
     const int64_t o = call.shape.o;
     const Positions positions = {1, 1, o, call.shape.groups, call.shape.channels_last, false};
     const int64_t repeat = call.shape.channels_last ? positions.tile_rows() : 1;
     const A* norm = static_cast<const A*>(norms.const_data_ptr());
     a.assign(norm, norm + o);
-    for (A v : a) inverse_a.push_back(A(1) / v);
+    for (A v : a)
+      inverse_a.push_back(A(1) / v);
     rho = values(radius, o, A(1));
     for (A& v : rho) {
       const A product = v * A(mean);
@@ -143,21 +180,25 @@ struct FilterVectors {
     }
     radius_per_filter = radius.has_value() && radius->numel() > 1;
     k = values(k_values, o, A(1));
-    if (bias_values.has_value()) bias = values(bias_values, o, A(0));
+    if (bias_values.has_value())
+      bias = values(bias_values, o, A(0));
     for (std::vector<A>* v : {&a, &inverse_a, &rho, &inverse_rho, &k, &bias}) {
       v->reserve(v->size() * static_cast<std::size_t>(repeat));
       const std::vector<A> once = *v;
-      for (int64_t i = 1; i < repeat; ++i) v->insert(v->end(), once.begin(), once.end());
+      for (int64_t i = 1; i < repeat; ++i)
+        v->insert(v->end(), once.begin(), once.end());
     }
   }
 
   // A [], [o] or absent parameter as o values.
   static std::vector<A> values(const std::optional<Tensor>& t, int64_t o, A otherwise) {
-    if (!t.has_value()) return std::vector<A>(static_cast<std::size_t>(o), otherwise);
+    if (!t.has_value())
+      return std::vector<A>(static_cast<std::size_t>(o), otherwise);
     const Tensor dense = contiguous(*t, false);
     STD_TORCH_CHECK(dense.numel() == 1 || dense.numel() == o, "dcconv: bad parameter size");
     const A* p = static_cast<const A*>(dense.const_data_ptr());
-    if (dense.numel() == 1) return std::vector<A>(static_cast<std::size_t>(o), p[0]);
+    if (dense.numel() == 1)
+      return std::vector<A>(static_cast<std::size_t>(o), p[0]);
     return std::vector<A>(p, p + o);
   }
 
@@ -169,8 +210,14 @@ struct FilterVectors {
 Positions positions_of(const Call& call, int64_t images, bool radius_per_filter) {
   const bool weighted =
       call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
-  return {images, call.shape.output_pixels(), call.shape.o, call.shape.groups,
-          call.shape.channels_last, !weighted && !radius_per_filter};
+  return {
+      images,
+      call.shape.output_pixels(),
+      call.shape.o,
+      call.shape.groups,
+      call.shape.channels_last,
+      !weighted && !radius_per_filter
+  };
 }
 
 template <class A>
@@ -196,16 +243,31 @@ char* at(const Tensor& t, int64_t element) {
 // strides that empty() gives, which the fakes promise.
 Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   const auto a = t.strides(), b = like.strides();
-  if (std::equal(a.begin(), a.end(), b.begin())) return t;
-  return dispatch_tensor("aten::as_strided", "", t, Ints(t.sizes().begin(), t.sizes().end()),
-                         Ints(b.begin(), b.end()), std::optional<int64_t>());
+  if (std::equal(a.begin(), a.end(), b.begin()))
+    return t;
+  return dispatch_tensor(
+      "aten::as_strided",
+      "",
+      t,
+      Ints(t.sizes().begin(), t.sizes().end()),
+      Ints(b.begin(), b.end()),
+      std::optional<int64_t>()
+  );
 }
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Call& call, Tensor x, const Tensor& weight_in, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& radius, const std::optional<Tensor>& norm_mean,
-    const std::optional<Tensor>& k, double eps, const std::string& norm, bool keep_dot) {
+    const Call& call,
+    Tensor x,
+    const Tensor& weight_in,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& radius,
+    const std::optional<Tensor>& norm_mean,
+    const std::optional<Tensor>& k,
+    double eps,
+    const std::string& norm,
+    bool keep_dot
+) {
   const ConvShape& shape = call.shape;
   const bool batch_mean = norm == "batch";
   x = contiguous(x, shape.channels_last);
@@ -215,20 +277,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   Tensor norm_map = empty({call.norm_free ? 0 : call.map_elements()}, call.compute);
   const bool wants_dot = keep_dot && !call.norm_free;
   const bool one_chunk = call.chunk >= shape.n && call.library == call.storage;
-  Tensor y = empty(one_chunk && !wants_dot ? Ints{0} : sizes, call.storage,
-                   shape.channels_last && !(one_chunk && !wants_dot));
-  Tensor dot = empty(wants_dot && !one_chunk ? sizes : Ints{0}, call.storage,
-                     shape.channels_last && wants_dot && !one_chunk);
+  Tensor y = empty(
+      one_chunk && !wants_dot ? Ints{0} : sizes,
+      call.storage,
+      shape.channels_last && !(one_chunk && !wants_dot)
+  );
+  Tensor dot = empty(
+      wants_dot && !one_chunk ? sizes : Ints{0},
+      call.storage,
+      shape.channels_last && wants_dot && !one_chunk
+  );
 
   const Window window(shape, eps);
   double factor = 1.0;
   if (!call.norm_free && batch_mean) {
     std::vector<double> row_sums(
-        static_cast<std::size_t>(window.planes(shape, shape.n) * shape.rows.output));
-    window.norms(call.table, shape, shape.n, x.const_data_ptr(), norm_map.mutable_data_ptr(),
-                 row_sums.data());
+        static_cast<std::size_t>(window.planes(shape, shape.n) * shape.rows.output)
+    );
+    window.norms(
+        call.table, shape, shape.n, x.const_data_ptr(), norm_map.mutable_data_ptr(), row_sums.data()
+    );
     double sum = 0;
-    for (double v : row_sums) sum += v;
+    for (double v : row_sums)
+      sum += v;
     const A rounded = A(sum / double(std::max<int64_t>(call.map_elements(), 1)));
     *static_cast<A*>(mean.mutable_data_ptr()) = rounded;
     factor = double(rounded);
@@ -255,10 +326,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const int64_t count = std::min(call.chunk, shape.n - first);
     const Tensor x_chunk = images(x, first, count);
     if (!call.norm_free && !batch_mean)
-      window.norms(call.table, shape, count, x_chunk.const_data_ptr(),
-                   at(norm_map, first * image_map), nullptr);
-    Tensor u = convolution(library_input(call, x_chunk), weight.library, library_bias,
-                           call.geometry);
+      window.norms(
+          call.table,
+          shape,
+          count,
+          x_chunk.const_data_ptr(),
+          at(norm_map, first * image_map),
+          nullptr
+      );
+    Tensor u =
+        convolution(library_input(call, x_chunk), weight.library, library_bias, call.geometry);
     u = contiguous(u, shape.channels_last);
     if (one_chunk) {
       u = with_strides_of(u, empty(sizes, call.storage, shape.channels_last));
@@ -273,8 +350,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       // float16 only: the library's float result is rounded once.
       if (!one_chunk)
         run_tasks((elements + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
-          call.table.round(u.const_data_ptr(), at(y, offset), begin * kTask,
-                           std::min(end * kTask, elements));
+          call.table.round(
+              u.const_data_ptr(), at(y, offset), begin * kTask, std::min(end * kTask, elements)
+          );
         });
       continue;
     }
@@ -297,14 +375,16 @@ struct Columns {
   std::vector<double> total;
 
   void* prepare(bool wanted, int64_t tasks, int64_t o) {
-    if (!wanted) return nullptr;
+    if (!wanted)
+      return nullptr;
     total.resize(static_cast<std::size_t>(o), 0.0);
     parts.resize(static_cast<std::size_t>(tasks * o));
     return parts.data();
   }
 
   void add(int64_t tasks, int64_t o) {
-    if (total.empty()) return;
+    if (total.empty())
+      return;
     for (int64_t task = 0; task < tasks; ++task)
       for (int64_t i = 0; i < o; ++i)
         total[static_cast<std::size_t>(i)] += double(parts[static_cast<std::size_t>(task * o + i)]);
@@ -318,10 +398,12 @@ Tensor parameter_grad(const Tensor& parameter, const std::vector<double>& totals
   Tensor grad = empty(sizes, parameter.scalar_type());
   A* out = static_cast<A*>(grad.mutable_data_ptr());
   if (parameter.numel() != 1) {
-    for (std::size_t i = 0; i < totals.size(); ++i) out[i] = A(totals[i] * factor);
+    for (std::size_t i = 0; i < totals.size(); ++i)
+      out[i] = A(totals[i] * factor);
   } else {
     double sum = 0;
-    for (double v : totals) sum += v;
+    for (double v : totals)
+      sum += v;
     out[0] = A(sum * factor);
   }
   return grad;
@@ -329,10 +411,22 @@ Tensor parameter_grad(const Tensor& parameter, const std::vector<double>& totals
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Call& call, Tensor grad_y, Tensor x, const Tensor& weight_in, Tensor kept,
-    const Tensor& norm_map, const Tensor& mean, const std::optional<Tensor>& radius,
-    const std::optional<Tensor>& norm_mean, const std::optional<Tensor>& k, double eps,
-    const std::string& norm, bool norm_grad, const std::string& kept_is, int64_t needs) {
+    const Call& call,
+    Tensor grad_y,
+    Tensor x,
+    const Tensor& weight_in,
+    Tensor kept,
+    const Tensor& norm_map,
+    const Tensor& mean,
+    const std::optional<Tensor>& radius,
+    const std::optional<Tensor>& norm_mean,
+    const std::optional<Tensor>& k,
+    double eps,
+    const std::string& norm,
+    bool norm_grad,
+    const std::string& kept_is,
+    int64_t needs
+) {
   const ConvShape& shape = call.shape;
   const bool batch_mean = norm == "batch";
   const bool needs_x = needs & kX, needs_weight = needs & kWeight;
@@ -340,15 +434,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool barrier = batch_mean && norm_grad && needs_x && !call.norm_free;
   x = contiguous(x, shape.channels_last);
   grad_y = contiguous(grad_y, shape.channels_last);
-  if (!call.norm_free) kept = contiguous(kept, shape.channels_last);
+  if (!call.norm_free)
+    kept = contiguous(kept, shape.channels_last);
   const Weight weight = make_weight(call, weight_in, eps);
   // Results that are not wanted; outputs of an op must not alias each other.
   const auto none = [&] { return empty({0}, call.storage); };
   const auto none_compute = [&] { return empty({0}, call.compute); };
 
   double factor = 1.0;
-  if (batch_mean && mean.numel() == 1) factor = scalar_of<A>(mean);
-  if (norm_mean.has_value()) factor = scalar_of<A>(*norm_mean);
+  if (batch_mean && mean.numel() == 1)
+    factor = scalar_of<A>(mean);
+  if (norm_mean.has_value())
+    factor = scalar_of<A>(*norm_mean);
   const FilterVectors<A> filters(call, weight.a, radius, factor, k, std::nullopt);
 
   const Ints input_sizes{shape.n, shape.c, shape.rows.input, shape.columns.input};
@@ -356,7 +453,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_x = none(), grad_weight = none();
   const bool one_chunk = call.chunk >= shape.n;
   const bool reuse = one_chunk && call.library == call.storage && !call.pad;
-  if (needs_x && !reuse) grad_x = empty(input_sizes, call.storage, shape.channels_last);
+  if (needs_x && !reuse)
+    grad_x = empty(input_sizes, call.storage, shape.channels_last);
   std::vector<A> weight_sum;
   if (needs_weight)
     weight_sum.resize(static_cast<std::size_t>(shape.o * shape.filter_size()), A(0));
@@ -366,17 +464,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t image_input = shape.c * shape.input_pixels();
   const int64_t chunk = std::max<int64_t>(std::min(call.chunk, shape.n), 1);
   Tensor t;
-  if (needs_x && !call.norm_free) t = empty({(barrier ? shape.n : chunk) * image_map}, call.compute);
+  if (needs_x && !call.norm_free)
+    t = empty({(barrier ? shape.n : chunk) * image_map}, call.compute);
   Tensor grad_u;
   if (!call.norm_free)
-    grad_u = empty({chunk, shape.o, shape.rows.output, shape.columns.output}, call.library,
-                   shape.channels_last);
+    grad_u = empty(
+        {chunk, shape.o, shape.rows.output, shape.columns.output}, call.library, shape.channels_last
+    );
 
   Columns<A> sum_rho, sum_a, sum_k, sum_bias;
-  const bool wants_rho =
-      radius.has_value() && ((needs & (kRadius | kNormMean)) != 0 || barrier);
-  const bool weighted = call.op.times_a ||
-                        call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
+  const bool wants_rho = radius.has_value() && ((needs & (kRadius | kNormMean)) != 0 || barrier);
+  const bool weighted =
+      call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
   GradDotParams p{};
   p.op = call.op;
   p.filters = filters.pointers();
@@ -400,7 +499,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   g.column_list = shown_columns.list.data();
 
   // grad_x of some images from the library's gradient and the finished t; null members are zero.
-  const auto finish_input = [&](int64_t first, int64_t count, const void* library_grad,
+  const auto finish_input = [&](int64_t first,
+                                int64_t count,
+                                const void* library_grad,
                                 const void* t_images) {
     const Tensor sums = window.transposed(call.table, shape, count, t_images, call.compute);
     g.n = count;
@@ -408,9 +509,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     g.x = at(x, first * image_input);
     g.t = sums.const_data_ptr();
     g.grad_x = at(grad_x, first * image_input);
-    run_tasks(g.tasks(), [&](int64_t begin, int64_t end) {
-      call.table.grad_input(g, begin, end);
-    });
+    run_tasks(g.tasks(), [&](int64_t begin, int64_t end) { call.table.grad_input(g, begin, end); });
   };
 
   std::vector<Tensor> library_grads;  // behind the barrier
@@ -434,35 +533,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       p.sums.k = sum_k.prepare((needs & kK) != 0 && k.has_value(), tasks, shape.o);
       p.sums.bias = sum_bias.prepare((needs & kBias) != 0, tasks, shape.o);
       run_tasks(tasks, [&](int64_t begin, int64_t end) { call.table.grad_dot(p, begin, end); });
-      for (Columns<A>* sums : {&sum_rho, &sum_a, &sum_k, &sum_bias}) sums->add(tasks, shape.o);
+      for (Columns<A>* sums : {&sum_rho, &sum_a, &sum_k, &sum_bias})
+        sums->add(tasks, shape.o);
       du = images(grad_u, 0, count);
     }
     const bool bias_by_library = call.norm_free && (needs & kBias) != 0;
-    if (!needs_x && !needs_weight && !bias_by_library) continue;
+    if (!needs_x && !needs_weight && !bias_by_library)
+      continue;
     const Tensor x_library = library_input(call, images(x, first, count));
-    auto [library_x, library_w, library_b] =
-        convolution_backward(du, x_library, weight.library, call.geometry,
-                             {needs_x, needs_weight, bias_by_library});
+    auto [library_x, library_w, library_b] = convolution_backward(
+        du, x_library, weight.library, call.geometry, {needs_x, needs_weight, bias_by_library}
+    );
     if (bias_by_library)
-      library_grad_bias = first == 0 ? library_b
-                                     : dispatch_tensor("aten::add", "Tensor", library_grad_bias,
-                                                       library_b, 1.0);
+      library_grad_bias =
+          first == 0 ? library_b
+                     : dispatch_tensor("aten::add", "Tensor", library_grad_bias, library_b, 1.0);
     if (needs_weight) {
       const Tensor dense = contiguous(library_w, call.weight_last);
       run_tasks((dense.numel() + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
-        call.table.accumulate(dense.const_data_ptr(), weight_sum.data(), begin * kTask,
-                              std::min(end * kTask, dense.numel()));
+        call.table.accumulate(
+            dense.const_data_ptr(),
+            weight_sum.data(),
+            begin * kTask,
+            std::min(end * kTask, dense.numel())
+        );
       });
     }
-    if (!needs_x) continue;
+    if (!needs_x)
+      continue;
     const Tensor dense = contiguous(library_x, shape.channels_last);
     if (reuse)
       grad_x = with_strides_of(dense, empty(input_sizes, call.storage, shape.channels_last));
     if (call.norm_free) {
       if (!reuse) {
         // Fold the padding back and round: the pass with t = 0.
-        const Tensor zero = torch::stable::fill_(
-            empty({count * image_map}, call.compute), 0.0);
+        const Tensor zero = torch::stable::fill_(empty({count * image_map}, call.compute), 0.0);
         finish_input(first, count, dense.const_data_ptr(), zero.const_data_ptr());
       }
     } else if (barrier) {
@@ -477,23 +582,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (wants_rho) {
     const std::vector<A> radii = FilterVectors<A>::values(radius, shape.o, A(1));
     for (std::size_t i = 0; i < sum_rho.total.size(); ++i) {
-      if (radii[i] * A(factor) < A(kRhoFloor)) sum_rho.total[i] = 0;
+      if (radii[i] * A(factor) < A(kRhoFloor))
+        sum_rho.total[i] = 0;
       mean_grad += double(radii[i]) * sum_rho.total[i];
     }
   }
   if (barrier && shape.n > 0) {
     const double add = mean_grad / double(std::max<int64_t>(call.map_elements(), 1));
     run_tasks((call.map_elements() + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
-      call.table.finish_t(norm_map.const_data_ptr(), nullptr, add, t.mutable_data_ptr(),
-                          begin * kTask, std::min(end * kTask, call.map_elements()));
+      call.table.finish_t(
+          norm_map.const_data_ptr(),
+          nullptr,
+          add,
+          t.mutable_data_ptr(),
+          begin * kTask,
+          std::min(end * kTask, call.map_elements())
+      );
     });
     for (std::size_t i = 0; i < library_grads.size(); ++i) {
       const int64_t first = static_cast<int64_t>(i) * call.chunk;
-      finish_input(first, std::min(call.chunk, shape.n - first),
-                   library_grads[i].const_data_ptr(), at(t, first * image_map));
+      finish_input(
+          first,
+          std::min(call.chunk, shape.n - first),
+          library_grads[i].const_data_ptr(),
+          at(t, first * image_map)
+      );
     }
   }
-  if (needs_x && shape.n == 0) grad_x = empty(input_sizes, call.storage, shape.channels_last);
+  if (needs_x && shape.n == 0)
+    grad_x = empty(input_sizes, call.storage, shape.channels_last);
 
   if (needs_weight) {
     grad_weight = empty(weight_sizes, call.storage, call.weight_last);
@@ -505,15 +622,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     f.grad_folded = weight_sum.data();
     f.project = !call.norm_free || call.scaled_by_a;
     std::vector<A> extra, scale;
-    for (double v : sum_a.total) extra.push_back(A(v));
+    for (double v : sum_a.total)
+      extra.push_back(A(v));
     if (call.norm_free)
       for (int64_t i = 0; i < shape.o; ++i)
-        scale.push_back(A(call.op.alpha) *
-                        (call.scaled_by_a ? filters.inverse_a[static_cast<std::size_t>(i)] : A(1)));
+        scale.push_back(
+            A(call.op.alpha) *
+            (call.scaled_by_a ? filters.inverse_a[static_cast<std::size_t>(i)] : A(1))
+        );
     f.extra = extra.empty() ? nullptr : extra.data();
     f.grad_scale = scale.empty() ? nullptr : scale.data();
     f.grad_weight = grad_weight.mutable_data_ptr();
-    run_tasks(shape.o, [&](int64_t begin, int64_t end) { call.table.filter_grad(f, begin, end); });
+    run_tasks(
+        shape.o,
+        [&](int64_t begin, int64_t end) { call.table.filter_grad(f, begin, end); },
+        kTask / f.size + 1
+    );
   }
 
   if ((needs & kBias) != 0) {
@@ -523,8 +647,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       grad_bias = to_dtype(library_grad_bias, call.storage);
     } else {
       Tensor sums = empty({shape.o}, call.compute);
-      std::copy(sum_bias.total.begin(), sum_bias.total.end(),
-                static_cast<A*>(sums.mutable_data_ptr()));
+      std::copy(
+          sum_bias.total.begin(), sum_bias.total.end(), static_cast<A*>(sums.mutable_data_ptr())
+      );
       grad_bias = to_dtype(sums, call.storage);
     }
   }
@@ -537,41 +662,129 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     grad_radius = parameter_grad<A>(*radius, totals(sum_rho), factor);
   if ((needs & kNormMean) != 0 && norm_mean.has_value())
     grad_mean = torch::stable::fill_(empty({}, call.compute), mean_grad);
-  if ((needs & kK) != 0 && k.has_value()) grad_k = parameter_grad<A>(*k, totals(sum_k), 1.0);
+  if ((needs & kK) != 0 && k.has_value())
+    grad_k = parameter_grad<A>(*k, totals(sum_k), 1.0);
   return {grad_x, grad_weight, grad_bias, grad_radius, grad_mean, grad_k};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_forward(
-    Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> radius,
-    std::optional<Tensor> norm_mean, std::optional<Tensor> k, Ints stride, Ints padding,
-    Ints dilation, int64_t groups, std::string padding_mode, std::string magnitude,
-    std::string angular, std::string weighting, double alpha, double beta, double power,
-    double eps, double delta, std::string norm, bool keep_dot) {
-  const Call call = make_call(x, weight, stride, padding, dilation, groups, padding_mode,
-                              magnitude, angular, weighting, alpha, beta, power, delta);
+    Tensor x,
+    Tensor weight,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> radius,
+    std::optional<Tensor> norm_mean,
+    std::optional<Tensor> k,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting,
+    double alpha,
+    double beta,
+    double power,
+    double eps,
+    double delta,
+    std::string norm,
+    bool keep_dot
+) {
+  const Call call = make_call(
+      x,
+      weight,
+      stride,
+      padding,
+      dilation,
+      groups,
+      padding_mode,
+      magnitude,
+      angular,
+      weighting,
+      alpha,
+      beta,
+      power,
+      delta,
+      false
+  );
   const auto run = call.dtype == Dtype::f64 ? forward<double> : forward<float>;
   return run(call, x, weight, bias, radius, norm_mean, k, eps, norm, keep_dot);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
-    Tensor grad_y, Tensor x, Tensor weight, Tensor kept, Tensor norm_map, Tensor mean,
-    std::optional<Tensor> radius, std::optional<Tensor> norm_mean, std::optional<Tensor> k,
-    Ints stride, Ints padding, Ints dilation, int64_t groups, std::string padding_mode,
-    std::string magnitude, std::string angular, std::string weighting, double alpha, double beta,
-    double power, double eps, double delta, std::string norm, bool norm_grad, std::string kept_is,
-    int64_t needs) {
-  const Call call = make_call(x, weight, stride, padding, dilation, groups, padding_mode,
-                              magnitude, angular, weighting, alpha, beta, power, delta);
-  STD_TORCH_CHECK(call.norm_free || (norm_map.numel() == call.map_elements() &&
-                                     kept.numel() == call.output_elements()),
-                  "dcconv: saved tensors do not fit the call");
+    Tensor grad_y,
+    Tensor x,
+    Tensor weight,
+    Tensor kept,
+    Tensor norm_map,
+    Tensor mean,
+    std::optional<Tensor> radius,
+    std::optional<Tensor> norm_mean,
+    std::optional<Tensor> k,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting,
+    double alpha,
+    double beta,
+    double power,
+    double eps,
+    double delta,
+    std::string norm,
+    bool norm_grad,
+    std::string kept_is,
+    int64_t needs
+) {
+  const Call call = make_call(
+      x,
+      weight,
+      stride,
+      padding,
+      dilation,
+      groups,
+      padding_mode,
+      magnitude,
+      angular,
+      weighting,
+      alpha,
+      beta,
+      power,
+      delta,
+      true
+  );
+  STD_TORCH_CHECK(
+      call.norm_free ||
+          (norm_map.numel() == call.map_elements() && kept.numel() == call.output_elements()),
+      "dcconv: saved tensors do not fit the call"
+  );
   STD_TORCH_CHECK(grad_y.numel() == call.output_elements(), "dcconv: grad_y does not fit the call");
   const auto run = call.dtype == Dtype::f64 ? backward<double> : backward<float>;
-  return run(call, grad_y, x, weight, kept, norm_map, mean, radius, norm_mean, k, eps, norm,
-             norm_grad, kept_is, needs);
+  return run(
+      call,
+      grad_y,
+      x,
+      weight,
+      kept,
+      norm_map,
+      mean,
+      radius,
+      norm_mean,
+      k,
+      eps,
+      norm,
+      norm_grad,
+      kept_is,
+      needs
+  );
 }
 
-void set_cpu_chunk(int64_t images) { forced_chunk() = images; }
+void set_cpu_chunk(int64_t images) {
+  forced_chunk() = images;
+}
 
 }  // namespace
 }  // namespace cpu

@@ -27,7 +27,8 @@ template <class T, class U>
 void copy_dot(const U* u, T* dot, int64_t count) {
   using A = typename ComputeType<T>::type;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) dot[i] = Store<T>::from(A(load(u[i])));
+  for (int64_t i = 0; i < count; ++i)
+    dot[i] = Store<T>::from(A(load(u[i])));
 }
 
 template <class T, class U, class A>
@@ -54,7 +55,8 @@ void epilogue_channels_last(const EpilogueParams& p, int64_t begin, int64_t end)
       const Tile tile(shape, std::min(tile_rows, last - row), from);
       const A* b = static_cast<const A*>(p.norm) + row * shape.groups + tile.first_group;
 #pragma omp simd
-      for (int64_t i = 0; i < tile.values(); ++i) row_inverse[i] = A(1) / b[i];
+      for (int64_t i = 0; i < tile.values(); ++i)
+        row_inverse[i] = A(1) / b[i];
       tile.spread(row_inverse, buffer.inverse_b);
       m.a = vector_of<A>(p.filters.a, from);
       m.rho = vector_of<A>(p.filters.rho, from);
@@ -79,7 +81,8 @@ void epilogue_channels_last(const EpilogueParams& p, int64_t begin, int64_t end)
       g.k = vector_of<A>(p.filters.k, from);
       g.bias = vector_of<A>(p.bias, from);
       g.y = static_cast<T*>(p.y) + offset;
-      if (p.dot != nullptr) copy_dot(g.u, static_cast<T*>(p.dot) + offset, g.count);
+      if (p.dot != nullptr)
+        copy_dot(g.u, static_cast<T*>(p.dot) + offset, g.count);
       angular(g);
     }
   }
@@ -107,7 +110,8 @@ void epilogue_planar(const EpilogueParams& p, int64_t begin, int64_t end) {
     for (int64_t group = 0; group < shape.groups; ++group) {
       m.b = static_cast<const A*>(p.norm) + (image * shape.groups + group) * shape.pixels + first;
 #pragma omp simd
-      for (int64_t i = 0; i < m.count; ++i) tile.inverse_b[i] = A(1) / m.b[i];
+      for (int64_t i = 0; i < m.count; ++i)
+        tile.inverse_b[i] = A(1) / m.b[i];
       for (int64_t j = 0; j < per_group; ++j) {
         const int64_t filter = group * per_group + j;
         if (j == 0 || !shape.h_per_position) {
@@ -122,7 +126,8 @@ void epilogue_planar(const EpilogueParams& p, int64_t begin, int64_t end) {
         g.k = vector_of<A>(p.filters.k, filter);
         g.bias = vector_of<A>(p.bias, filter);
         g.y = static_cast<T*>(p.y) + offset;
-        if (p.dot != nullptr) copy_dot(g.u, static_cast<T*>(p.dot) + offset, g.count);
+        if (p.dot != nullptr)
+          copy_dot(g.u, static_cast<T*>(p.dot) + offset, g.count);
         angular(g);
       }
     }

@@ -20,13 +20,16 @@ void filter_norm(const FilterParams& p, int64_t begin, int64_t end) {
     const T* w = weight + o * p.size;
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < p.size; ++i) sum += load(w[i]) * load(w[i]);
+    for (int64_t i = 0; i < p.size; ++i)
+      sum += load(w[i]) * load(w[i]);
     a[o] = sqrt_of(sum + A(p.eps));
-    if (p.scaled == nullptr) continue;
+    if (p.scaled == nullptr)
+      continue;
     const A factor = static_cast<const A*>(p.scale)[o] / (p.project ? a[o] : A(1));
     U* out = static_cast<U*>(p.scaled) + o * p.size;
 #pragma omp simd
-    for (int64_t i = 0; i < p.size; ++i) out[i] = Store<U>::from(load(w[i]) * factor);
+    for (int64_t i = 0; i < p.size; ++i)
+      out[i] = Store<U>::from(load(w[i]) * factor);
   }
 }
 
@@ -45,13 +48,16 @@ void filter_grad(const FilterParams& p, int64_t begin, int64_t end) {
     if (p.project) {
       A sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < p.size; ++i) sum += g[i] * load(w[i]);
+      for (int64_t i = 0; i < p.size; ++i)
+        sum += g[i] * load(w[i]);
       along = -scale * sum / (a[o] * a[o]);
     }
-    if (p.extra != nullptr) along += static_cast<const A*>(p.extra)[o] / a[o];
+    if (p.extra != nullptr)
+      along += static_cast<const A*>(p.extra)[o] / a[o];
     T* out = static_cast<T*>(p.grad_weight) + o * p.size;
 #pragma omp simd
-    for (int64_t i = 0; i < p.size; ++i) out[i] = Store<T>::from(g[i] * scale + load(w[i]) * along);
+    for (int64_t i = 0; i < p.size; ++i)
+      out[i] = Store<T>::from(g[i] * scale + load(w[i]) * along);
   }
 }
 
@@ -60,7 +66,8 @@ void accumulate(const void* from, void* to, int64_t begin, int64_t end) {
   const U* v = static_cast<const U*>(from);
   A* sum = static_cast<A*>(to);
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) sum[i] += load(v[i]);
+  for (int64_t i = begin; i < end; ++i)
+    sum[i] += load(v[i]);
 }
 
 template <class U, class T>
@@ -68,7 +75,8 @@ void round_to(const void* from, void* to, int64_t begin, int64_t end) {
   const U* v = static_cast<const U*>(from);
   T* out = static_cast<T*>(to);
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) out[i] = Store<T>::from(load(v[i]));
+  for (int64_t i = begin; i < end; ++i)
+    out[i] = Store<T>::from(load(v[i]));
 }
 
 }  // namespace DCCONV_ISA

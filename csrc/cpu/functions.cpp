@@ -11,16 +11,26 @@ namespace cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_grad(
-    std::string magnitude, std::string weighting, Tensor a, Tensor b, Tensor rho, double alpha,
-    double beta) {
+    std::string magnitude,
+    std::string weighting,
+    Tensor a,
+    Tensor b,
+    Tensor rho,
+    double alpha,
+    double beta
+) {
   const Dtype dtype = dtype_of(b);
-  STD_TORCH_CHECK(dtype == Dtype::f64 || dtype == Dtype::f32, "dcconv: b must be float32 or float64");
+  STD_TORCH_CHECK(
+      dtype == Dtype::f64 || dtype == Dtype::f32, "dcconv: b must be float32 or float64"
+  );
   for (const Tensor& t : {a, b, rho})
-    STD_TORCH_CHECK(t.numel() == b.numel() && t.scalar_type() == b.scalar_type() &&
-                        t.is_contiguous(),
-                    "dcconv: a, b and rho must be alike and contiguous");
+    STD_TORCH_CHECK(
+        t.numel() == b.numel() && t.scalar_type() == b.scalar_type() && t.is_contiguous(),
+        "dcconv: a, b and rho must be alike and contiguous"
+    );
   std::array<Tensor, 4> out;
-  for (Tensor& t : out) t = torch::stable::empty_like(b);
+  for (Tensor& t : out)
+    t = torch::stable::empty_like(b);
   FunctionParams p{};
   p.op = {magnitude_index(magnitude, weighting), 0, weighting == "linear", alpha, beta, 1.0, 1.0};
   p.count = b.numel();
@@ -35,18 +45,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_grad(
   return {out[0], out[1], out[2], out[3]};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> angular_grad(
-    std::string angular, Tensor c, Tensor k, double power, double delta) {
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+angular_grad(std::string angular, Tensor c, Tensor k, double power, double delta) {
   const Dtype dtype = dtype_of(c);
-  STD_TORCH_CHECK(dtype == Dtype::f64 || dtype == Dtype::f32, "dcconv: c must be float32 or float64");
-  STD_TORCH_CHECK(k.numel() == c.numel() && k.scalar_type() == c.scalar_type() &&
-                      k.is_contiguous() && c.is_contiguous(),
-                  "dcconv: c and k must be alike and contiguous");
+  STD_TORCH_CHECK(
+      dtype == Dtype::f64 || dtype == Dtype::f32, "dcconv: c must be float32 or float64"
+  );
+  STD_TORCH_CHECK(
+      k.numel() == c.numel() && k.scalar_type() == c.scalar_type() && k.is_contiguous() &&
+          c.is_contiguous(),
+      "dcconv: c and k must be alike and contiguous"
+  );
   std::array<Tensor, 4> out;
-  for (Tensor& t : out) t = torch::stable::empty_like(c);
+  for (Tensor& t : out)
+    t = torch::stable::empty_like(c);
   FunctionParams p{};
-  p.op = {0, index_of(portable::Angulars{}, angular, "angular function"), false, 1.0, 1.0, power,
-          delta};
+  p.op = {
+      0, index_of(portable::Angulars{}, angular, "angular function"), false, 1.0, 1.0, power, delta
+  };
   p.count = c.numel();
   p.c = c.const_data_ptr();
   p.k = k.const_data_ptr();

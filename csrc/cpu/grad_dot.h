@@ -39,11 +39,13 @@ void grad_dot_channels_last(const GradDotParams& p, int64_t begin, int64_t end) 
   const auto angular = pick_angular_grad<T, U, A, true>(Angulars{}, p.op.angular, p.kept_is);
   GradTile<A> buffer;
   // Per position: 1/b, h, d, h_rho, sums of t.
-  alignas(64) A row_inverse[kTile], row_h[kTile], row_d[kTile], row_rho[kTile], row_t[kTile];
+  alignas(64) A row_inverse[kTile], row_h[kTile], row_d[kTile], row_rho[kTile], row_a[kTile],
+      row_t[kTile];
   const bool rho = p.sums.rho != nullptr, a = p.sums.a != nullptr;
   MagnitudeRow<A> m{};
   m.constants = constants_of<A>(p.op);
   m.times_a = p.op.times_a;
+  m.parameters = p.sums.rho != nullptr || p.sums.a != nullptr;
   GradRow<T, U, A> g{};
   g.inverse_b = buffer.inverse_b;
   g.h = buffer.h;
@@ -52,7 +54,8 @@ void grad_dot_channels_last(const GradDotParams& p, int64_t begin, int64_t end) 
   g.t = buffer.t;
   g.dy_g = rho || a ? buffer.dy_g : nullptr;
   g.dy_k = p.sums.k != nullptr ? buffer.dy_k : nullptr;
-  if (g.dy_k != nullptr) g.dy_g = buffer.dy_g;
+  if (g.dy_k != nullptr)
+    g.dy_g = buffer.dy_g;
   const int64_t tile_rows = shape.tile_rows();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t last = std::min((task + 1) * shape.task_rows(), shape.n * shape.pixels);
@@ -61,17 +64,20 @@ void grad_dot_channels_last(const GradDotParams& p, int64_t begin, int64_t end) 
     A* sum_k = task_sums<A>(p.sums.k, task, shape.o);
     A* sum_bias = task_sums<A>(p.sums.bias, task, shape.o);
     for (A* sums : {sum_rho, sum_a, sum_k, sum_bias})
-      if (sums != nullptr) std::fill_n(sums, shape.o, A(0));
+      if (sums != nullptr)
+        std::fill_n(sums, shape.o, A(0));
     for (int64_t row = task * shape.task_rows(); row < last; row += tile_rows) {
       const int64_t rows = std::min(tile_rows, last - row);
       const A* norms = static_cast<const A*>(p.norm) + row * shape.groups;
       A* t = p.t == nullptr ? nullptr : static_cast<A*>(p.t) + row * shape.groups;
-      if (t != nullptr) std::fill_n(t, rows * shape.groups, A(0));
+      if (t != nullptr)
+        std::fill_n(t, rows * shape.groups, A(0));
       for (int64_t from = 0; from < shape.o; from += kTile) {
         const Tile tile(shape, rows, from);
         const A* b = norms + tile.first_group;
 #pragma omp simd
-        for (int64_t i = 0; i < tile.values(); ++i) row_inverse[i] = A(1) / b[i];
+        for (int64_t i = 0; i < tile.values(); ++i)
+          row_inverse[i] = A(1) / b[i];
         tile.spread(row_inverse, buffer.inverse_b);
         m.a = vector_of<A>(p.filters.a, from);
         m.rho = vector_of<A>(p.filters.rho, from);
@@ -81,20 +87,21 @@ void grad_dot_channels_last(const GradDotParams& p, int64_t begin, int64_t end) 
           m.b = b;
           m.h = row_h;
           m.d = row_d;
-          m.h_rho = rho ? row_rho : nullptr;
-          m.h_a = nullptr;
+          m.h_rho = row_rho;
+          m.h_a = row_a;
           magnitude_rows(m);
           tile.spread(row_h, buffer.h);
           tile.spread(row_d, buffer.d);
-          if (rho) tile.spread(row_rho, buffer.h_rho);
+          if (rho)
+            tile.spread(row_rho, buffer.h_rho);
         } else {
           tile.spread(b, buffer.b);
           m.count = tile.count();
           m.b = buffer.b;
           m.h = buffer.h;
           m.d = buffer.d;
-          m.h_rho = rho ? buffer.h_rho : nullptr;
-          m.h_a = a ? buffer.h_a : nullptr;
+          m.h_rho = buffer.h_rho;
+          m.h_a = buffer.h_a;
           magnitude(m);
         }
         const int64_t offset = row * shape.o + from;
@@ -115,12 +122,16 @@ void grad_dot_channels_last(const GradDotParams& p, int64_t begin, int64_t end) 
                   row_t[r * tile.groups + i] * inverse * inverse;
             }
         }
-        if (sum_rho != nullptr) tile.add_columns(buffer.dy_g, buffer.h_rho, sum_rho + from);
-        if (sum_a != nullptr) tile.add_columns(buffer.dy_g, buffer.h_a, sum_a + from);
-        if (sum_k != nullptr) tile.add_columns(buffer.dy_k, sum_k + from);
+        if (sum_rho != nullptr)
+          tile.add_columns(buffer.dy_g, buffer.h_rho, sum_rho + from);
+        if (sum_a != nullptr)
+          tile.add_columns(buffer.dy_g, buffer.h_a, sum_a + from);
+        if (sum_k != nullptr)
+          tile.add_columns(buffer.dy_k, sum_k + from);
         if (sum_bias != nullptr) {
 #pragma omp simd
-          for (int64_t i = 0; i < g.count; ++i) buffer.t[i] = load(g.grad_y[i]);
+          for (int64_t i = 0; i < g.count; ++i)
+            buffer.t[i] = load(g.grad_y[i]);
           tile.add_columns(buffer.t, sum_bias + from);
         }
       }
@@ -132,7 +143,8 @@ template <class A>
 A dot_of(const A* v, const A* w, int64_t count) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += v[i] * w[i];
+  for (int64_t i = 0; i < count; ++i)
+    sum += v[i] * w[i];
   return sum;
 }
 
@@ -140,7 +152,8 @@ template <class T, class A>
 A sum_of(const T* v, int64_t count) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += load(v[i]);
+  for (int64_t i = 0; i < count; ++i)
+    sum += load(v[i]);
   return sum;
 }
 
@@ -156,10 +169,11 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
   MagnitudeRow<A> m{};
   m.constants = constants_of<A>(p.op);
   m.times_a = p.op.times_a;
+  m.parameters = p.sums.rho != nullptr || p.sums.a != nullptr;
   m.h = buffer.h;
   m.d = buffer.d;
-  m.h_rho = rho ? buffer.h_rho : nullptr;
-  m.h_a = a ? buffer.h_a : nullptr;
+  m.h_rho = buffer.h_rho;
+  m.h_a = buffer.h_a;
   GradRow<T, U, A> g{};
   g.inverse_b = buffer.inverse_b;
   g.h = buffer.h;
@@ -175,7 +189,8 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
       const int64_t map = (image * shape.groups + group) * shape.pixels + first;
       m.b = static_cast<const A*>(p.norm) + map;
 #pragma omp simd
-      for (int64_t i = 0; i < m.count; ++i) buffer.inverse_b[i] = A(1) / m.b[i];
+      for (int64_t i = 0; i < m.count; ++i)
+        buffer.inverse_b[i] = A(1) / m.b[i];
       std::fill_n(buffer.t, m.count, A(0));
       for (int64_t j = 0; j < per_group; ++j) {
         const int64_t filter = group * per_group + j;
@@ -193,9 +208,12 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
         g.grad_u = static_cast<U*>(p.grad_u) + offset;
         angular(g);
         const int64_t sum = task * shape.o + filter;
-        if (rho) static_cast<A*>(p.sums.rho)[sum] = dot_of(buffer.dy_g, buffer.h_rho, g.count);
-        if (a) static_cast<A*>(p.sums.a)[sum] = dot_of(buffer.dy_g, buffer.h_a, g.count);
-        if (g.dy_k != nullptr) static_cast<A*>(p.sums.k)[sum] = sum_of<A, A>(g.dy_k, g.count);
+        if (rho)
+          static_cast<A*>(p.sums.rho)[sum] = dot_of(buffer.dy_g, buffer.h_rho, g.count);
+        if (a)
+          static_cast<A*>(p.sums.a)[sum] = dot_of(buffer.dy_g, buffer.h_a, g.count);
+        if (g.dy_k != nullptr)
+          static_cast<A*>(p.sums.k)[sum] = sum_of<A, A>(g.dy_k, g.count);
         if (p.sums.bias != nullptr)
           static_cast<A*>(p.sums.bias)[sum] = sum_of<T, A>(g.grad_y, g.count);
       }

@@ -48,7 +48,8 @@ void grad_input_channels_last(const GradInputParams& p, int64_t begin, int64_t e
                          p.column_list[s] * p.c;
             A* to = sum.data();
 #pragma omp simd
-            for (int64_t c = 0; c < p.c; ++c) to[c] += load(v[c]);
+            for (int64_t c = 0; c < p.c; ++c)
+              to[c] += load(v[c]);
           }
       }
       for (int64_t g = 0; g < p.groups; ++g) {
@@ -75,7 +76,8 @@ void grad_input_planar(const GradInputParams& p, int64_t begin, int64_t end) {
     const A* t = static_cast<const A*>(p.t) + map * h * w;
     T* out = static_cast<T*>(p.grad_x) + task * h * w;
     const U* grad = static_cast<const U*>(p.library_grad);
-    if (grad != nullptr) grad += task * p.rows.padded() * library_row;
+    if (grad != nullptr)
+      grad += task * p.rows.padded() * library_row;
     if (plain) {
 #pragma omp simd
       for (int64_t i = 0; i < h * w; ++i)

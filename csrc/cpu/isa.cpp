@@ -39,11 +39,13 @@ std::vector<Isa> available() {
 Table find(const std::string& name) {
   std::string known;
   for (const Isa& isa : available()) {
-    if (name == isa.name) return isa.table;
+    if (name == isa.name)
+      return isa.table;
     known += known.empty() ? isa.name : std::string(", ") + isa.name;
   }
   STD_TORCH_CHECK(
-      false, "dcconv: the instruction set must be one of ", known, ", got '", name, "'");
+      false, "dcconv: the instruction set must be one of ", known, ", got '", name, "'"
+  );
 }
 
 Table initial() {
@@ -56,19 +58,26 @@ std::atomic<Table>& chosen() {
   return table;
 }
 
-std::string cpu_isa() { return kernels(Dtype::f32).isa; }
+std::string cpu_isa() {
+  return kernels(Dtype::f32).isa;
+}
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : available()) names.emplace_back(isa.name);
+  for (const Isa& isa : available())
+    names.emplace_back(isa.name);
   return names;
 }
 
-void set_cpu_isa(std::string name) { chosen() = find(name); }
+void set_cpu_isa(std::string name) {
+  chosen() = find(name);
+}
 
 }  // namespace
 
-const Kernels& kernels(Dtype dtype) { return chosen().load()(dtype); }
+const Kernels& kernels(Dtype dtype) {
+  return chosen().load()(dtype);
+}
 
 }  // namespace cpu
 }  // namespace dcconv

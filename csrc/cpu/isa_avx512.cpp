@@ -1,6 +1,6 @@
-// The CPU kernels for x86-64 machines with AVX-512 (F, BW, DQ, VL); other machines compile an empty file.
-// Headers with inline functions outside the kernels' namespace come first: compiled for the target,
-// such a copy could be the one that the linker gives to code that runs anywhere.
+// The CPU kernels for x86-64 machines with AVX-512 (F, BW, DQ, VL); other machines compile an empty
+// file. Headers with inline functions outside the kernels' namespace come first: compiled for the
+// target, such a copy could be the one that the linker gives to code that runs anywhere.
 
 #if defined(__x86_64__)
 
@@ -14,7 +14,9 @@
 #include "cpu/kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function    \
+)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")

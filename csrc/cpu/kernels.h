@@ -56,7 +56,8 @@ struct Positions {
   }
   int64_t blocks() const { return (pixels + kTile - 1) / kTile; }
   int64_t tasks() const {
-    if (channels_last) return (n * pixels + task_rows() - 1) / task_rows();
+    if (channels_last)
+      return (n * pixels + task_rows() - 1) / task_rows();
     return n * blocks();
   }
 };
@@ -117,7 +118,8 @@ struct PixelSumsqParams {
   }
   int64_t blocks() const { return (pixels + kTile - 1) / kTile; }
   int64_t tasks() const {
-    if (channels_last) return (n * pixels + task_pixels() - 1) / task_pixels();
+    if (channels_last)
+      return (n * pixels + task_pixels() - 1) / task_pixels();
     return n * groups * blocks();
   }
 };
@@ -169,10 +171,12 @@ struct Kernels {
   void (*pixel_sumsq)(const PixelSumsqParams&, int64_t begin, int64_t end);
   // sums -> b = sqrt(window sum + eps); row_sums [planes * output rows] in double, or null.
   void (*window_norm)(
-      const WindowParams&, const void* sums, void* b, double* row_sums, int64_t begin, int64_t end);
+      const WindowParams&, const void* sums, void* b, double* row_sums, int64_t begin, int64_t end
+  );
   // t over outputs -> its transposed window sum over inputs.
   void (*window_transposed)(
-      const WindowParams&, const void* t, void* out, int64_t begin, int64_t end);
+      const WindowParams&, const void* t, void* out, int64_t begin, int64_t end
+  );
   void (*epilogue)(const EpilogueParams&, int64_t begin, int64_t end);
   void (*grad_dot)(const GradDotParams&, int64_t begin, int64_t end);
   void (*grad_input)(const GradInputParams&, int64_t begin, int64_t end);

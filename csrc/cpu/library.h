@@ -23,12 +23,12 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
 template <std::size_t kResults, class... Args>
-std::array<StableIValue, (sizeof...(Args) > kResults ? sizeof...(Args) : kResults)> dispatch(
-    const char* name, const char* overload, const Args&... args) {
+std::array<StableIValue, (sizeof...(Args) > kResults ? sizeof...(Args) : kResults)>
+dispatch(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, (sizeof...(Args) > kResults ? sizeof...(Args) : kResults)> stack{
-      torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+      torch::stable::detail::from(args)...
+  };
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return stack;
 }
 
@@ -42,8 +42,10 @@ inline bool is_channels_last(const Tensor& t) {
   int64_t smallest = 0;
   for (int axis : {1, 3, 2, 0}) {
     const int64_t size = t.size(axis), stride = t.stride(axis);
-    if (size == 0 || stride < smallest) return false;
-    if (axis == 0 && smallest == t.stride(1)) return false;
+    if (size == 0 || stride < smallest)
+      return false;
+    if (axis == 0 && smallest == t.stride(1))
+      return false;
     smallest = size > 1 ? stride * size : stride;
   }
   return t.stride(1) != 0;
@@ -55,7 +57,8 @@ inline MemoryFormat format_of(bool channels_last) {
 
 inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last = false) {
   return torch::stable::empty(
-      sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format_of(channels_last));
+      sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format_of(channels_last)
+  );
 }
 
 inline Tensor contiguous(const Tensor& t, bool channels_last) {
@@ -64,20 +67,28 @@ inline Tensor contiguous(const Tensor& t, bool channels_last) {
 
 // Images [first, first + count) of a batch, a view.
 inline Tensor images(const Tensor& t, int64_t first, int64_t count) {
-  if (first == 0 && count == t.size(0)) return t;
-  return dispatch_tensor("aten::slice", "Tensor", t, int64_t{0}, std::optional<int64_t>(first),
-      std::optional<int64_t>(first + count), int64_t{1});
+  if (first == 0 && count == t.size(0))
+    return t;
+  return dispatch_tensor(
+      "aten::slice",
+      "Tensor",
+      t,
+      int64_t{0},
+      std::optional<int64_t>(first),
+      std::optional<int64_t>(first + count),
+      int64_t{1}
+  );
 }
 
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
-  return dispatch_tensor("aten::to", "dtype", t, dtype, false, false,
-      std::optional<MemoryFormat>());
+  return dispatch_tensor(
+      "aten::to", "dtype", t, dtype, false, false, std::optional<MemoryFormat>()
+  );
 }
 
 // Pad rows and columns: top, bottom, left, right.
 inline Tensor pad(const Tensor& x, const ConvShape& shape) {
-  const Ints edges{
-      shape.columns.before, shape.columns.after, shape.rows.before, shape.rows.after};
+  const Ints edges{shape.columns.before, shape.columns.after, shape.rows.before, shape.rows.after};
   const char* modes[] = {"constant", "reflect", "replicate", "circular"};
   return torch::stable::pad(x, edges, modes[static_cast<int>(shape.rows.mode)]);
 }
@@ -88,37 +99,71 @@ struct LibraryGeometry {
 };
 
 inline Tensor convolution(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-    const LibraryGeometry& g) {
-  return dispatch_tensor("aten::convolution", "", x, weight, bias, g.stride, g.padding,
-      g.dilation, false, Ints{0, 0}, g.groups);
+    const Tensor& x,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    const LibraryGeometry& g
+) {
+  return dispatch_tensor(
+      "aten::convolution",
+      "",
+      x,
+      weight,
+      bias,
+      g.stride,
+      g.padding,
+      g.dilation,
+      false,
+      Ints{0, 0},
+      g.groups
+  );
 }
 
 // Gradients with respect to input, weight and bias; those not wanted are undefined tensors.
 inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const LibraryGeometry& g,
-    std::array<bool, 3> wanted) {
+    const Tensor& grad,
+    const Tensor& x,
+    const Tensor& weight,
+    const LibraryGeometry& g,
+    std::array<bool, 3> wanted
+) {
   const torch::headeronly::HeaderOnlyArrayRef<bool> mask(wanted.data(), wanted.size());
   const std::optional<Ints> bias_sizes =
       wanted[2] ? std::optional<Ints>(Ints{weight.size(0)}) : std::nullopt;
-  auto stack = dispatch<3>("aten::convolution_backward", "", grad, x, weight, bias_sizes, g.stride,
-      g.padding, g.dilation, false, Ints{0, 0}, g.groups, mask);
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-          torch::stable::detail::to<Tensor>(stack[2])};
+  auto stack = dispatch<3>(
+      "aten::convolution_backward",
+      "",
+      grad,
+      x,
+      weight,
+      bias_sizes,
+      g.stride,
+      g.padding,
+      g.dilation,
+      false,
+      Ints{0, 0},
+      g.groups,
+      mask
+  );
+  return {
+      torch::stable::detail::to<Tensor>(stack[0]),
+      torch::stable::detail::to<Tensor>(stack[1]),
+      torch::stable::detail::to<Tensor>(stack[2])
+  };
 }
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "dcconv: x must have a floating dtype");
+  case ScalarType::Double:
+    return Dtype::f64;
+  case ScalarType::Float:
+    return Dtype::f32;
+  case ScalarType::BFloat16:
+    return Dtype::bf16;
+  case ScalarType::Half:
+    return Dtype::f16;
+  default:
+    STD_TORCH_CHECK(false, "dcconv: x must have a floating dtype");
   }
 }
 
@@ -132,9 +177,10 @@ inline ScalarType library_type(Dtype dtype, ScalarType storage) {
   return dtype == Dtype::f16 ? ScalarType::Float : storage;
 }
 
+// Threads take at least `grain` tasks each; fewer tasks than that run on the caller.
 template <class Kernel>
-void run_tasks(int64_t tasks, const Kernel& kernel) {
-  torch::stable::parallel_for(0, tasks, 1, kernel);
+void run_tasks(int64_t tasks, const Kernel& kernel, int64_t grain = 1) {
+  torch::stable::parallel_for(0, tasks, grain, kernel);
 }
 
 // The kernels of the chosen instruction set.

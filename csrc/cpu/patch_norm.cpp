@@ -13,24 +13,33 @@ Window::Window(const ConvShape& shape, double eps)
     : row_sources_(shape.rows.sources()), column_sources_(shape.columns.sources()), eps_(eps) {}
 
 WindowParams Window::params(const ConvShape& shape, int64_t count) const {
-  return {planes(shape, count),
-          shape.channels_last ? shape.groups : 1,
-          shape.rows,
-          shape.columns,
-          row_sources_.data(),
-          column_sources_.data(),
-          eps_};
+  return {
+      planes(shape, count),
+      shape.channels_last ? shape.groups : 1,
+      shape.rows,
+      shape.columns,
+      row_sources_.data(),
+      column_sources_.data(),
+      eps_
+  };
 }
 
-void Window::norms(const Kernels& kernels, const ConvShape& shape, int64_t count, const void* x,
-                   void* b, double* row_sums) const {
+void Window::norms(
+    const Kernels& kernels,
+    const ConvShape& shape,
+    int64_t count,
+    const void* x,
+    void* b,
+    double* row_sums
+) const {
   const WindowParams window = params(shape, count);
   const std::size_t size = kernels.compute_size;
   std::vector<char> sums(
-      static_cast<std::size_t>(count * shape.groups * shape.input_pixels()) * size);
-  const PixelSumsqParams sumsq{count,        shape.input_pixels(), shape.c,
-                               shape.groups, shape.channels_last,  x,
-                               sums.data()};
+      static_cast<std::size_t>(count * shape.groups * shape.input_pixels()) * size
+  );
+  const PixelSumsqParams sumsq{
+      count, shape.input_pixels(), shape.c, shape.groups, shape.channels_last, x, sums.data()
+  };
   run_tasks(sumsq.tasks(), [&](int64_t begin, int64_t end) {
     kernels.pixel_sumsq(sumsq, begin, end);
   });
@@ -39,8 +48,9 @@ void Window::norms(const Kernels& kernels, const ConvShape& shape, int64_t count
   });
 }
 
-Tensor Window::transposed(const Kernels& kernels, const ConvShape& shape, int64_t count,
-                          const void* t, ScalarType compute) const {
+Tensor Window::transposed(
+    const Kernels& kernels, const ConvShape& shape, int64_t count, const void* t, ScalarType compute
+) const {
   const WindowParams window = params(shape, count);
   Tensor out = empty({count * shape.groups * shape.input_pixels()}, compute);
   void* to = out.mutable_data_ptr();
@@ -54,33 +64,51 @@ Shown::Shown(const Axis& axis) {
   for (int64_t i = 0; i < axis.input; ++i) {
     starts.push_back(static_cast<int64_t>(list.size()));
     for (int64_t j = 0; j < axis.padded(); ++j)
-      if (axis.source(j) == i) list.push_back(j);
+      if (axis.source(j) == i)
+        list.push_back(j);
   }
   starts.push_back(static_cast<int64_t>(list.size()));
 }
 
 namespace {
 
-Tensor patch_norm_forward(Tensor x, Ints kernel, Ints stride, Ints padding, Ints dilation,
-                          int64_t groups, std::string padding_mode, double eps) {
+Tensor patch_norm_forward(
+    Tensor x,
+    Ints kernel,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    double eps
+) {
   const bool channels_last = is_channels_last(x);
-  const ConvShape shape = conv_shape(x, groups, kernel, stride, padding, dilation, groups,
-                                     padding_mode, channels_last);
+  const ConvShape shape =
+      conv_shape(x, groups, kernel, stride, padding, dilation, groups, padding_mode, channels_last);
   const Dtype dtype = dtype_of(x);
   x = contiguous(x, channels_last);
-  Tensor b = empty({shape.n, groups, shape.rows.output, shape.columns.output}, compute_type(dtype),
-                   channels_last);
-  Window(shape, eps).norms(kernels(dtype), shape, shape.n, x.const_data_ptr(),
-                           b.mutable_data_ptr(), nullptr);
+  Tensor b = empty(
+      {shape.n, groups, shape.rows.output, shape.columns.output}, compute_type(dtype), channels_last
+  );
+  Window(shape, eps)
+      .norms(kernels(dtype), shape, shape.n, x.const_data_ptr(), b.mutable_data_ptr(), nullptr);
   return b;
 }
 
-Tensor patch_norm_backward(Tensor grad_b, Tensor x, Tensor b, Ints kernel, Ints stride,
-                           Ints padding, Ints dilation, int64_t groups,
-                           std::string padding_mode) {
+Tensor patch_norm_backward(
+    Tensor grad_b,
+    Tensor x,
+    Tensor b,
+    Ints kernel,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode
+) {
   const bool channels_last = is_channels_last(x);
-  const ConvShape shape = conv_shape(x, groups, kernel, stride, padding, dilation, groups,
-                                     padding_mode, channels_last);
+  const ConvShape shape =
+      conv_shape(x, groups, kernel, stride, padding, dilation, groups, padding_mode, channels_last);
   const Dtype dtype = dtype_of(x);
   const Kernels& table = kernels(dtype);
   x = contiguous(x, channels_last);
@@ -88,14 +116,20 @@ Tensor patch_norm_backward(Tensor grad_b, Tensor x, Tensor b, Ints kernel, Ints 
   grad_b = contiguous(grad_b, channels_last);
   Tensor t = empty({b.numel()}, compute_type(dtype));
   run_tasks((b.numel() + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
-    table.finish_t(b.const_data_ptr(), grad_b.const_data_ptr(), 0.0, t.mutable_data_ptr(),
-                   begin * kTask, std::min(end * kTask, b.numel()));
+    table.finish_t(
+        b.const_data_ptr(),
+        grad_b.const_data_ptr(),
+        0.0,
+        t.mutable_data_ptr(),
+        begin * kTask,
+        std::min(end * kTask, b.numel())
+    );
   });
-  const Tensor sums = Window(shape, 0.0).transposed(table, shape, shape.n, t.const_data_ptr(),
-                                                    compute_type(dtype));
-  Tensor grad_x =
-      empty({shape.n, shape.c, shape.rows.input, shape.columns.input}, x.scalar_type(),
-            channels_last);
+  const Tensor sums =
+      Window(shape, 0.0).transposed(table, shape, shape.n, t.const_data_ptr(), compute_type(dtype));
+  Tensor grad_x = empty(
+      {shape.n, shape.c, shape.rows.input, shape.columns.input}, x.scalar_type(), channels_last
+  );
   GradInputParams params{};
   params.n = shape.n;
   params.c = shape.c;

@@ -11,23 +11,34 @@ namespace cpu {
 
 // Window geometry with its index tables.
 class Window {
- public:
+public:
   Window(const ConvShape& shape, double eps);
 
   // b = sqrt(window sums of x^2 + eps) of `count` images; adds one sum per output row of every
   // plane to row_sums unless it is null. The output has n * groups * p * q elements.
-  void norms(const Kernels& kernels, const ConvShape& shape, int64_t count, const void* x, void* b,
-             double* row_sums) const;
+  void norms(
+      const Kernels& kernels,
+      const ConvShape& shape,
+      int64_t count,
+      const void* x,
+      void* b,
+      double* row_sums
+  ) const;
 
   // Transposed window sums of t, one value per input pixel and group.
-  Tensor transposed(const Kernels& kernels, const ConvShape& shape, int64_t count, const void* t,
-                    ScalarType compute) const;
+  Tensor transposed(
+      const Kernels& kernels,
+      const ConvShape& shape,
+      int64_t count,
+      const void* t,
+      ScalarType compute
+  ) const;
 
   int64_t planes(const ConvShape& shape, int64_t count) const {
     return shape.channels_last ? count : count * shape.groups;
   }
 
- private:
+private:
   WindowParams params(const ConvShape& shape, int64_t count) const;
 
   std::vector<int64_t> row_sources_, column_sources_;

@@ -24,7 +24,8 @@ void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
       const T* v = x + i * channels;
       A sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < channels; ++c) sum += load(v[c]) * load(v[c]);
+      for (int64_t c = 0; c < channels; ++c)
+        sum += load(v[c]) * load(v[c]);
       sums[i] = sum;
     }
     return;
@@ -37,7 +38,8 @@ void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < channels; ++c) {
       const T* v = x + (plane * channels + c) * p.pixels + first;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) out[i] += load(v[i]) * load(v[i]);
+      for (int64_t i = 0; i < count; ++i)
+        out[i] += load(v[i]) * load(v[i]);
     }
   }
 }

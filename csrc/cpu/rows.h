@@ -32,8 +32,9 @@ struct MagnitudeRow {
   bool times_a;
   A* h;
   A* d;
-  A* h_rho;  // null unless wanted
-  A* h_a;    // null unless wanted
+  bool parameters;  // whether h_rho and h_a are wanted
+  A* h_rho;
+  A* h_a;
 };
 
 template <class M, class A, bool kVector>
@@ -53,38 +54,50 @@ void magnitude_value(const MagnitudeRow<A>& row) {
   }
 }
 
-template <class M, class A, bool kVector>
-void magnitude_grad(const MagnitudeRow<A>& row) {
+// With h_rho and h_a. Template switches: a loop-invariant bool would keep the loop scalar.
+template <class M, class A, bool kVector, bool kTimesA>
+void magnitude_grad_parameters(const MagnitudeRow<A>& row) {
   const Operand<A, kVector> a{row.a}, rho{row.rho}, inverse{row.inverse_rho};
   const Constants<A> k = row.constants;
   const A* b = row.b;
   A *h = row.h, *d = row.d, *h_rho = row.h_rho, *h_a = row.h_a;
-  if (h_a == nullptr && h_rho == nullptr && !row.times_a) {
 #pragma omp simd
-    for (int64_t i = 0; i < row.count; ++i) {
-      const MagnitudeGrad<A> m = M::grad(a[i], b[i], Radius<A>{rho[i], inverse[i]}, k);
-      h[i] = m.h;
-      d[i] = m.d;
-    }
-    return;
-  }
-  if (h_a == nullptr && !row.times_a) {
-#pragma omp simd
-    for (int64_t i = 0; i < row.count; ++i) {
-      const MagnitudeGrad<A> m = M::grad(a[i], b[i], Radius<A>{rho[i], inverse[i]}, k);
+  for (int64_t i = 0; i < row.count; ++i) {
+    const A a_i = a[i];
+    const MagnitudeGrad<A> m = M::grad(a_i, b[i], Radius<A>{rho[i], inverse[i]}, k);
+    if constexpr (kTimesA) {
+      h[i] = m.h * a_i;
+      d[i] = m.d * a_i;
+      h_rho[i] = m.h_rho * a_i;
+      h_a[i] = m.h;
+    } else {
       h[i] = m.h;
       d[i] = m.d;
       h_rho[i] = m.h_rho;
+      h_a[i] = m.h_a;
     }
+  }
+}
+
+template <class M, class A, bool kVector>
+void magnitude_grad(const MagnitudeRow<A>& row) {
+  if (row.times_a) {
+    magnitude_grad_parameters<M, A, kVector, true>(row);
     return;
   }
+  if (row.parameters) {
+    magnitude_grad_parameters<M, A, kVector, false>(row);
+    return;
+  }
+  const Operand<A, kVector> a{row.a}, rho{row.rho}, inverse{row.inverse_rho};
+  const Constants<A> k = row.constants;
+  const A* b = row.b;
+  A *h = row.h, *d = row.d;
+#pragma omp simd
   for (int64_t i = 0; i < row.count; ++i) {
     const MagnitudeGrad<A> m = M::grad(a[i], b[i], Radius<A>{rho[i], inverse[i]}, k);
-    const A factor = row.times_a ? a[i] : A(1);
-    h[i] = m.h * factor;
-    d[i] = m.d * factor;
-    if (h_rho != nullptr) h_rho[i] = m.h_rho * factor;
-    if (h_a != nullptr) h_a[i] = row.times_a ? m.h : m.h_a;
+    h[i] = m.h;
+    d[i] = m.d;
   }
 }
 
@@ -140,65 +153,59 @@ struct GradRow {
   A* dy_k;  // dy h g_k, null unless wanted
 };
 
-template <class G, class T, class U, class A, bool kVector, Kept kKept>
-void angular_grad(const GradRow<T, U, A>& row) {
+// c from y (and h) or from u. Values come loaded: a load inside a branch would not vectorise.
+template <class G, Kept kKept, class A>
+DC_HD A cosine_of(A kept, A h, A scale) {
+  if constexpr (kKept == Kept::output) {
+    // h = 0 only where it underflowed, and y with it: any divisor gives g = 0.
+    return G::inverse(kept / (h == A(0) ? A(1) : h));
+  } else {
+    return kept * scale;
+  }
+}
+
+// dy (d g + h e)
+template <class G, class A>
+DC_HD A norm_term(A dy, A h, A d, A g, A e) {
+  if constexpr (G::has_e) {
+    return dy * (d * g + h * e);
+  } else {
+    return dy * d * g;
+  }
+}
+
+// kSums: 0 no column sums, 1 dy g, 2 dy g and dy h g_k.
+template <class G, class T, class U, class A, bool kVector, Kept kKept, int kSums>
+void angular_grad_sums(const GradRow<T, U, A>& row) {
   const Operand<A, kVector> inverse_a{row.inverse_a}, k{row.k};
   const Constants<A> s = row.constants;
   const A *inverse_b = row.inverse_b, *h = row.h, *d = row.d;
   const T *grad_y = row.grad_y, *kept = row.kept;
   U* grad_u = row.grad_u;
   A *t = row.t, *dy_g = row.dy_g, *dy_k = row.dy_k;
-  const auto cosine = [&](int64_t i, A scale) -> A {
-    if constexpr (kKept == Kept::output) {
-      // h = 0 only where it underflowed, and y with it.
-      const A g = h[i] == A(0) ? A(0) : load(kept[i]) / h[i];
-      return G::inverse(g);
-    } else {
-      return load(kept[i]) * scale;
-    }
-  };
-  const auto row_term = [&](int64_t i, A dy, const AngularGrad<A>& m) -> A {
-    if constexpr (G::has_e) {
-      return dy * (d[i] * m.g + h[i] * m.e);
-    } else {
-      return dy * d[i] * m.g;
-    }
-  };
-  if (dy_g == nullptr && dy_k == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < row.count; ++i) {
-      const A scale = inverse_a[i] * inverse_b[i];
-      const AngularGrad<A> m = G::grad(cosine(i, scale), k[i], s);
-      const A dy = load(grad_y[i]);
-      grad_u[i] = Store<U>::from(dy * h[i] * m.g_c * scale);
-      const A term = row_term(i, dy, m);
-      t[i] = kVector ? term : t[i] + term;
-    }
-    return;
-  }
-  if (dy_k == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < row.count; ++i) {
-      const A scale = inverse_a[i] * inverse_b[i];
-      const AngularGrad<A> m = G::grad(cosine(i, scale), k[i], s);
-      const A dy = load(grad_y[i]);
-      grad_u[i] = Store<U>::from(dy * h[i] * m.g_c * scale);
-      const A term = row_term(i, dy, m);
-      t[i] = kVector ? term : t[i] + term;
-      dy_g[i] = dy * m.g;
-    }
-    return;
-  }
 #pragma omp simd
   for (int64_t i = 0; i < row.count; ++i) {
     const A scale = inverse_a[i] * inverse_b[i];
-    const AngularGrad<A> m = G::grad(cosine(i, scale), k[i], s);
-    const A dy = load(grad_y[i]);
-    grad_u[i] = Store<U>::from(dy * h[i] * m.g_c * scale);
-    const A term = row_term(i, dy, m);
+    const A dy = load(grad_y[i]), h_i = h[i], d_i = d[i];
+    const AngularGrad<A> m = G::grad(cosine_of<G, kKept>(A(load(kept[i])), h_i, scale), k[i], s);
+    grad_u[i] = Store<U>::from(dy * h_i * m.g_c * scale);
+    const A term = norm_term<G>(dy, h_i, d_i, m.g, m.e);
     t[i] = kVector ? term : t[i] + term;
-    dy_g[i] = dy * m.g;
-    dy_k[i] = dy * h[i] * m.g_k;
+    if constexpr (kSums >= 1)
+      dy_g[i] = dy * m.g;
+    if constexpr (kSums >= 2)
+      dy_k[i] = dy * h_i * m.g_k;
+  }
+}
+
+template <class G, class T, class U, class A, bool kVector, Kept kKept>
+void angular_grad(const GradRow<T, U, A>& row) {
+  if (row.dy_k != nullptr) {
+    angular_grad_sums<G, T, U, A, kVector, kKept, 2>(row);
+  } else if (row.dy_g != nullptr) {
+    angular_grad_sums<G, T, U, A, kVector, kKept, 1>(row);
+  } else {
+    angular_grad_sums<G, T, U, A, kVector, kKept, 0>(row);
   }
 }
 
@@ -209,14 +216,16 @@ using MagnitudeFunction = void (*)(const MagnitudeRow<A>&);
 template <class A, bool kVector, class... M, class... W>
 MagnitudeFunction<A> pick_magnitude_value(TypeList<M...>, TypeList<W...>, int index) {
   static constexpr MagnitudeFunction<A> table[] = {
-      magnitude_value<M, A, kVector>..., magnitude_value<W, A, kVector>...};
+      magnitude_value<M, A, kVector>..., magnitude_value<W, A, kVector>...
+  };
   return table[index];
 }
 
 template <class A, bool kVector, class... M, class... W>
 MagnitudeFunction<A> pick_magnitude_grad(TypeList<M...>, TypeList<W...>, int index) {
   static constexpr MagnitudeFunction<A> table[] = {
-      magnitude_grad<M, A, kVector>..., magnitude_grad<W, A, kVector>...};
+      magnitude_grad<M, A, kVector>..., magnitude_grad<W, A, kVector>...
+  };
   return table[index];
 }
 
@@ -235,9 +244,11 @@ using GradFunction = void (*)(const GradRow<T, U, A>&);
 template <class T, class U, class A, bool kVector, class... G>
 GradFunction<T, U, A> pick_angular_grad(TypeList<G...>, int index, Kept kept) {
   static constexpr GradFunction<T, U, A> from_output[] = {
-      angular_grad<G, T, U, A, kVector, Kept::output>...};
+      angular_grad<G, T, U, A, kVector, Kept::output>...
+  };
   static constexpr GradFunction<T, U, A> from_dot[] = {
-      angular_grad<G, T, U, A, kVector, Kept::dot>...};
+      angular_grad<G, T, U, A, kVector, Kept::dot>...
+  };
   return kept == Kept::output ? from_output[index] : from_dot[index];
 }
 

@@ -21,8 +21,10 @@ void magnitude_function(const FunctionParams& p) {
   const A* rho = static_cast<const A*>(p.rho);
   A *h = static_cast<A*>(p.out0), *h_b = static_cast<A*>(p.out1);
   A *h_rho = static_cast<A*>(p.out2), *h_a = static_cast<A*>(p.out3);
-  const auto value = pick_magnitude_value<A, true>(Magnitudes{}, WeightedMagnitudes{}, p.op.magnitude);
-  const auto grad = pick_magnitude_grad<A, true>(Magnitudes{}, WeightedMagnitudes{}, p.op.magnitude);
+  const auto value =
+      pick_magnitude_value<A, true>(Magnitudes{}, WeightedMagnitudes{}, p.op.magnitude);
+  const auto grad =
+      pick_magnitude_grad<A, true>(Magnitudes{}, WeightedMagnitudes{}, p.op.magnitude);
   for (int64_t i = 0; i < p.count; ++i) {
     const A inverse = A(1) / rho[i];
     MagnitudeRow<A> row{};
@@ -36,6 +38,7 @@ void magnitude_function(const FunctionParams& p) {
     A d = 0, unused = 0;
     row.h = &unused;
     row.d = &d;
+    row.parameters = true;
     row.h_rho = h_rho + i;
     row.h_a = h_a + i;
     grad(row);

@@ -13,6 +13,18 @@ namespace DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
+// Whole vectors first, of a length the compiler knows: a tile has many short rows.
+template <class A>
+DC_HD void fill(A* to, int64_t count, A value) {
+  constexpr int64_t kWidth = 16;
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth)
+    for (int64_t j = 0; j < kWidth; ++j)
+      to[i + j] = value;
+  for (; i < count; ++i)
+    to[i] = value;
+}
+
 // `rows` positions times filters [from, from + filters). Several rows only with all filters.
 struct Tile {
   int64_t rows, from, filters;
@@ -20,11 +32,8 @@ struct Tile {
   int64_t first_group, groups;  // groups that the filters touch
 
   Tile(const Positions& shape, int64_t rows, int64_t from)
-      : rows(rows),
-        from(from),
-        filters(std::min(kTile, shape.o - from)),
-        per_group(shape.filters_per_group()),
-        first_group(from / per_group),
+      : rows(rows), from(from), filters(std::min(kTile, shape.o - from)),
+        per_group(shape.filters_per_group()), first_group(from / per_group),
         groups((from + filters - 1) / per_group - first_group + 1) {}
 
   int64_t count() const { return rows * filters; }
@@ -42,13 +51,15 @@ struct Tile {
   template <class A>
   void spread(const A* values, A* to) const {
     if (groups == 1) {
-      for (int64_t r = 0; r < rows; ++r) std::fill_n(to + r * filters, filters, values[r]);
+      for (int64_t r = 0; r < rows; ++r)
+        fill(to + r * filters, filters, values[r]);
       return;
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < groups; ++i)
         std::fill(
-            to + r * filters + begin_of(i), to + r * filters + end_of(i), values[r * groups + i]);
+            to + r * filters + begin_of(i), to + r * filters + end_of(i), values[r * groups + i]
+        );
   }
 
   // to [rows, groups] += sums over the filters of each group of values [rows, filters]
@@ -60,7 +71,8 @@ struct Tile {
         const int64_t first = begin_of(i), last = end_of(i);
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = first; j < last; ++j) sum += v[j];
+        for (int64_t j = first; j < last; ++j)
+          sum += v[j];
         to[r * groups + i] += sum;
       }
   }
@@ -71,7 +83,8 @@ struct Tile {
     for (int64_t r = 0; r < rows; ++r) {
       const A *v = values + r * filters, *f = factors + r * filters;
 #pragma omp simd
-      for (int64_t j = 0; j < filters; ++j) to[j] += v[j] * f[j];
+      for (int64_t j = 0; j < filters; ++j)
+        to[j] += v[j] * f[j];
     }
   }
 
@@ -80,7 +93,8 @@ struct Tile {
     for (int64_t r = 0; r < rows; ++r) {
       const A* v = values + r * filters;
 #pragma omp simd
-      for (int64_t j = 0; j < filters; ++j) to[j] += v[j];
+      for (int64_t j = 0; j < filters; ++j)
+        to[j] += v[j];
     }
   }
 };

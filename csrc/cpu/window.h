@@ -17,8 +17,8 @@ using namespace ::dcconv::DCCONV_ISA;
 // One task is one output row of one plane.
 template <class A>
 void window_norm(
-    const WindowParams& w, const void* sums, void* b, double* row_sums, int64_t begin,
-    int64_t end) {
+    const WindowParams& w, const void* sums, void* b, double* row_sums, int64_t begin, int64_t end
+) {
   const int64_t width = w.width;
   const int64_t input_row = w.columns.input * width, output_row = w.columns.output * width;
   const A eps = A(w.eps);
@@ -30,13 +30,21 @@ void window_norm(
     std::fill(column.begin(), column.end(), A(0));
     for (int64_t r = 0; r < w.rows.kernel; ++r) {
       const int64_t h = w.row_sources[p * w.rows.stride + r * w.rows.dilation];
-      if (h < 0) continue;
+      if (h < 0)
+        continue;
       const A* v = in + h * input_row;
       A* to = column.data();
 #pragma omp simd
-      for (int64_t i = 0; i < input_row; ++i) to[i] += v[i];
+      for (int64_t i = 0; i < input_row; ++i)
+        to[i] += v[i];
     }
+    // The columns inside are themselves; only the padding goes through the table.
+    std::copy(column.begin(), column.end(), padded.begin() + w.columns.before * width);
     for (int64_t i = 0; i < w.columns.padded(); ++i) {
+      if (i == w.columns.before)
+        i += w.columns.input;
+      if (i == w.columns.padded())
+        break;
       const int64_t source = w.column_sources[i];
       for (int64_t j = 0; j < width; ++j)
         padded[static_cast<std::size_t>(i * width + j)] =
@@ -48,19 +56,24 @@ void window_norm(
       const A* v = padded.data() + s * w.columns.dilation * width;
       if (w.columns.stride == 1) {
 #pragma omp simd
-        for (int64_t i = 0; i < output_row; ++i) out[i] += v[i];
+        for (int64_t i = 0; i < output_row; ++i)
+          out[i] += v[i];
       } else {
         for (int64_t q = 0; q < w.columns.output; ++q)
           for (int64_t j = 0; j < width; ++j)
             out[q * width + j] += v[q * w.columns.stride * width + j];
       }
     }
-    double sum = 0;
-    for (int64_t i = 0; i < output_row; ++i) {
+#pragma omp simd
+    for (int64_t i = 0; i < output_row; ++i)
       out[i] = sqrt_of(out[i]);
+    if (row_sums == nullptr)
+      continue;
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < output_row; ++i)
       sum += double(out[i]);
-    }
-    if (row_sums != nullptr) row_sums[task] = sum;
+    row_sums[task] = sum;
   }
 }
 
@@ -68,7 +81,8 @@ void window_norm(
 // order whatever the number of tasks.
 template <class A>
 void window_transposed(
-    const WindowParams& w, const void* t, void* out, int64_t begin, int64_t end) {
+    const WindowParams& w, const void* t, void* out, int64_t begin, int64_t end
+) {
   const int64_t width = w.width;
   const int64_t input_row = w.columns.input * width, output_row = w.columns.output * width;
   std::vector<A> column(static_cast<std::size_t>(output_row));
@@ -82,16 +96,20 @@ void window_transposed(
     const int64_t first = local ? h + w.rows.before : 0;
     const int64_t last = local ? first + 1 : w.rows.padded();
     for (int64_t i = first; i < last; ++i) {
-      if (w.row_sources[i] != h) continue;
+      if (w.row_sources[i] != h)
+        continue;
       for (int64_t r = 0; r < w.rows.kernel; ++r) {
         const int64_t start = i - r * w.rows.dilation;
-        if (start < 0 || start % w.rows.stride != 0) continue;
+        if (start < 0 || start % w.rows.stride != 0)
+          continue;
         const int64_t p = start / w.rows.stride;
-        if (p >= w.rows.output) continue;
+        if (p >= w.rows.output)
+          continue;
         const A* v = in + p * output_row;
         A* to = column.data();
 #pragma omp simd
-        for (int64_t j = 0; j < output_row; ++j) to[j] += v[j];
+        for (int64_t j = 0; j < output_row; ++j)
+          to[j] += v[j];
       }
     }
     std::fill(padded.begin(), padded.end(), A(0));
@@ -100,7 +118,8 @@ void window_transposed(
       const A* v = column.data();
       if (w.columns.stride == 1) {
 #pragma omp simd
-        for (int64_t j = 0; j < output_row; ++j) to[j] += v[j];
+        for (int64_t j = 0; j < output_row; ++j)
+          to[j] += v[j];
       } else {
         for (int64_t q = 0; q < w.columns.output; ++q)
           for (int64_t j = 0; j < width; ++j)
@@ -111,7 +130,8 @@ void window_transposed(
     std::fill_n(row, input_row, A(0));
     for (int64_t i = 0; i < w.columns.padded(); ++i) {
       const int64_t source = w.column_sources[i];
-      if (source < 0) continue;
+      if (source < 0)
+        continue;
       for (int64_t j = 0; j < width; ++j)
         row[source * width + j] += padded[static_cast<std::size_t>(i * width + j)];
     }
@@ -120,18 +140,19 @@ void window_transposed(
 
 // t <- t + add / b, or t <- grad_b / b.
 template <class A>
-void finish_t(
-    const void* b, const void* grad_b, double add, void* t, int64_t begin, int64_t end) {
+void finish_t(const void* b, const void* grad_b, double add, void* t, int64_t begin, int64_t end) {
   const A* norm = static_cast<const A*>(b);
   const A* grad = static_cast<const A*>(grad_b);
   A* out = static_cast<A*>(t);
   const A sum = A(add);
   if (grad != nullptr) {
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) out[i] = grad[i] / norm[i];
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = grad[i] / norm[i];
   } else {
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) out[i] += sum / norm[i];
+    for (int64_t i = begin; i < end; ++i)
+      out[i] += sum / norm[i];
   }
 }
 

@@ -1,0 +1,72 @@
+"""``python -m bench.keep``: the error of every gradient with y kept against u kept.
+
+The table in ``dcconv/keep.py`` comes from here: [4, 32, 14, 14] -> 32, 3x3, tanh, the mean norm of
+the batch, random normal operands, error against the float64 reference by the accuracy rule. Where
+``keep="output"`` is refused for accuracy, the refusal is switched off to measure what it prevents.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.accuracy import error
+from dcconv import checks, functional, keep, reference
+from dcconv.functions import angulars
+from dcconv.numerics import ANGLE_DELTA, FLOATING_DTYPES
+
+
+def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, Tensor]:
+    """Return the gradients of x and weight; ``kept`` None asks for the float64 reference."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return (values if kept is not None else values.double()).requires_grad_()
+
+    x, weight, cotangent = normal(4, 32, 14, 14), normal(32, 32, 3, 3), normal(4, 32, 14, 14)
+    options = {"magnitude": "tanh", "angular": angular, "norm_mean": "batch"}
+    if kept is not None:
+        y = functional.decoupled_conv2d(x, weight, padding=1, keep=kept, backend="cpu", **options)
+    else:
+        usual = dict(
+            weighting="none",
+            alpha=1.0,
+            beta=0.5,
+            radius=1.0,
+            k=0.3,
+            power=2.0,
+            eps=1e-4,
+            padding_mode="zeros",
+        )
+        operands, problem = checks.convolution(x, weight, None, 1, 1, 1, 1, **usual, **options)
+        y, _ = reference.forward(operands, problem._replace(delta=ANGLE_DELTA[dtype]))
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), cotangent.detach())
+    return {"grad_x": grad_x, "grad_weight": grad_weight}
+
+
+def main() -> None:
+    """Print the table."""
+    table = Table("angular", "dtype", "auto keeps", "grad_x, y / u", "grad_weight, y / u")
+    for angular, record in angulars.items():
+        for dtype in FLOATING_DTYPES[::-1]:
+            truth = gradients(dtype, angular, None)
+            cells = []
+            with mock.patch.object(keep, "why_not_output", return_value=None):
+                dot = gradients(dtype, angular, "dot")
+                output = gradients(dtype, angular, "output") if record.invertible else None
+            for name, exact in truth.items():
+                by_output = f"{error(output[name], exact):.1e}" if output else "no inverse"
+                cells.append(f"{by_output} / {error(dot[name], exact):.1e}")
+            problem = checks.Problem(angular=angular)
+            auto = keep.kept(problem, dtype, bias=False, keep="auto")
+            table.add_row(angular, str(dtype).removeprefix("torch."), auto, *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,567 @@
+"""Every message of the checks, word for word, with its class; and none that is not listed here."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import dcconv
+from dcconv import DecoupledConv2d, backends
+from dcconv.functional import decoupled_conv2d, patch_norm
+
+PACKAGE = Path(dcconv.__file__).parent
+
+
+class Refusal(NamedTuple):
+    """A wrong call and the sentence it must raise, without the leading "dcconv: "."""
+
+    call: Callable[[], object]
+    kind: type[Exception]
+    message: str
+
+
+X = torch.zeros(1, 4, 5, 6)
+WEIGHT = torch.zeros(6, 4, 3, 3)
+META = torch.device("meta")
+
+
+def conv(**changes: Any) -> Callable[[], object]:
+    return lambda: decoupled_conv2d(**{"x": X, "weight": WEIGHT, **changes})
+
+
+def layer(*sizes: Any, **changes: Any) -> Callable[[], object]:
+    return lambda: DecoupledConv2d(*(sizes or (4, 6, 3)), **changes)
+
+
+def norm(x: Any = X, kernel_size: Any = 3, **changes: Any) -> Callable[[], object]:
+    return lambda: patch_norm(x, kernel_size, **changes)
+
+
+MAGNITUDES = "sphere, ball, tanh, linear, segmented, log, mix"
+ANGULARS = "linear, cosine, sigmoid, square_cosine, power"
+WEIGHTINGS = "none, linear, product, separate"
+MODES = "zeros, reflect, replicate, circular"
+BACKENDS = "auto, cuda, triton, cpu, reference"
+PARAMETER = "be a number above 0 or a floating tensor of shape [] or [6]"
+NORM_MEAN = "be None, 'batch' or a floating tensor of shape []"
+POSITIVE = "be a finite number above 0"
+NOT_NEGATIVE = "be a finite number of at least 0"
+CLASSES = {"v": ValueError, "t": TypeError}
+
+
+def refusal(
+    call: Callable[[], object], kind: str, argument: str, rule: str, got: object
+) -> Refusal:
+    return Refusal(call, CLASSES[kind], f"{argument} must {rule}, got {got}")
+
+
+NAMES = [
+    refusal(make(**{argument: value}), kind, argument, f"be one of {known}", got)
+    for argument, known, makers in (
+        ("magnitude", MAGNITUDES, (conv, layer)),
+        ("angular", ANGULARS, (conv, layer)),
+        ("weighting", WEIGHTINGS, (conv, layer)),
+        ("padding_mode", MODES, (conv, layer, norm)),
+        ("padding", "same, valid", (conv, layer, norm)),
+        ("keep", "auto, output, dot", (conv, layer)),
+        ("backend", BACKENDS, (conv, layer, norm)),
+        ("radius_unit", "mean_norm, absolute", (layer,)),
+        ("norm_init", "first, zero", (layer,)),
+    )
+    for make in makers
+    for kind, value, got in (("v", "tahn", "'tahn'"), ("t", b"tanh", "bytes"))
+    # padding also takes integers, with a message of its own for other types.
+    if not (argument == "padding" and kind == "t")
+]
+
+NUMBERS = [
+    refusal(make(**{argument: value}), kind, argument, rule, got)
+    for argument, rule, makers, low in (
+        ("alpha", POSITIVE, (conv, layer), 0.0),
+        ("beta", NOT_NEGATIVE, (conv, layer), -0.5),
+        ("power", "be a finite number of at least 1", (conv, layer), 0.5),
+        ("eps", POSITIVE, (conv, layer, norm), 0.0),
+        ("radius", POSITIVE, (layer,), 0.0),
+        ("k", POSITIVE, (layer,), -1.0),
+        ("norm_momentum", "be in (0, 1]", (layer,), 0.0),
+    )
+    for make in makers
+    for kind, value, got in (
+        ("v", low, low),
+        ("v", float("nan"), "nan"),
+        ("v", float("inf"), "inf"),
+        ("t", "1", "str"),
+        ("t", True, "bool"),
+        ("t", None, "NoneType"),
+        ("t", torch.ones(()), "Tensor"),
+    )
+]
+
+GEOMETRY = [
+    refusal(make(**{argument: value}), kind, argument, rule, got)
+    for argument, low in (("stride", 1), ("padding", 0), ("dilation", 1))
+    for make in (conv, layer, norm)
+    for kind, value, rule, got in (
+        ("v", low - 1, f"be an integer of at least {low}", low - 1),
+        ("v", (1, low - 1), f"be an integer of at least {low}", low - 1),
+        ("v", (1, 1, 1), "be an integer or a pair of integers", "(1, 1, 1)"),
+        ("t", 1.0, f"be an integer of at least {low}", "float"),
+        ("t", (1, 2.0), f"be an integer of at least {low}", "float"),
+        ("t", True, f"be an integer of at least {low}", "bool"),
+        ("t", None, f"be an integer of at least {low}", "NoneType"),
+    )
+]
+
+FLAGS = [
+    refusal(layer(**{name: value}), "t", name, "be a bool", got)
+    for name in ("bias", "learn_radius", "norm_mean_grad", "sync_norm", "learn_k")
+    for value, got in ((1, "int"), (None, "NoneType"))
+]
+
+INPUTS = [
+    refusal(make(x=value), kind, "x", rule, got)
+    for make in (conv, norm)
+    for kind, value, rule, got in (
+        ("t", [[1.0]], "be a tensor", "list"),
+        ("v", torch.zeros(5, 6), "have shape [n, c, h, w] or [c, h, w]", "[5, 6]"),
+        ("v", torch.zeros(1, 1, 4, 5, 6), "have shape [n, c, h, w] or [c, h, w]", [1, 1, 4, 5, 6]),
+        ("t", X.int(), "have dtype float16, bfloat16, float32 or float64", "torch.int32"),
+        ("t", X.cfloat(), "have dtype float16, bfloat16, float32 or float64", "torch.complex64"),
+        ("t", X.to_sparse(), "be a strided tensor", "torch.sparse_coo"),
+    )
+]
+
+TENSORS = [
+    refusal(conv(weight=[1.0]), "t", "weight", "be a tensor", "list"),
+    refusal(conv(weight=WEIGHT[0]), "v", "weight", "have shape [o, c / groups, r, s]", [4, 3, 3]),
+    refusal(
+        conv(weight=WEIGHT.double()), "t", "weight", "have x's dtype torch.float32", "torch.float64"
+    ),
+    refusal(conv(weight=WEIGHT.to(META)), "v", "weight", "be on x's device cpu", "meta"),
+    refusal(conv(weight=WEIGHT[:, :3]), "v", "weight.size(1)", "be in_channels / groups = 4", 3),
+    refusal(conv(weight=WEIGHT, groups=2), "v", "weight.size(1)", "be in_channels / groups = 2", 4),
+    refusal(
+        conv(weight=WEIGHT[:, :, :0]),
+        "v",
+        "weight",
+        "have at least one row and column",
+        [6, 4, 0, 3],
+    ),
+    refusal(conv(bias=1.0), "t", "bias", "be a tensor or None", "float"),
+    refusal(conv(bias=torch.zeros(5)), "v", "bias", "have shape [6]", "[5]"),
+    refusal(conv(bias=torch.zeros(6, 1)), "v", "bias", "have shape [6]", "[6, 1]"),
+    refusal(
+        conv(bias=torch.zeros(6).half()),
+        "t",
+        "bias",
+        "have x's dtype torch.float32",
+        "torch.float16",
+    ),
+    refusal(conv(bias=torch.zeros(6, device=META)), "v", "bias", "be on x's device cpu", "meta"),
+    *(
+        refusal(conv(**{name: value}), kind, name, rule, got)
+        for name in ("radius", "k")
+        for kind, value, rule, got in (
+            ("v", 0.0, PARAMETER, 0.0),
+            ("v", -1, PARAMETER, -1),
+            ("v", float("inf"), PARAMETER, "inf"),
+            ("t", "1", PARAMETER, "str"),
+            ("t", True, PARAMETER, "bool"),
+            ("t", None, PARAMETER, "NoneType"),
+            ("t", torch.ones(6, dtype=torch.int64), PARAMETER, "torch.int64"),
+            ("v", torch.ones(4), PARAMETER, "shape [4]"),
+            ("v", torch.ones(6, 1), PARAMETER, "shape [6, 1]"),
+            ("v", torch.ones(6, device=META), "be on x's device cpu", "meta"),
+        )
+    ),
+    refusal(conv(norm_mean="mean"), "v", "norm_mean", NORM_MEAN, "'mean'"),
+    refusal(conv(norm_mean=1.0), "t", "norm_mean", NORM_MEAN, "float"),
+    refusal(conv(norm_mean=torch.tensor(1)), "t", "norm_mean", NORM_MEAN, "torch.int64"),
+    refusal(conv(norm_mean=torch.ones(1)), "v", "norm_mean", NORM_MEAN, "shape [1]"),
+    refusal(
+        conv(norm_mean=torch.ones((), device=META)),
+        "v",
+        "norm_mean",
+        "be on x's device cpu",
+        "meta",
+    ),
+]
+
+
+def fit(extent: int) -> str:
+    return f"be at least as large as the dilated kernel [{extent}, {extent}] after padding"
+
+
+GROUPS = [
+    *(
+        refusal(make(groups=value), kind, "groups", rule, got)
+        for make in (conv, layer, norm)
+        for kind, value, rule, got in (
+            ("v", 0, "be an integer of at least 1", 0),
+            ("t", 2.0, "be an integer of at least 1", "float"),
+            ("t", "2", "be an integer of at least 1", "str"),
+        )
+    ),
+    refusal(conv(groups=3), "v", "groups", "divide the 4 channels of x", 3),
+    refusal(conv(groups=4), "v", "groups", "divide the 6 filters of weight", 4),
+    refusal(conv(weight=WEIGHT[:0]), "v", "groups", "divide the 0 filters of weight", 1),
+    refusal(conv(x=X[:, :0]), "v", "groups", "divide the 0 channels of x", 1),
+    refusal(norm(groups=3), "v", "groups", "divide the 4 channels of x", 3),
+    refusal(norm(X[:, :0]), "v", "groups", "divide the 0 channels of x", 1),
+    refusal(layer(groups=3), "v", "groups", "divide in_channels 4", 3),
+    refusal(layer(groups=4), "v", "groups", "divide out_channels 6", 4),
+]
+
+SIZES = [
+    refusal(conv(x=X[:, :, :2]), "v", "x", fit(3), "[2, 6]"),
+    refusal(conv(dilation=3), "v", "x", fit(7), "[5, 6]"),
+    refusal(conv(x=X[..., :0], padding=(0, 1)), "v", "x", fit(3), "[5, 2]"),
+    refusal(conv(x=X[:, :, :0], padding="same"), "v", "x", fit(3), "[2, 8]"),
+    refusal(norm(X, 9), "v", "x", fit(9), "[5, 6]"),
+    refusal(
+        conv(padding=5, padding_mode="reflect"),
+        "v",
+        "padding",
+        "be below the height 5 for 'reflect'",
+        5,
+    ),
+    refusal(
+        conv(padding=(0, 6), padding_mode="reflect"),
+        "v",
+        "padding",
+        "be below the width 6 for 'reflect'",
+        6,
+    ),
+    refusal(
+        conv(padding=6, padding_mode="circular"),
+        "v",
+        "padding",
+        "be at most the height 5 for 'circular'",
+        6,
+    ),
+    refusal(
+        conv(padding=(0, 7), padding_mode="circular"),
+        "v",
+        "padding",
+        "be at most the width 6 for 'circular'",
+        7,
+    ),
+    refusal(
+        conv(x=X[:, :, :0], padding=2, padding_mode="replicate"),
+        "v",
+        "x",
+        "have a height of at least 1 for 'replicate'",
+        0,
+    ),
+    refusal(
+        conv(x=X[..., :0], padding=2, padding_mode="replicate"),
+        "v",
+        "x",
+        "have a width of at least 1 for 'replicate'",
+        0,
+    ),
+    *(
+        refusal(make, kind, name, rule, got)
+        for make, kind, name, rule, got in (
+            (layer(0, 6, 3), "v", "in_channels", "be an integer of at least 1", 0),
+            (layer(4, -1, 3), "v", "out_channels", "be an integer of at least 1", -1),
+            (layer(4.0, 6, 3), "t", "in_channels", "be an integer of at least 1", "float"),
+            (layer(4, 6, 0), "v", "kernel_size", "be an integer of at least 1", 0),
+            (layer(4, 6, "3"), "t", "kernel_size", "be an integer of at least 1", "str"),
+            (
+                layer(4, 6, (3, 3, 3)),
+                "v",
+                "kernel_size",
+                "be an integer or a pair of integers",
+                "(3, 3, 3)",
+            ),
+            (norm(X, (3, 0)), "v", "kernel_size", "be an integer of at least 1", 0),
+        )
+    ),
+]
+
+COMBINATIONS = [
+    *(
+        refusal(
+            make(magnitude=magnitude, weighting=weighting),
+            "v",
+            "magnitude",
+            f"be 'tanh' for weighting '{weighting}'",
+            f"'{magnitude}'",
+        )
+        for make in (conv, layer)
+        for weighting in ("product", "separate")
+        for magnitude in ("sphere", "ball", "linear", "segmented", "log", "mix")
+    ),
+    *(
+        refusal(
+            conv(keep="output", **options),
+            "v",
+            "keep",
+            f"be 'auto' or 'dot' here ({reason})",
+            "'output'",
+        )
+        for options, reason in (
+            ({"bias": torch.zeros(6)}, "a bias is added after the operator, so y / h is not g"),
+            ({"angular": "sigmoid"}, "angular 'sigmoid' is not recovered from y at full accuracy"),
+            ({"angular": "power"}, "angular 'power' is not recovered from y at full accuracy"),
+            (
+                {"x": X.half(), "weight": WEIGHT.half(), "angular": "square_cosine"},
+                "the small values of 'square_cosine' are subnormal in float16",
+            ),
+        )
+    ),
+    refusal(
+        layer(k=0.04, angular="sigmoid", learn_k=True),
+        "v",
+        "k",
+        "be at least 0.05 with learn_k=True",
+        0.04,
+    ),
+    refusal(layer(norm_momentum=1.5), "v", "norm_momentum", "be in (0, 1]", 1.5),
+    refusal(layer(dtype=torch.int32), "t", "dtype", "be a floating dtype", "torch.int32"),
+]
+
+SGD = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+PLAIN = nn.Linear(2, 2)
+OWN = DecoupledConv2d(3, 4, 3)
+MODELS: dict[str, Callable[[Any], object]] = {
+    "project_weights": dcconv.project_weights,
+    "register_projection": lambda model: dcconv.register_projection(SGD, model),
+    "orthogonality_penalty": dcconv.orthogonality_penalty,
+    "register_weighted_gradients": dcconv.register_weighted_gradients,
+}
+
+
+def on_model(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+UTILITIES = [
+    *(
+        refusal(on_model(f, PLAIN), "v", "model", "have a DecoupledConv2d layer", "Linear")
+        for f in MODELS.values()
+    ),
+    *(
+        refusal(on_model(f, [OWN]), "t", "model", "be an nn.Module", "list")
+        for f in MODELS.values()
+    ),
+    refusal(
+        on_model(dcconv.register_projection, SGD, OWN, 0),
+        "v",
+        "every",
+        "be an integer of at least 1",
+        0,
+    ),
+    refusal(
+        on_model(dcconv.register_projection, SGD, OWN, 1.5),
+        "t",
+        "every",
+        "be an integer of at least 1",
+        "float",
+    ),
+    refusal(
+        on_model(dcconv.orthogonality_penalty, OWN, -1e-5), "v", "coefficient", NOT_NEGATIVE, -1e-5
+    ),
+    refusal(
+        on_model(dcconv.orthogonality_penalty, OWN, "1"), "t", "coefficient", NOT_NEGATIVE, "str"
+    ),
+    refusal(on_model(dcconv.register_weighted_gradients, OWN, 0.0), "v", "scale", POSITIVE, 0.0),
+    refusal(
+        on_model(dcconv.register_weighted_gradients, OWN, None), "t", "scale", POSITIVE, "NoneType"
+    ),
+]
+
+
+def inside(name: Any) -> Callable[[], object]:
+    def call() -> None:
+        with dcconv.use_backend(name):
+            raise AssertionError("the name was accepted")
+
+    return call
+
+
+CHOICES = [
+    refusal(inside("metal"), "v", "backend", f"be one of {BACKENDS}", "'metal'"),
+    refusal(inside(None), "t", "backend", f"be one of {BACKENDS}", "NoneType"),
+    *(
+        Refusal(
+            make(backend=name),
+            NotImplementedError,
+            f"backend '{name}' cannot run this call: it runs on CUDA tensors, got a cpu tensor",
+        )
+        for name in ("cuda", "triton")
+        for make in (conv, norm)
+    ),
+    Refusal(
+        conv(x=X.to(META), weight=WEIGHT.to(META), backend="cpu"),
+        NotImplementedError,
+        "backend 'cpu' cannot run this call: it runs on CPU tensors, got a meta tensor",
+    ),
+]
+
+REFUSALS = [
+    *NAMES,
+    *NUMBERS,
+    *GEOMETRY,
+    *FLAGS,
+    *INPUTS,
+    *TENSORS,
+    *GROUPS,
+    *SIZES,
+    *COMBINATIONS,
+    *UTILITIES,
+    *CHOICES,
+]
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.message.replace("::", ":"))
+def test_wrong_call_raises_its_sentence(case: Refusal) -> None:
+    with pytest.raises(case.kind, match=f"^{re.escape('dcconv: ' + case.message)}$") as caught:
+        case.call()
+    assert type(caught.value) is case.kind
+
+
+def raising_lines() -> set[tuple[str, int]]:
+    """Return file and line of every ``raise`` statement of the package that builds an exception."""
+    found = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                found.add((path.name, node.lineno))
+    return found
+
+
+def test_every_raise_statement_of_the_package_has_a_case() -> None:
+    reached = set()
+    for case in REFUSALS:
+        try:
+            case.call()
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            reached |= {(Path(f.filename).name, f.lineno or 0) for f in frames}
+    assert raising_lines() - reached == set()
+
+
+def test_reference_raises_the_same_sentences() -> None:
+    with pytest.raises(ValueError, match=r"^dcconv: alpha must be a finite number above 0, got 0$"):
+        dcconv.reference.decoupled_conv2d(X, WEIGHT, alpha=0)
+    with pytest.raises(ValueError, match=r"^dcconv: eps must be a finite number above 0, got 0$"):
+        dcconv.reference.patch_norm(X, 3, eps=0)
+
+
+@pytest.mark.parametrize(
+    "function", [decoupled_conv2d, dcconv.reference.decoupled_conv2d, backends.report]
+)
+def test_unknown_keyword_raises(function: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'magnitud'"):
+        function(X, WEIGHT, magnitud="tanh")
+    wrong: dict[str, Any] = {"strides": 2}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strides'"):
+        patch_norm(X, 3, **wrong)
+
+
+@pytest.mark.parametrize("name", ["metal", "CPU", ""])
+def test_environment_variable_with_an_unknown_backend_raises_at_the_first_call(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_default", name)
+    message = re.escape(f"dcconv: DCCONV_BACKEND must be one of {BACKENDS}, got {name!r}")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        decoupled_conv2d(X, WEIGHT)
+
+
+def test_environment_variable_chooses_the_backend() -> None:
+    code = "from dcconv import backends; import torch; print(backends.choose(torch.zeros(1)).name)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"DCCONV_BACKEND": "reference", "PYTHONPATH": str(PACKAGE.parent), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "reference"
+
+
+def test_use_backend_restores_the_setting_after_an_error() -> None:
+    before = backends._default
+
+    def fail() -> None:
+        with dcconv.use_backend("reference"):
+            assert backends._default == "reference"
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert backends._default == before
+
+
+def test_compiled_backend_without_its_library_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "the compiled library is missing: no compiler was found"
+    monkeypatch.setattr(backends.ops, "missing", sentence)
+    message = re.escape(f"dcconv: backend 'cpu' cannot run this call: {sentence}")
+    with pytest.raises(NotImplementedError, match=f"^{message}$"):
+        decoupled_conv2d(X, WEIGHT, backend="cpu")
+
+
+def test_slow_choice_warns_once_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "the compiled library is missing: a test says so"
+    monkeypatch.setattr(backends.ops, "missing", sentence)
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "_default", "auto")
+    message = re.escape(
+        f"dcconv: the plain PyTorch reference runs on cpu tensors (cpu: {sentence})"
+    )
+    with pytest.warns(RuntimeWarning, match=f"^{message}$"):
+        decoupled_conv2d(X, WEIGHT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoupled_conv2d(X, WEIGHT)
+
+
+def test_chosen_reference_does_not_warn(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(backends, "_warned", set())
+    with dcconv.use_backend("reference"):
+        decoupled_conv2d(X, WEIGHT)
+    decoupled_conv2d(X, WEIGHT, backend="reference")
+    assert not [w for w in recwarn if "dcconv" in str(w.message)]
+
+
+def test_report_names_every_backend_with_its_sentence() -> None:
+    text = backends.report(X, WEIGHT, padding=1, magnitude="ball", backend="reference")
+    lines = text.splitlines()
+    assert lines[0].startswith("ball x cosine, weighting none, norm none; x [1, 4, 5, 6]")
+    assert [line.split()[0] for line in lines[1:5]] == list(backends.names)
+    assert lines[1].endswith("it runs on CUDA tensors, got a cpu tensor")
+    assert lines[4].endswith("runs this call")
+
+
+def test_tensor_values_are_not_checked() -> None:
+    """Reading them would synchronise a device; what the formula gives comes out."""
+    radius = torch.tensor([-1.0, 0.0, 1.0, 2.0, float("nan"), float("inf")])
+    y = decoupled_conv2d(X + 1, WEIGHT + 1, radius=radius)
+    assert y.isnan().flatten(2).all(dim=2).tolist() == [[False] * 4 + [True, False]]
+
+
+def test_module_catches_a_wrong_input_at_the_call() -> None:
+    with pytest.raises(
+        ValueError, match=r"^dcconv: weight\.size\(1\) must be in_channels / groups = 5, got 4$"
+    ):
+        DecoupledConv2d(4, 6, 3)(torch.zeros(1, 5, 6, 6))
+    with pytest.raises(
+        TypeError, match=r"^dcconv: weight must have x's dtype torch\.float64, got torch\.float32$"
+    ):
+        DecoupledConv2d(4, 6, 3)(torch.zeros(1, 4, 6, 6, dtype=torch.float64))
