@@ -578,6 +578,8 @@ def sync_worker(rank: int, folder: str) -> None:
         for flag in (True, False):
             results = sync_results(flag, part)
             torch.save(results, Path(folder) / f"rank{rank}-{flag}.pt")
+        # A rank that leaves first cuts the other's last collective, and that one aborts.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import FLOOR, check, check_equal, check_printed
+from accuracy import check, check_equal, check_printed
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
 import dcconv
 from dcconv import DecoupledConv2d
+from dcconv.numerics import ACCURACY_FLOOR
 from dcconv.optim import decoupled_layers
 
 
@@ -279,4 +280,4 @@ def test_floor_of_the_norm_check_is_the_shared_one() -> None:
     layer = DecoupledConv2d(16, 8, 3)
     dcconv.project_weights(layer)
     largest = float(layer.weight.detach().double().flatten(1).norm(dim=1).max())
-    assert largest <= 1.0 + FLOOR[torch.float32]
+    assert largest <= 1.0 + ACCURACY_FLOOR[torch.float32]

@@ -11,13 +11,14 @@ import pytest
 
 from dcconv.functions import angulars, magnitudes, weightings
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_code_runs(index: int) -> None:
-    subprocess.run([sys.executable, "-c", SNIPPETS[index]], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", SNIPPETS[index]], check=True, cwd=ROOT)
 
 
 def test_there_are_snippets() -> None:
