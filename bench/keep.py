@@ -15,9 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.accuracy import error
-from dcconv import checks, functional, keep, reference
+from dcconv import functional, keep, reference
 from dcconv.functions import angulars
 from dcconv.numerics import ANGLE_DELTA, FLOATING_DTYPES
+from dcconv.problem import Problem
 
 
 def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, Tensor]:
@@ -29,21 +30,14 @@ def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, T
         return (values if kept is not None else values.double()).requires_grad_()
 
     x, weight, cotangent = normal(4, 32, 14, 14), normal(32, 32, 3, 3), normal(4, 32, 14, 14)
-    options = {"magnitude": "tanh", "angular": angular, "norm_mean": "batch"}
     if kept is not None:
-        y = functional.decoupled_conv2d(x, weight, padding=1, keep=kept, backend="cpu", **options)
-    else:
-        usual = dict(
-            weighting="none",
-            alpha=1.0,
-            beta=0.5,
-            radius=1.0,
-            k=0.3,
-            power=2.0,
-            eps=1e-4,
-            padding_mode="zeros",
+        y = functional.decoupled_conv2d(
+            x, weight, padding=1, angular=angular, norm_mean="batch", keep=kept, backend="cpu"
         )
-        operands, problem = checks.convolution(x, weight, None, 1, 1, 1, 1, **usual, **options)
+    else:
+        operands, problem, _ = functional.check_call(
+            x, weight, padding=1, angular=angular, norm_mean="batch"
+        )
         y, _ = reference.forward(operands, problem._replace(delta=ANGLE_DELTA[dtype]))
     grad_x, grad_weight = torch.autograd.grad(y, (x, weight), cotangent.detach())
     return {"grad_x": grad_x, "grad_weight": grad_weight}
@@ -62,7 +56,7 @@ def main() -> None:
             for name, exact in truth.items():
                 by_output = f"{error(output[name], exact):.1e}" if output else "no inverse"
                 cells.append(f"{by_output} / {error(dot[name], exact):.1e}")
-            problem = checks.Problem(angular=angular)
+            problem = Problem(angular=angular)
             auto = keep.kept(problem, dtype, bias=False, keep="auto")
             table.add_row(angular, str(dtype).removeprefix("torch."), auto, *cells)
     Console().print(table)

@@ -51,7 +51,7 @@ from bench.cases import (
     select,
 )
 from bench.memory import chain_kept, layer_kept
-from bench.providers import PROVIDERS, Function, run
+from bench.providers import DCCONV, PROVIDERS, Function, run
 from bench.report import markdown, show, write
 from bench.rows import Environment, Result, Row, environment
 from bench.timing import Protocol, interleave
@@ -148,7 +148,7 @@ def prepare(
         result.first_call = time.perf_counter() - start
         if PROVIDERS[name].gated:
             result.errors = gate.errors(found, which)
-            result.note = gate.refusal(result.errors)
+            result.note = gate.refusal(result.errors, baseline=name != DCCONV)
         del found
         if result.note is None:
             worth[name] = function

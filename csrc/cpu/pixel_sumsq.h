@@ -12,6 +12,29 @@ namespace DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
+// Sixteen running sums, added pairwise at the end: rows of 16 or 24 channels are too short for the
+// loop that a compiler makes of a plain reduction (5 times slower at 16 channels of bfloat16).
+template <class A, class T>
+DC_HD A sum_of_squares(const T* v, int64_t count) {
+  constexpr int64_t kWidth = 16;
+  A lanes[kWidth] = {};
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+#pragma omp simd
+    for (int64_t j = 0; j < kWidth; ++j) {
+      const A x = load(v[i + j]);
+      lanes[j] += x * x;
+    }
+  }
+  A rest = 0;
+  for (; i < count; ++i)
+    rest += A(load(v[i])) * A(load(v[i]));
+  for (int64_t half = kWidth / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j)
+      lanes[j] += lanes[j + half];
+  return lanes[0] + rest;
+}
+
 template <class T, class A>
 void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
@@ -21,12 +44,7 @@ void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
     const int64_t step = p.task_pixels();
     const int64_t first = begin * step, last = std::min(end * step, p.n * p.pixels);
     for (int64_t i = first * p.groups; i < last * p.groups; ++i) {
-      const T* v = x + i * channels;
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < channels; ++c)
-        sum += load(v[c]) * load(v[c]);
-      sums[i] = sum;
+      sums[i] = sum_of_squares<A>(x + i * channels, channels);
     }
     return;
   }
