@@ -149,7 +149,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reasons: Counter[str] = Counter()
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            properties = [value for key, value in report.user_properties if key == "backend"]
+            properties = [
+                value for key, value in getattr(report, "user_properties", ()) if key == "backend"
+            ]
             for name in properties or ["(no backend)"]:
                 counts.setdefault(name, Counter())[outcome] += 1
             if outcome == "skipped":

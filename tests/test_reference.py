@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import (
-    FLOOR,
     Results,
     check,
     check_all,
@@ -646,9 +645,11 @@ def test_aligned_vectors_reach_the_ends_of_the_range(
     # The eps in both norms keeps the cosine below 1 by about eps / (2 a^2), and the slope of the
     # linear and sigmoid functions turns a distance d into sqrt(2 d) times at most 2.
     distance = float((diagonal.detach().double() - want).abs().max())
-    rounding = FLOOR[dtype] + EPS / float(weight.double().square().sum(dim=(1, 2, 3)).min()) / 16
+    rounding = (
+        ACCURACY_FLOOR[dtype] + EPS / float(weight.double().square().sum(dim=(1, 2, 3)).min()) / 16
+    )
     assert distance <= 2 * math.sqrt(2 * rounding)
-    assert float(y.detach().abs().max()) <= 1.0 + FLOOR[dtype]
+    assert float(y.detach().abs().max()) <= 1.0 + ACCURACY_FLOOR[dtype]
     grads = torch.autograd.grad(diagonal.sum(), (x, w))
     assert all(bool(g.isfinite().all()) for g in grads)
     # |dg/dc| <= 1 / sqrt(delta) for linear; sigmoid at k = 0.3 is flat at the ends; |dc/dx| <= 1/b.
