@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 bench: build
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench.operator
 
 build: $(VENV)/built
 	@$(BIN)/python -c "from dcconv import ops; print('dcconv:', ops.missing or ops.cuda_missing() or 'the compiled library has CUDA code')"

@@ -70,6 +70,14 @@ DC_HD double sqrt_of(double x) {
   return ::sqrt(x);
 }
 
+// 2^n for shifted = n + 1.5 * 2^23: the low bits of such a sum are n itself. Bits, not a
+// conversion, because NaN has no integer.
+DC_HD float power_of_two(float shifted) {
+  return float_of(
+      static_cast<int32_t>((static_cast<uint32_t>(bits_of(shifted)) << 23) + 0x3f800000u)
+  );
+}
+
 // tanh x for x >= 0 and its derivative 1 / cosh(x)^2, which 1 - tanh(x)^2 would lose to
 // cancellation: with e = exp(-2 x), tanh = (1 - e) / (1 + e) and the derivative 4 e / (1 + e)^2.
 template <class T>
@@ -81,7 +89,8 @@ struct TanhSlope {
 DC_HD TanhSlope<float> tanh_slope(float x) {
   const float y = -2.0f * at_most(x, 43.0f);
   // Adding and subtracting 1.5 * 2^23 rounds to an integer.
-  const float n = (y * 1.44269502f + 12582912.0f) - 12582912.0f;
+  const float shifted = y * 1.44269502f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
   // ln 2 in two parts, the first exact in products with an exponent.
   const float r = (y - n * 0.693145752f) - n * 1.42860677e-06f;
   float p = 0.00138888566f;
@@ -90,7 +99,7 @@ DC_HD TanhSlope<float> tanh_slope(float x) {
   p = p * r + 0.166665062f;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  const float scale = float_of((static_cast<int32_t>(n) + 127) * (1 << 23));
+  const float scale = power_of_two(shifted);
   const float minus = scale * (r * p) + (scale - 1.0f);  // exp(y) - 1
   const float inverse = 1.0f / (2.0f + minus);
   const float e = scale * (r * p) + scale;
@@ -208,7 +217,8 @@ DC_HD float pow_of(float x, float y) {
   const float whole = y * e;
   const float total = at_least(at_most(whole + fraction, 127.0f), -126.0f);
   // Adding and subtracting 1.5 * 2^23 rounds to an integer.
-  const float n = (total + 12582912.0f) - 12582912.0f;
+  const float shifted = total + 12582912.0f;
+  const float n = shifted - 12582912.0f;
   const float r = at_least(at_most((whole - n) + fraction, 1.0f), -1.0f);
   float q = 0.000153533605f;
   q = q * r + 0.0013398875f;
@@ -217,7 +227,7 @@ DC_HD float pow_of(float x, float y) {
   q = q * r + 0.240226477f;
   q = q * r + 0.693147182f;
   q = q * r + 1.0f;
-  const float value = q * float_of((static_cast<int32_t>(n) + 127) * (1 << 23));
+  const float value = q * power_of_two(shifted);
   const float nonzero = x > 0.0f ? value : x;  // 0 and NaN come out as they are
   return y == 0.0f ? 1.0f : nonzero;
 }

@@ -238,7 +238,7 @@ struct LinearAngle {
   static constexpr const char* name = "linear";
   static constexpr bool uses_k = false;
   static constexpr bool invertible = true;
-  static constexpr bool has_e = true;  // e is not identically zero
+  static constexpr bool has_e = true;  // whether e can differ from zero
   template <class T>
   DC_HD static T value(T c, T, const Constants<T>&) {
     return T(0.636619772367581343) * asin_of(clamp_unit(c));
@@ -260,7 +260,7 @@ struct Cosine {
   static constexpr const char* name = "cosine";
   static constexpr bool uses_k = false;
   static constexpr bool invertible = true;
-  static constexpr bool has_e = false;  // e is not identically zero
+  static constexpr bool has_e = false;
   template <class T>
   DC_HD static T value(T c, T, const Constants<T>&) {
     return c;
@@ -280,7 +280,7 @@ struct Sigmoid {
   static constexpr const char* name = "sigmoid";
   static constexpr bool uses_k = true;
   static constexpr bool invertible = false;
-  static constexpr bool has_e = true;  // e is not identically zero
+  static constexpr bool has_e = true;
   template <class T>
   DC_HD static T value(T c, T k, const Constants<T>&) {
     const T half = T(0.5) / k;
@@ -288,7 +288,8 @@ struct Sigmoid {
   }
   template <class T>
   DC_HD static AngularGrad<T> grad(T c, T k, const Constants<T>& s) {
-    const T half = T(0.5) / k;
+    // g is even in k; the sign of k comes in with the derivative by k alone.
+    const T half = T(0.5) / abs_of(k);
     const T phi = asin_of(clamp_unit(c));
     const TanhSlope<T> q = tanh_slope(abs_of(phi) * half);
     const TanhSlope<T> t = tanh_slope(T(1.57079632679489662) * half);
@@ -310,7 +311,7 @@ struct SquareCosine {
   static constexpr const char* name = "square_cosine";
   static constexpr bool uses_k = false;
   static constexpr bool invertible = true;
-  static constexpr bool has_e = true;  // e is not identically zero
+  static constexpr bool has_e = true;
   template <class T>
   DC_HD static T value(T c, T, const Constants<T>&) {
     return c * abs_of(c);
@@ -331,7 +332,7 @@ struct Power {
   static constexpr const char* name = "power";
   static constexpr bool uses_k = false;
   static constexpr bool invertible = false;
-  static constexpr bool has_e = true;  // e is not identically zero
+  static constexpr bool has_e = true;
   template <class T>
   DC_HD static T value(T c, T, const Constants<T>& s) {
     return c * pow_of(abs_of(c), s.power - T(1));

@@ -60,12 +60,12 @@ inline Axis axis_of(
     int64_t dilation,
     PaddingMode mode
 ) {
-  Axis axis{input, 0, kernel, stride, dilation, before, after, mode};
-  axis.output = (axis.padded() - dilation * (kernel - 1) - 1) / stride + 1;
   STD_TORCH_CHECK(
       kernel > 0 && stride > 0 && dilation > 0 && before >= 0 && after >= 0,
       "dcconv: bad window geometry"
   );
+  Axis axis{input, 0, kernel, stride, dilation, before, after, mode};
+  axis.output = (axis.padded() - dilation * (kernel - 1) - 1) / stride + 1;
   STD_TORCH_CHECK(axis.padded() >= dilation * (kernel - 1) + 1, "dcconv: empty output");
   const int64_t edge = before > after ? before : after;
   STD_TORCH_CHECK(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcconv import ops, reference
 from dcconv.keep import DOT, OUTPUT
-from dcconv.problem import Operands, Problem
+from dcconv.problem import Operands, Problem, without_autocast
 
 
 def conv2d_forward(
@@ -91,13 +91,18 @@ def reference_gradients(
     operands: Operands, problem: Problem, grad_y: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Return differentiable gradients of the reference: the first half of a double backward."""
-    inputs = [t for t, want in zip(operands, wanted, strict=True) if want and t is not None]
-    y, _ = reference.forward(operands, problem)
-    found = iter(
-        torch.autograd.grad(
-            y, inputs, grad_y, create_graph=True, allow_unused=True, materialize_grads=True
+    with without_autocast(operands.x):
+        # Aliases: partial derivatives are wanted, also where one operand is computed from another.
+        operands = Operands._make(
+            t.view_as(t) if t is not None and t.requires_grad else t for t in operands
         )
-    )
+        inputs = [t for t, want in zip(operands, wanted, strict=True) if want and t is not None]
+        y, _ = reference.forward(operands, problem)
+        found = iter(
+            torch.autograd.grad(
+                y, inputs, grad_y, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
     return [next(found) if want else None for want in wanted]
 
 
@@ -126,8 +131,9 @@ class PatchNormFunction(torch.autograd.Function):
         x, b = ctx.saved_tensors
         problem: Problem = ctx.problem
         if torch.is_grad_enabled():
-            again = reference.window_norm(x, ctx.kernel, problem)
-            (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
+            with without_autocast(x):
+                again = reference.window_norm(x, ctx.kernel, problem)
+                (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
             return grad_x, None, None
         grad_x = torch.ops.dcconv.patch_norm_backward(
             grad_b,

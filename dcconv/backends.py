@@ -8,6 +8,7 @@ the line of ``report``. Choosing has no side effects but one warning per process
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,6 +180,17 @@ def choose(x: Tensor, requested: str | None = None) -> Backend:
     return backend
 
 
+def _users_level() -> int:
+    """Return the stack level, seen from the caller, of the first frame outside dcconv and torch."""
+    level, frame = 1, sys._getframe(1).f_back
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "dcconv",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level + 1
+
+
 def _warn_slow(call: Call) -> None:
     if torch.compiler.is_compiling():
         return
@@ -193,8 +205,7 @@ def _warn_slow(call: Call) -> None:
         warnings.warn(
             f"dcconv: the plain PyTorch reference runs on {call.device} tensors ({text})",
             RuntimeWarning,
-            # warn, choose, check, run, the public function: the line of the user's call.
-            stacklevel=6,
+            stacklevel=_users_level(),
         )
 
 
@@ -245,5 +256,8 @@ def report(
         lines.append(f"  {candidate.name:<10}{state}")
     mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
     if chosen.name != "reference":
-        lines.append(f"  backward keeps x, weight, the norm map and: {mode}")
+        kept_names = (
+            "x and weight" if mode == NOTHING else f"x, weight, the norm map and the {mode}"
+        )
+        lines.append(f"  backward keeps {kept_names}")
     return "\n".join(lines)

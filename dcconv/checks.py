@@ -281,6 +281,8 @@ def convolution(
     norm = norm_mean_argument(norm_mean, x)
     kernel = (weight.shape[2], weight.shape[3])
     stride, edges, dilation = geometry(x, kernel, stride, padding, dilation, padding_mode)
+    if x.shape[-2] == 0 or x.shape[-1] == 0:
+        raise value_error("x", "have a height and width of at least 1", list(x.shape[-2:]))
     uses_rho = magnitudes[magnitude].uses_rho
     problem = Problem(
         stride=stride,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,26 +9,14 @@ from torch import Tensor
 
 from dcconv import backends, checks
 from dcconv.numerics import EPS
-from dcconv.problem import Operands, Problem
-
-
-def _knows_autocast(x: Tensor) -> bool:
-    """Whether x's device knows autocast at all; meta does not, and asking it would raise."""
-    return torch.amp.is_autocast_available(x.device.type)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which autocast is off for x's device."""
-    if _knows_autocast(x) and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+from dcconv.problem import Operands, Problem, knows_autocast, without_autocast
 
 
 def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast x, weight and bias to the autocast dtype, where autocast is on for x's device."""
-    if not isinstance(x, Tensor) or not _knows_autocast(x):
+    if not isinstance(x, Tensor) or not knows_autocast(x):
         return x, weight, bias
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
@@ -106,7 +93,7 @@ def conv2d_and_mean(
     operands, problem, backend = check_call(
         *_autocast(x, weight, bias), *geometry, keep=keep, **operator
     )
-    with _without_autocast(operands.x):
+    with without_autocast(operands.x):
         y, mean = backend.conv2d(operands, problem, keep)
     return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()
 
@@ -249,6 +236,6 @@ def patch_norm(
     )
     if backend is not None:
         backends.check_name("backend", backend)
-    with _without_autocast(x):
+    with without_autocast(x):
         b = backends.choose(batched, backend).patch_norm(batched, kernel, problem)
     return b if x.dim() == 4 else b.squeeze(0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcconv import backends, checks
 from dcconv.functional import conv2d_and_mean, patch_norm
 from dcconv.functions import angulars, magnitudes
-from dcconv.numerics import EPS, compute_dtype
+from dcconv.numerics import EPS, FLOATING_DTYPES, compute_dtype
 from dcconv.problem import NORM_BATCH
 
 # The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
@@ -137,8 +137,9 @@ class DecoupledConv2d(nn.Module):
         checks.number("norm_momentum", norm_momentum, "be in (0, 1]", 0.0)
         if norm_momentum > 1:
             raise checks.value_error("norm_momentum", "be in (0, 1]", norm_momentum)
-        if dtype is not None and not dtype.is_floating_point:
-            raise checks.type_error("dtype", "be a floating dtype", dtype)
+        if dtype is not None and dtype not in FLOATING_DTYPES:
+            rule = "be float16, bfloat16, float32 or float64"
+            raise checks.type_error("dtype", rule, dtype)
 
         self.in_channels = in_channels
         self.out_channels = out_channels

@@ -7,12 +7,13 @@ r/s filter rows and columns, g groups.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcconv.functions import angulars, magnitudes, weightings
+from dcconv.functions import angulars, weightings
 from dcconv.numerics import ANGLE_DELTA, EPS, compute_dtype
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -50,11 +51,6 @@ class Problem(NamedTuple):
     norm: str = NORM_NONE
     norm_grad: bool = True
     delta: float = ANGLE_DELTA[torch.float32]
-
-    @property
-    def uses_rho(self) -> bool:
-        """Whether the operator has a radius."""
-        return magnitudes[self.magnitude].uses_rho
 
     @property
     def uses_k(self) -> bool:
@@ -114,15 +110,6 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[in
     return before, total - before
 
 
-def output_shape(x: Tensor, weight: Tensor, problem: Problem) -> tuple[int, int, int, int]:
-    """Return [n, o, p, q] of a call."""
-    top, bottom, left, right = problem.padding
-    r, s = weight.shape[2], weight.shape[3]
-    p = output_size(x.shape[2], r, problem.stride[0], top, bottom, problem.dilation[0])
-    q = output_size(x.shape[3], s, problem.stride[1], left, right, problem.dilation[1])
-    return x.shape[0], weight.shape[0], p, q
-
-
 def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
     """Return a parameter as a tensor of x's device and compute dtype; None stays None."""
     if value is None:
@@ -130,3 +117,15 @@ def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
         return value.to(compute_dtype(x.dtype))
     return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def knows_autocast(x: Tensor) -> bool:
+    """Whether x's device knows autocast at all; meta does not, and asking it would raise."""
+    return torch.amp.is_autocast_available(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off for x's device."""
+    if knows_autocast(x) and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

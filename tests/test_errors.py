@@ -230,6 +230,9 @@ SIZES = [
     refusal(conv(x=X[:, :, :0], padding="same"), "v", "x", fit(3), "[2, 8]"),
     refusal(norm(X, 9), "v", "x", fit(9), "[5, 6]"),
     refusal(
+        conv(x=X[..., :0], padding=2), "v", "x", "have a height and width of at least 1", "[5, 0]"
+    ),
+    refusal(
         conv(padding=5, padding_mode="reflect"),
         "v",
         "padding",
@@ -330,7 +333,13 @@ COMBINATIONS = [
         0.04,
     ),
     refusal(layer(norm_momentum=1.5), "v", "norm_momentum", "be in (0, 1]", 1.5),
-    refusal(layer(dtype=torch.int32), "t", "dtype", "be a floating dtype", "torch.int32"),
+    refusal(
+        layer(dtype=torch.int32),
+        "t",
+        "dtype",
+        "be float16, bfloat16, float32 or float64",
+        "torch.int32",
+    ),
 ]
 
 SGD = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)

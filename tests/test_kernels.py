@@ -239,8 +239,8 @@ def test_own_kernels_give_the_same_bits_at_any_number_of_threads(
             x = tensors["x"].detach().requires_grad_()
             b = functional.patch_norm(x, 3, padding=1, groups=2, backend="cpu")
             b.backward(torch.linspace(-1, 1, b.numel(), dtype=b.dtype).reshape(b.shape))
-            # A zero weight makes the library's results exact zeros at any thread count: what is
-            # left of y, du's sums and grad_x is ours. A unit weight at one tap makes u a copy.
+            # One unit tap per filter makes u a copy at any number of threads: y and the sums of
+            # backward are ours. The library's own gradients of x and weight are left out.
             weight = torch.zeros_like(tensors["weight"])
             for o in range(weight.shape[0]):
                 weight[o, o % weight.shape[1], 1, 1] = 1
@@ -269,6 +269,14 @@ def test_the_whole_operator_repeats_bit_for_bit(layout: str) -> None:
             assert all(torch.equal(runs[0][name], run[name]) for run in runs[1:]), name
 
 
+def test_negative_curvature_gives_what_the_formula_gives(isa: str) -> None:
+    c = torch.linspace(-0.9, 0.9, 50, dtype=torch.float64)
+    positive = torch.ops.dcconv.angular_grad("sigmoid", c, torch.full_like(c, 0.3), 2.0, 1e-12)
+    negative = torch.ops.dcconv.angular_grad("sigmoid", c, torch.full_like(c, -0.3), 2.0, 1e-12)
+    for one, two, sign in zip(positive[:3], negative[:3], (1, 1, -1), strict=True):
+        check(f"{isa} sigmoid", two, sign * one, one, torch.float64)
+
+
 @pytest.mark.parametrize("magnitude", ["tanh", "linear"])
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_chunks_do_not_change_the_result(images: int, magnitude: str) -> None:
@@ -279,7 +287,9 @@ def test_chunks_do_not_change_the_result(images: int, magnitude: str) -> None:
                 for geometry in ("groups3-odd", "reflect-same-s2", "1x1"):
                     case = next(case for case in CASES if case.id == geometry)
                     case = type(case)(**{**case.__dict__, "n": 5})
-                    inputs = make_inputs(case, dtype, layout, magnitude=magnitude, norm=norm)
+                    inputs = make_inputs(
+                        case, dtype, layout, magnitude=magnitude, norm=norm, bias=layout[0] == "c"
+                    )
                     cotangent = random_cotangent(inputs)
                     truth, peer = truth_and_peer(inputs, cotangent)
                     torch.ops.dcconv.set_cpu_chunk(images)

@@ -299,6 +299,41 @@ def test_gradient_penalty(backend: str, device: str) -> None:
         check("penalty", got, want, want, torch.float64)
 
 
+def test_second_derivatives_of_operands_that_depend_on_each_other(backend: str) -> None:
+    """The penalty's first half must not follow norm_mean and radius back to x by itself."""
+    results = []
+    for call, norm in (
+        (functional.decoupled_conv2d, functional.patch_norm),
+        (reference.decoupled_conv2d, reference.patch_norm),
+    ):
+        x, weight, radius, _ = small()
+        mean = norm(x, (3, 2), groups=2).mean()
+        y = call(x, weight, groups=2, radius=radius * x.mean().exp(), norm_mean=mean)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        results.append((grad.detach(), x.grad, weight.grad, radius.grad))
+    for got, want in zip(*results, strict=True):
+        check("dependent", got, want, want, torch.float64)
+
+
+@cpu
+def test_second_derivatives_ignore_an_active_autocast() -> None:
+    x, weight, radius, _ = (t.detach().float().requires_grad_() for t in small())
+    grads = []
+    for enabled in (False, True):
+        y = functional.decoupled_conv2d(x, weight, groups=2, radius=radius, norm_mean="batch")
+        b = functional.patch_norm(x, 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            grads.append(
+                [
+                    *torch.autograd.grad(y.sum(), (x, weight), create_graph=True),
+                    *torch.autograd.grad(b.sum(), x, create_graph=True),
+                ]
+            )
+    for one, two in zip(*grads, strict=True):
+        assert torch.equal(one, two)
+
+
 @cpu
 def test_function_transforms_run_on_the_reference() -> None:
     x, weight, radius, _ = (t.detach() for t in small())
@@ -470,8 +505,16 @@ def test_slow_choice_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "missing", "the compiled library is missing: test")
     monkeypatch.setattr(backends, "_warned", set())
     x, weight = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
-    with pytest.warns(RuntimeWarning, match=r"reference runs on cpu tensors \(cpu: the compiled"):
-        functional.decoupled_conv2d(x, weight)
+    sentence = r"reference runs on cpu tensors \(cpu: the compiled"
+    for call in (
+        lambda: functional.decoupled_conv2d(x, weight),
+        lambda: functional.patch_norm(x, 3),
+        lambda: dcconv.DecoupledConv2d(3, 4, 3)(x),
+    ):
+        monkeypatch.setattr(backends, "_warned", set())
+        with pytest.warns(RuntimeWarning, match=sentence) as warned:
+            call()
+        assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         functional.decoupled_conv2d(x, weight)

@@ -28,6 +28,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import dcconv
 from dcconv.functional import conv2d_and_mean, decoupled_conv2d, patch_norm
+from dcconv.numerics import ACCURACY_FLOOR
 from dcconv.reference import filter_norm
 
 EPS = 1e-4
@@ -645,9 +646,8 @@ def test_aligned_vectors_reach_the_ends_of_the_range(
     # The eps in both norms keeps the cosine below 1 by about eps / (2 a^2), and the slope of the
     # linear and sigmoid functions turns a distance d into sqrt(2 d) times at most 2.
     distance = float((diagonal.detach().double() - want).abs().max())
-    rounding = (
-        ACCURACY_FLOOR[dtype] + EPS / float(weight.double().square().sum(dim=(1, 2, 3)).min()) / 16
-    )
+    smallest = float(weight.double().square().sum(dim=(1, 2, 3)).min())
+    rounding = ACCURACY_FLOOR[dtype] + EPS / smallest / 16
     assert distance <= 2 * math.sqrt(2 * rounding)
     assert float(y.detach().abs().max()) <= 1.0 + ACCURACY_FLOOR[dtype]
     grads = torch.autograd.grad(diagonal.sum(), (x, w))

@@ -196,6 +196,7 @@ struct FilterVectors {
       return std::vector<A>(static_cast<std::size_t>(o), otherwise);
     const Tensor dense = contiguous(*t, false);
     STD_TORCH_CHECK(dense.numel() == 1 || dense.numel() == o, "dcconv: bad parameter size");
+    STD_TORCH_CHECK(dense.element_size() == sizeof(A), "dcconv: bad parameter dtype");
     const A* p = static_cast<const A*>(dense.const_data_ptr());
     if (dense.numel() == 1)
       return std::vector<A>(static_cast<std::size_t>(o), p[0]);
@@ -221,7 +222,10 @@ Positions positions_of(const Call& call, int64_t images, bool radius_per_filter)
 }
 
 template <class A>
-double scalar_of(const Tensor& t) {
+double scalar_of(const Tensor& t, ScalarType compute) {
+  STD_TORCH_CHECK(
+      t.numel() == 1 && t.scalar_type() == compute, "dcconv: a mean norm must be one compute value"
+  );
   return double(*static_cast<const A*>(t.const_data_ptr()));
 }
 
@@ -304,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     *static_cast<A*>(mean.mutable_data_ptr()) = rounded;
     factor = double(rounded);
   } else if (norm_mean.has_value()) {
-    factor = scalar_of<A>(*norm_mean);
+    factor = scalar_of<A>(*norm_mean, call.compute);
   }
   std::optional<Tensor> compute_bias, library_bias;
   if (bias.has_value()) {
@@ -443,9 +447,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   double factor = 1.0;
   if (batch_mean && mean.numel() == 1)
-    factor = scalar_of<A>(mean);
+    factor = scalar_of<A>(mean, call.compute);
   if (norm_mean.has_value())
-    factor = scalar_of<A>(*norm_mean);
+    factor = scalar_of<A>(*norm_mean, call.compute);
   const FilterVectors<A> filters(call, weight.a, radius, factor, k, std::nullopt);
 
   const Ints input_sizes{shape.n, shape.c, shape.rows.input, shape.columns.input};
@@ -498,7 +502,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   g.column_starts = shown_columns.starts.data();
   g.column_list = shown_columns.list.data();
 
-  // grad_x of some images from the library's gradient and the finished t; null members are zero.
+  // grad_x of some images from the library's gradient and the finished t.
   const auto finish_input = [&](int64_t first,
                                 int64_t count,
                                 const void* library_grad,
@@ -514,7 +518,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   std::vector<Tensor> library_grads;  // behind the barrier
   Tensor grad_bias = none();
-  Tensor library_grad_bias;
+  std::vector<A> bias_sum(static_cast<std::size_t>(shape.o), A(0));  // norm-free operators
   for (int64_t first = 0; first < shape.n; first += call.chunk) {
     const int64_t count = std::min(call.chunk, shape.n - first);
     Tensor du;
@@ -545,9 +549,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         du, x_library, weight.library, call.geometry, {needs_x, needs_weight, bias_by_library}
     );
     if (bias_by_library)
-      library_grad_bias =
-          first == 0 ? library_b
-                     : dispatch_tensor("aten::add", "Tensor", library_grad_bias, library_b, 1.0);
+      call.table.accumulate(library_b.const_data_ptr(), bias_sum.data(), 0, shape.o);
     if (needs_weight) {
       const Tensor dense = contiguous(library_w, call.weight_last);
       run_tasks((dense.numel() + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
@@ -643,13 +645,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if ((needs & kBias) != 0) {
     if (shape.n == 0) {
       grad_bias = torch::stable::fill_(empty({shape.o}, call.storage), 0.0);
-    } else if (call.norm_free) {
-      grad_bias = to_dtype(library_grad_bias, call.storage);
     } else {
       Tensor sums = empty({shape.o}, call.compute);
-      std::copy(
-          sum_bias.total.begin(), sum_bias.total.end(), static_cast<A*>(sums.mutable_data_ptr())
-      );
+      A* to = static_cast<A*>(sums.mutable_data_ptr());
+      if (call.norm_free) {
+        std::copy(bias_sum.begin(), bias_sum.end(), to);
+      } else {
+        std::copy(sum_bias.total.begin(), sum_bias.total.end(), to);
+      }
       grad_bias = to_dtype(sums, call.storage);
     }
   }

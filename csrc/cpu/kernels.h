@@ -91,7 +91,7 @@ struct GradDotParams {
   const void* grad_y;  // storage dtype
   const void* kept;    // storage dtype
   const void* norm;    // b
-  void* grad_u;        // library dtype, or null when only column sums are wanted
+  void* grad_u;        // library dtype
   void* t;             // like norm, or null
   ColumnSums sums;     // per task; null members are not computed
 };
@@ -182,7 +182,7 @@ struct Kernels {
   void (*grad_input)(const GradInputParams&, int64_t begin, int64_t end);
   void (*filter_norm)(const FilterParams&, int64_t begin, int64_t end);
   void (*filter_grad)(const FilterParams&, int64_t begin, int64_t end);
-  // t <- (t + add / b), or t <- grad_b / b when add is null; elementwise over a map.
+  // t <- grad_b / b, or t <- t + add / b when grad_b is null; elementwise over a map.
   void (*finish_t)(const void* b, const void* grad_b, double add, void* t, int64_t b0, int64_t b1);
   // to <- to + from, storage or library dtype into compute dtype.
   void (*accumulate)(const void* from, void* to, int64_t begin, int64_t end);

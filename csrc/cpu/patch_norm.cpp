@@ -110,6 +110,11 @@ Tensor patch_norm_backward(
   const ConvShape shape =
       conv_shape(x, groups, kernel, stride, padding, dilation, groups, padding_mode, channels_last);
   const Dtype dtype = dtype_of(x);
+  STD_TORCH_CHECK(
+      b.numel() == shape.positions() * groups && grad_b.numel() == b.numel() &&
+          b.scalar_type() == compute_type(dtype) && grad_b.scalar_type() == b.scalar_type(),
+      "dcconv: b or grad_b does not fit the call"
+  );
   const Kernels& table = kernels(dtype);
   x = contiguous(x, channels_last);
   b = contiguous(b, channels_last);
