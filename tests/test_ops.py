@@ -47,6 +47,8 @@ def op_arguments(case: Any, dtype: torch.dtype, layout: str, **options: Any) -> 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype, layout: str) -> None:
+    # Without test_aot_dispatch_dynamic: the ops have no autograd formula of their own; tracing them
+    # with a dynamic batch is what test_compile_full_graph does.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for i, case in enumerate(CASES):
         if case.n == 0 and layout == "sliced":
