@@ -227,10 +227,13 @@ class DecoupledConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""
         norm_mean: Tensor | str | None = None
+        seen: Tensor | None = None  # whether any rank had a patch
         if self.uses_norm_mean:
             norm_mean = self.norm_mean
-            if self.training:
-                norm_mean = self._synchronised_mean(x) if self._must_synchronise() else NORM_BATCH
+            if self.training and self._must_synchronise():
+                norm_mean, seen = self._synchronised_mean(x)
+            elif self.training:
+                norm_mean = NORM_BATCH
         y, mean = conv2d_and_mean(
             x,
             self.weight,
@@ -256,16 +259,17 @@ class DecoupledConv2d(nn.Module):
         )
         if self.uses_norm_mean and self.training:
             if isinstance(norm_mean, Tensor):
-                mean = norm_mean.detach()
-            if y.numel() and mean is not None:
+                # Also with an empty batch here: the ranks' averages stay equal.
+                self._update_norm_mean(norm_mean.detach(), seen)
+            elif y.numel() and mean is not None:
                 self._update_norm_mean(mean)
         return y
 
     def _must_synchronise(self) -> bool:
         return self.sync_norm and dist.is_available() and dist.is_initialized()
 
-    def _synchronised_mean(self, x: Tensor) -> Tensor:
-        """Return the mean norm over all ranks: differentiable sum and count, one all-reduce."""
+    def _synchronised_mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean norm over all ranks, differentiable, and whether there was any patch."""
         import torch.distributed.nn.functional as dist_functional
 
         b = patch_norm(
@@ -283,19 +287,20 @@ class DecoupledConv2d(nn.Module):
             b = b.detach()
         local = torch.stack((b.sum(), b.new_tensor(float(b.numel()))))
         total = dist_functional.all_reduce(local)
-        mean: Tensor = total[0] / total[1].clamp(min=1.0)
-        return mean
+        return total[0] / total[1].clamp(min=1.0), total[1].detach() > 0
 
-    def _update_norm_mean(self, mean: Tensor) -> None:
+    def _update_norm_mean(self, mean: Tensor, seen: Tensor | None = None) -> None:
         assert self.norm_mean is not None and self.norm_mean_steps is not None
         with torch.no_grad():
             mean = mean.to(self.norm_mean.dtype)
             average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
             if self.norm_init == "first":
                 average = torch.where(self.norm_mean_steps == 0, mean, average)
+            if seen is not None:
+                average = torch.where(seen, average, self.norm_mean)
             # Through an index: torch.compile (2.13) drops in-place writes to 0-d float64 tensors.
             self.norm_mean[...] = average
-            self.norm_mean_steps.add_(1)
+            self.norm_mean_steps.add_(1 if seen is None else seen.to(torch.int64))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DecoupledConv2d:
         # The average has the accuracy of float32 whatever the layer's dtype: a cast to half

@@ -573,11 +573,12 @@ def sync_worker(rank: int, folder: str) -> None:
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
-        # Unequal parts: the mean weighs ranks by their number of patches.
-        part = slice(0, 3) if rank == 0 else slice(3, None)
-        for flag in (True, False):
-            results = sync_results(flag, part)
-            torch.save(results, Path(folder) / f"rank{rank}-{flag}.pt")
+        # Unequal parts, one of them empty: the mean weighs ranks by their number of patches.
+        for cut in (3, 5):
+            part = slice(0, cut) if rank == 0 else slice(cut, None)
+            for flag in (True, False):
+                results = sync_results(flag, part)
+                torch.save(results, Path(folder) / f"rank{rank}-{cut}-{flag}.pt")
         # A rank that leaves first cuts the other's last collective, and that one aborts.
         dist.barrier()
     finally:
@@ -618,10 +619,11 @@ def sync_results(norm_mean_grad: bool, part: slice) -> dict[str, Tensor]:
 )
 def test_two_synchronised_processes_equal_one_big_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(sync_worker, (str(tmp_path),), nprocs=2)
-    for flag in (True, False):
+    for cut, flag in ((3, True), (3, False), (5, True), (5, False)):
         want = sync_results(flag, slice(None))
         parts = [
-            torch.load(tmp_path / f"rank{rank}-{flag}.pt", weights_only=True) for rank in range(2)
+            torch.load(tmp_path / f"rank{rank}-{cut}-{flag}.pt", weights_only=True)
+            for rank in range(2)
         ]
         for name in ("y", "x"):
             check_equal(name, torch.cat([part[name] for part in parts]), want[name])
