@@ -2,6 +2,8 @@
 #
 #   TORCH         the PyTorch to install, a pip requirement: make test TORCH=torch==2.13.0
 #   PYTHON, VENV  the interpreter and the folder of the virtual environment made from it
+#   GATE_PYTHON   the interpreter of gpu-gate, which makes no environment: the one in VENV if it is
+#                 there, else PYTHON; GATE_OPTIONS are passed on (tests/gpu_gate.py)
 #   DCCONV_BUILD, DCCONV_DEBUG, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS  see setup.py
 
 PYTHON ?= python3
@@ -9,11 +11,12 @@ TORCH ?= torch
 VENV ?= .venv
 
 BIN := $(VENV)/bin
+GATE_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SOURCES := $(sort $(shell find csrc -type f))
 FORMATTED := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES))
 OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: demo test lint build bench clean FORCE
+.PHONY: demo test lint build bench gpu-gate clean FORCE
 
 demo: build
 	$(BIN)/python -m train.digits
@@ -29,6 +32,9 @@ lint: $(VENV)/installed
 
 bench: build
 	$(BIN)/python -m bench.operator
+
+gpu-gate:
+	$(GATE_PYTHON) tests/gpu_gate.py $(GATE_OPTIONS)
 
 build: $(VENV)/built
 	@$(BIN)/python -c "from dcconv import ops; print('dcconv:', ops.missing or ops.cuda_missing() or 'the compiled library has CUDA code')"

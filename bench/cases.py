@@ -13,7 +13,7 @@ from dcconv import reference
 
 
 class Layer(NamedTuple):
-    """A convolution layer with stride 1 and padding k // 2.
+    """A convolution layer with padding k // 2.
 
     Attributes:
         n: batch.
@@ -21,6 +21,7 @@ class Layer(NamedTuple):
         size: height and width of the input.
         o: filters.
         k: kernel size.
+        stride: pixels.
     """
 
     n: int
@@ -28,11 +29,12 @@ class Layer(NamedTuple):
     size: int
     o: int
     k: int
+    stride: int = 1
 
     @property
     def name(self) -> str:
-        """The five numbers, as typed after ``--layers``."""
-        return ",".join(str(number) for number in self)
+        """The numbers, as typed after ``--layers``; a stride of 1 is left out."""
+        return ",".join(str(number) for number in (self if self.stride > 1 else self[:5]))
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:
@@ -47,7 +49,7 @@ class Layer(NamedTuple):
     @property
     def y_shape(self) -> tuple[int, int, int, int]:
         """[n, o, p, q]."""
-        out = self.size + 2 * self.padding - self.k + 1
+        out = (self.size + 2 * self.padding - self.k) // self.stride + 1
         return self.n, self.o, out, out
 
     @property
@@ -208,9 +210,9 @@ def make_inputs(case: Case) -> Inputs:
     radius = norm_mean = None
     if case.mode != NO_RHO:
         # Around 1 in units of the mean norm: ball has patches on both sides of its radius.
-        norms = reference.patch_norm(x.double(), layer.k, padding=layer.padding)
+        norms = reference.patch_norm(x.double(), layer.k, layer.stride, layer.padding)
         radius = 0.5 + torch.rand(layer.o, generator=generator)
         radius = between(radius, (norms / norms.mean()).flatten()).requires_grad_()
     if case.mode == FIXED:
-        norm_mean = reference.patch_norm(x, layer.k, padding=layer.padding).mean()
+        norm_mean = reference.patch_norm(x, layer.k, layer.stride, layer.padding).mean()
     return Inputs(x.requires_grad_(), weight.requires_grad_(), radius, norm_mean, cotangent)

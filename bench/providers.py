@@ -23,7 +23,7 @@ def plain(case: Case) -> Function:
     def conv2d(
         x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None
     ) -> Tensor:
-        return F.conv2d(x, weight, padding=case.layer.padding)
+        return F.conv2d(x, weight, stride=case.layer.stride, padding=case.layer.padding)
 
     return conv2d
 
@@ -38,6 +38,7 @@ def ours(backend: str) -> Callable[[Case], Function]:
             return decoupled_conv2d(
                 x,
                 weight,
+                stride=case.layer.stride,
                 padding=case.layer.padding,
                 magnitude=case.operator.magnitude,
                 angular=case.operator.angular,
@@ -66,12 +67,17 @@ def formula(case: Case) -> Function:
         wide = weight.float()
         a = torch.sqrt(wide.square().sum(dim=(1, 2, 3), keepdim=True) + EPS)
         # b * c, since u / a = b c.
-        projection = F.conv2d(x, (wide / a).to(x.dtype), padding=layer.padding)
+        folded = (wide / a).to(x.dtype)
+        projection = F.conv2d(x, folded, stride=layer.stride, padding=layer.padding)
         if magnitude == "linear" and angular == "cosine":
             return projection
         squares = x.float().square().sum(dim=1, keepdim=True)
         if layer.k > 1:
-            squares = F.avg_pool2d(squares, layer.k, 1, layer.padding, divisor_override=1)
+            squares = F.avg_pool2d(
+                squares, layer.k, layer.stride, layer.padding, divisor_override=1
+            )
+        elif layer.stride > 1:
+            squares = squares[:, :, :: layer.stride, :: layer.stride]
         b = torch.sqrt(squares + EPS)
         cosine = projection.float() * (1.0 / b)
         assert radius is not None

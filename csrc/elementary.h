@@ -197,7 +197,11 @@ DC_HD float sin_half_pi(float x) {
   return x * p;
 }
 DC_HD double sin_half_pi(double x) {
+#if defined(__CUDA_ARCH__)
+  return ::sinpi(0.5 * x);  // needs no reduction of huge arguments, which takes a stack
+#else
   return ::sin(x * 1.57079632679489661923);
+#endif
 }
 
 // x^y for x >= 0, y >= 0: exp2(y log2 x), the leading product in two parts.

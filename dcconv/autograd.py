@@ -7,26 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcconv import ops, reference
+from dcconv import ops, plan_a, reference
 from dcconv.keep import DOT, OUTPUT
 from dcconv.problem import Operands, Problem, without_autocast
 
+# How forward and backward run: one compiled op per direction, or plan A's composition.
+ONE_OP, PLAN_A = "one_op", "plan_a"
+
 
 def conv2d_forward(
-    operands: Operands, problem: Problem, kept: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward op: y, norm map, mean norm, dot product."""
+    operands: Operands, problem: Problem, kept: str, plan: str
+) -> tuple[Tensor, ...]:
+    """Run forward: y, norm map, mean norm, dot product, and what else the plan's backward saves."""
+    if plan == PLAN_A:
+        return plan_a.forward(operands, problem, kept)
     arguments = ops.conv2d_arguments(operands, problem)
-    y, norm_map, mean, dot = torch.ops.dcconv.conv2d_forward(*arguments, kept == DOT)
-    return y, norm_map, mean, dot
+    results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(*arguments, kept == DOT)
+    return results
 
 
 class DecoupledConv2dFunction(torch.autograd.Function):
     """y and the batch's mean norm from the compiled ops, with hand-written backward.
 
-    Inputs are the six tensors of ``Operands``, then the fields of ``Problem``, what backward
-    keeps and whether anything needs a gradient. Results: y, norm map, mean, dot; all but y are not
-    differentiable and only there so that backward can save them.
+    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, and the plan.
+    Results: those of ``conv2d_forward``; all but y are not differentiable and only there so that
+    backward can save them.
 
     forward takes the context itself: a separate setup_context makes every call inspect the
     signature, 95 us each (measured), and only torch.func needs it, which runs on the reference.
@@ -43,31 +48,41 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         k: Tensor | None,
         problem: Problem,
         kept: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        plan: str,
+    ) -> tuple[Tensor, ...]:
         operands = Operands(x, weight, bias, radius, norm_mean, k)
-        y, norm_map, mean, dot = conv2d_forward(operands, problem, kept)
-        ctx.mark_non_differentiable(norm_map, mean, dot)
+        results = conv2d_forward(operands, problem, kept, plan)
+        y, norm_map, mean, dot, *more = results
+        ctx.mark_non_differentiable(norm_map, mean, dot, *more)
         ctx.set_materialize_grads(False)
         kept_tensor = y if kept == OUTPUT else dot
         # Without bias: no gradient depends on it, and nn.Conv2d lets it change before backward.
-        ctx.save_for_backward(x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean)
+        ctx.save_for_backward(x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean, *more)
         ctx.problem = problem
         ctx.kept = kept
-        return y, norm_map, mean, dot
+        ctx.plan = plan
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
         if grad_y is None:
-            return (None,) * 8
-        x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean = ctx.saved_tensors
+            return (None,) * 9
+        x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean, *more = ctx.saved_tensors
         problem: Problem = ctx.problem
         wanted = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             bias = weight.new_zeros(weight.shape[0]).requires_grad_() if wanted[2] else None
             operands = Operands(x, weight, bias, radius, norm_mean, k)
-            return (*reference_gradients(operands, problem, grad_y, wanted), None, None)
-        arguments = ops.conv2d_arguments(Operands(x, weight, None, radius, norm_mean, k), problem)
+            return (*reference_gradients(operands, problem, grad_y, wanted), None, None, None)
+        operands = Operands(x, weight, None, radius, norm_mean, k)
         needs = sum(1 << i for i, want in enumerate(wanted) if want)
+        if ctx.plan == PLAN_A:
+            (a,) = more
+            planned = plan_a.backward(
+                grad_y, kept_tensor, norm_map, mean, a, operands, problem, ctx.kept, needs
+            )
+            return (*planned, None, None, None)
+        arguments = ops.conv2d_arguments(operands, problem)
         grads = torch.ops.dcconv.conv2d_backward(
             grad_y,
             x,
@@ -82,6 +97,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         )
         return (
             *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            None,
             None,
             None,
         )
@@ -110,20 +126,26 @@ class PatchNormFunction(torch.autograd.Function):
     """The patch-norm map from the compiled ops."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
-        b: Tensor = torch.ops.dcconv.patch_norm_forward(
-            x,
-            list(kernel),
-            list(problem.stride),
-            list(problem.padding),
-            list(problem.dilation),
-            problem.groups,
-            problem.padding_mode,
-            problem.eps,
-        )
+    def forward(
+        ctx: Any, x: Tensor, kernel: tuple[int, int], problem: Problem, plan: str
+    ) -> Tensor:
+        if plan == PLAN_A:
+            b = plan_a.window_norm(x, kernel, problem)
+        else:
+            b = torch.ops.dcconv.patch_norm_forward(
+                x,
+                list(kernel),
+                list(problem.stride),
+                list(problem.padding),
+                list(problem.dilation),
+                problem.groups,
+                problem.padding_mode,
+                problem.eps,
+            )
         ctx.save_for_backward(x, b)
         ctx.kernel = kernel
         ctx.problem = problem
+        ctx.plan = plan
         return b
 
     @staticmethod
@@ -134,7 +156,9 @@ class PatchNormFunction(torch.autograd.Function):
             with without_autocast(x):
                 again = reference.window_norm(x, ctx.kernel, problem)
                 (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
-            return grad_x, None, None
+            return grad_x, None, None, None
+        if ctx.plan == PLAN_A:
+            return plan_a.window_norm_grad(grad_b, x, b, ctx.kernel, problem), None, None, None
         grad_x = torch.ops.dcconv.patch_norm_backward(
             grad_b,
             x,
@@ -146,4 +170,4 @@ class PatchNormFunction(torch.autograd.Function):
             problem.groups,
             problem.padding_mode,
         )
-        return grad_x, None, None
+        return grad_x, None, None, None

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import dcconv.fakes  # noqa: F401  (registers them)
 from dcconv import autograd, checks, ops, reference
+from dcconv.autograd import ONE_OP, PLAN_A
 from dcconv.keep import NOTHING, kept
 from dcconv.problem import Operands, Problem
 
@@ -31,6 +33,7 @@ class Call(NamedTuple):
     device: str
     dtype: torch.dtype
     transformed: bool
+    gpu: int = 0
 
 
 class Backend(NamedTuple):
@@ -42,13 +45,33 @@ class Backend(NamedTuple):
     patch_norm: Callable[[Tensor, tuple[int, int], Problem], Tensor]
 
 
+def _why_not_transformed(call: Call) -> str | None:
+    if call.transformed:
+        return "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
+    return None
+
+
+_gpus: dict[int, str | None] = {}
+
+
+# Constant for tracing, and asked once per GPU.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_gpu(index: int) -> str | None:
+    if index not in _gpus:
+        if index < torch.cuda.device_count():
+            _gpus[index] = ops.why_not_gpu(torch.cuda.get_device_capability(index))
+        else:
+            _gpus[index] = f"this machine has no GPU {index}"
+    return _gpus[index]
+
+
 def _why_not_cuda(call: Call) -> str | None:
     if call.device != "cuda":
         return f"it runs on CUDA tensors, got a {call.device} tensor"
     reason = ops.cuda_missing()
     if reason is not None:
         return reason
-    return "this version has no CUDA kernels for the operator"
+    return _why_not_gpu(call.gpu) or _why_not_transformed(call)
 
 
 def _why_not_triton(call: Call) -> str | None:
@@ -62,29 +85,31 @@ def _why_not_cpu(call: Call) -> str | None:
         return f"it runs on CPU tensors, got a {call.device} tensor"
     if ops.missing is not None:
         return ops.missing
-    if call.transformed:
-        return "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
-    return None
+    return _why_not_transformed(call)
 
 
 def _why_not_reference(call: Call) -> str | None:
     return None
 
 
-def _compiled_conv2d(
-    operands: Operands, problem: Problem, keep: str
-) -> tuple[Tensor, Tensor | None]:
-    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y, _, mean, _ = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode)
-    else:
-        y, _, mean, _ = autograd.conv2d_forward(operands, problem, NOTHING)
-    return y, mean
+def _conv2d_by(plan: str) -> Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]:
+    def conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
+        mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+            results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plan)
+        else:
+            results = autograd.conv2d_forward(operands, problem, NOTHING, plan)
+        return results[0], results[2]
+
+    return conv2d
 
 
-def _compiled_patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
-    b: Tensor = autograd.PatchNormFunction.apply(x, kernel, problem)
-    return b
+def _patch_norm_by(plan: str) -> Callable[[Tensor, tuple[int, int], Problem], Tensor]:
+    def patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+        b: Tensor = autograd.PatchNormFunction.apply(x, kernel, problem, plan)
+        return b
+
+    return patch_norm
 
 
 def _reference_conv2d(
@@ -95,9 +120,9 @@ def _reference_conv2d(
 
 
 _BACKENDS = (
-    Backend("cuda", _why_not_cuda, _compiled_conv2d, _compiled_patch_norm),
-    Backend("triton", _why_not_triton, _compiled_conv2d, _compiled_patch_norm),
-    Backend("cpu", _why_not_cpu, _compiled_conv2d, _compiled_patch_norm),
+    Backend("cuda", _why_not_cuda, _conv2d_by(PLAN_A), _patch_norm_by(PLAN_A)),
+    Backend("triton", _why_not_triton, _conv2d_by(PLAN_A), _patch_norm_by(PLAN_A)),
+    Backend("cpu", _why_not_cpu, _conv2d_by(ONE_OP), _patch_norm_by(ONE_OP)),
     Backend("reference", _why_not_reference, _reference_conv2d, reference.window_norm),
 )
 
@@ -149,7 +174,7 @@ def describe(x: Tensor) -> Call:
     transformed = not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
-    return Call(x.device.type, x.dtype, transformed)
+    return Call(x.device.type, x.dtype, transformed, x.device.index or 0)
 
 
 def choose(x: Tensor, requested: str | None = None) -> Backend:
@@ -253,6 +278,8 @@ def report(
         state = "runs this call" if candidate.name == chosen.name else reason or "could run it"
         if candidate.name == "cpu" and reason is None:
             state += f" ({torch.ops.dcconv.cpu_isa()} instructions)"
+        if candidate.name == "cuda" and reason is None:
+            state += " (plan A: library convolution and fused passes)"
         lines.append(f"  {candidate.name:<10}{state}")
     mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
     if chosen.name != "reference":

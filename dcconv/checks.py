@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcconv.functions import angulars, magnitudes, weightings
-from dcconv.numerics import ANGLE_DELTA, FLOATING_DTYPES
+from dcconv.numerics import FLOATING_DTYPES, angle_delta
 from dcconv.problem import (
     NORM_BATCH,
     NORM_GIVEN,
@@ -299,7 +299,7 @@ def convolution(
         eps=float(eps),
         norm=norm if uses_rho else NORM_NONE,
         norm_grad=norm_grad,
-        delta=ANGLE_DELTA[x.dtype],
+        delta=angle_delta(x),
     )
     mean = norm_mean if isinstance(norm_mean, Tensor) and uses_rho else None
     operands = Operands(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,6 +23,9 @@ ANGLE_DELTA = {
     torch.bfloat16: 1e-3,
 }
 
+# float32 products on the tensor cores keep ten bits of their factors.
+TF32_ANGLE_DELTA = 1e-3
+
 # The accuracy rule, for y and every gradient: err(kernel) <= factor * min(err(peer), cap * floor)
 # + floor, both errors against float64. Tests and benchmarks take the numbers from here.
 ACCURACY_FLOOR = {
@@ -31,6 +36,22 @@ ACCURACY_FLOOR = {
 }
 PEER_FACTOR = 2.0
 PEER_CAP = 8.0
+
+
+# Constant for tracing: a compiled graph keeps the setting it was compiled under.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tf32_convolutions() -> bool:
+    # This property follows the older switch, cudnn.allow_tf32, as well; reading that one after the
+    # newer properties were set may raise.
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "tf32")
+
+
+def angle_delta(x: torch.Tensor) -> float:
+    """Return the floor of (1 - c)(1 + c) for the precision of x's dot products."""
+    if x.dtype == torch.float32 and x.device.type == "cuda" and _tf32_convolutions():
+        return TF32_ANGLE_DELTA
+    return ANGLE_DELTA[x.dtype]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,20 +1,19 @@
-"""Loads the compiled library and gives its ops fakes and FLOP formulas.
+"""Loads the compiled library; says what is in it and how its ops are called.
 
-Schemas and CPU kernels live in ``csrc``. An op here has no autograd formula of its own:
-``dcconv.autograd`` composes them.
+Schemas and kernels live in ``csrc``, fakes in ``dcconv.fakes``. An op has no autograd formula of
+its own: ``dcconv.autograd`` composes them.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from dcconv.numerics import compute_dtype
-from dcconv.problem import NORM_BATCH, Operands, Problem, output_size
+from dcconv.problem import Operands, Problem
 
 # Bits of the ``needs`` argument of conv2d_backward, in the order of its results.
 NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RADIUS, NEEDS_NORM_MEAN, NEEDS_K = (
@@ -49,6 +48,39 @@ def cuda_missing() -> str | None:
     if missing is not None:
         return missing
     return getattr(_build, "CUDA_REASON", "dcconv was built without CUDA")
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for one entry of TORCH_CUDA_ARCH_LIST runs on a GPU."""
+    found = re.fullmatch(r"(\d+)\.(\d)(a?)(f?)(\+PTX)?", arch)
+    if found is None:
+        return True  # a name such as "Hopper": the driver is left to say
+    target = (int(found[1]), int(found[2]))
+    if found[3]:
+        return capability == target
+    if found[5] and not found[4]:
+        return capability >= target
+    return capability[0] == target[0] and capability[1] >= target[1]
+
+
+def why_not_gpu(capability: tuple[int, int], archs: str | None = None) -> str | None:
+    """Return None when the library has code for a GPU, else one sentence.
+
+    Machine code runs within its major version from its minor version on, code for 9.0a on 9.0
+    alone, PTX on everything that is not older.
+
+    Args:
+        capability: major and minor, as ``torch.cuda.get_device_capability`` says.
+        archs: what code there is, as TORCH_CUDA_ARCH_LIST says it; None for the library's.
+    """
+    if archs is None:
+        archs = getattr(_build, "ARCHS", None) or ""
+    known = archs.replace(";", " ").split()
+    if any(_runs_on(arch, capability) for arch in known):
+        return None
+    return f"this GPU is sm_{capability[0]}{capability[1]}; the library has code for " + (
+        ", ".join(known) or "none"
+    )
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -98,159 +130,3 @@ def conv2d_arguments(operands: Operands, problem: Problem) -> tuple[Any, ...]:
         problem.delta,
         problem.norm,
     )
-
-
-def _window_shape(
-    x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any
-) -> tuple[int, int]:
-    return (
-        output_size(x.shape[2], kernel[0], stride[0], padding[0], padding[1], dilation[0]),
-        output_size(x.shape[3], kernel[1], stride[1], padding[2], padding[3], dilation[1]),
-    )
-
-
-def _conv2d_forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    norm_mean: Tensor | None,
-    k: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    eps: float,
-    delta: float,
-    norm: str,
-    keep_dot: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p, q = _window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
-    shape = (x.shape[0], weight.shape[0], p, q)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
-    compute = compute_dtype(x.dtype)
-    norm_free = Problem(magnitude=magnitude, angular=angular, weighting=weighting).norm_free
-    norm_map = x.new_empty(0 if norm_free else x.shape[0] * groups * p * q, dtype=compute)
-    mean = x.new_empty(() if norm == NORM_BATCH else (0,), dtype=compute)
-    dot = torch.empty_like(y) if keep_dot and not norm_free else x.new_empty(0)
-    return y, norm_map, mean, dot
-
-
-def _conv2d_backward_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    norm_map: Tensor,
-    mean: Tensor,
-    radius: Tensor | None,
-    norm_mean: Tensor | None,
-    k: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    eps: float,
-    delta: float,
-    norm: str,
-    norm_grad: bool,
-    kept_is: str,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    compute = compute_dtype(x.dtype)
-
-    def absent(dtype: torch.dtype = x.dtype) -> Tensor:
-        return x.new_empty(0, dtype=dtype)
-
-    layout = memory_format(x, weight)
-    grad_x = torch.empty_like(x, memory_format=layout) if needs & NEEDS_X else absent()
-    own = memory_format(weight)
-    grad_w = torch.empty_like(weight, memory_format=own) if needs & NEEDS_WEIGHT else absent()
-    grad_bias = x.new_empty(weight.shape[0]) if needs & NEEDS_BIAS else absent()
-    grad_radius = absent(compute)
-    if needs & NEEDS_RADIUS and radius is not None:
-        grad_radius = torch.empty_like(radius)
-    grad_mean = absent(compute)
-    if needs & NEEDS_NORM_MEAN and norm_mean is not None:
-        grad_mean = torch.empty_like(norm_mean)
-    grad_k = torch.empty_like(k) if needs & NEEDS_K and k is not None else absent(compute)
-    return grad_x, grad_w, grad_bias, grad_radius, grad_mean, grad_k
-
-
-def _patch_norm_forward_fake(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    eps: float,
-) -> Tensor:
-    p, q = _window_shape(x, kernel_size, stride, padding, dilation)
-    return torch.empty(
-        (x.shape[0], groups, p, q),
-        dtype=compute_dtype(x.dtype),
-        device=x.device,
-        memory_format=memory_format(x),
-    )
-
-
-def _patch_norm_backward_fake(
-    grad_b: Tensor,
-    x: Tensor,
-    b: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
-def _conv2d_forward_flops(
-    x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Count the library convolution only, as PyTorch does for fused attention and convolution."""
-    return conv_flop_count(x_shape, w_shape, out_shape[0])
-
-
-def _conv2d_backward_flops(
-    grad_y_shape: Any, x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Count the convolution once for each of grad_x and grad_weight that is computed."""
-    wanted = sum(1 for shape in out_shape[:2] if len(shape) == 4)
-    return wanted * conv_flop_count(x_shape, w_shape, grad_y_shape)
-
-
-def _no_flops(*args: Any, **kwargs: Any) -> int:
-    """Norms are not matrix work; PyTorch's counter leaves elementwise work out as well."""
-    return 0
-
-
-if missing is None:
-    torch.library.register_fake("dcconv::conv2d_forward", _conv2d_forward_fake)
-    torch.library.register_fake("dcconv::conv2d_backward", _conv2d_backward_fake)
-    torch.library.register_fake("dcconv::patch_norm_forward", _patch_norm_forward_fake)
-    torch.library.register_fake("dcconv::patch_norm_backward", _patch_norm_backward_fake)
-    register_flop_formula(torch.ops.dcconv.conv2d_forward)(_conv2d_forward_flops)
-    register_flop_formula(torch.ops.dcconv.conv2d_backward)(_conv2d_backward_flops)
-    register_flop_formula(
-        [torch.ops.dcconv.patch_norm_forward, torch.ops.dcconv.patch_norm_backward]
-    )(_no_flops)

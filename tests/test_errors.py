@@ -10,11 +10,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcconv
 from dcconv import DecoupledConv2d, backends
@@ -522,6 +524,91 @@ def test_compiled_backend_without_its_library_says_why(monkeypatch: pytest.Monke
     message = re.escape(f"dcconv: backend 'cpu' cannot run this call: {sentence}")
     with pytest.raises(NotImplementedError, match=f"^{message}$"):
         decoupled_conv2d(X, WEIGHT, backend="cpu")
+
+
+GPU = torch.device("cuda", 0)
+
+
+def on_gpu() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return X and WEIGHT on the first GPU; only inside a FakeTensorMode."""
+    return torch.zeros(X.shape, device=GPU), torch.zeros(WEIGHT.shape, device=GPU)
+
+
+@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("argument", ["weight", "bias", "radius", "norm_mean", "k"])
+def test_tensors_on_different_devices_raise(argument: str, other: str) -> None:
+    shapes = {"weight": (6, 4, 3, 3), "norm_mean": ()}
+    with FakeTensorMode():
+        x, weight = on_gpu()
+        tensors = {
+            "weight": weight,
+            argument: torch.zeros(shapes.get(argument, (6,)), device=other),
+        }
+        message = f"^dcconv: {argument} must be on x's device cuda:0, got {other}$"
+        with pytest.raises(ValueError, match=message):
+            decoupled_conv2d(x, angular="sigmoid", **tensors)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "willing"),
+    [
+        ((8, 0), "8.0;9.0a", True),
+        ((8, 7), "8.0;9.0a", True),
+        ((7, 5), "8.0;9.0a", False),
+        ((9, 0), "8.0;9.0a", True),
+        ((9, 0), "8.0;9.0", True),
+        ((9, 0), "8.0", False),
+        ((9, 0), "8.0+PTX", True),
+        ((10, 0), "8.0;9.0a+PTX", False),
+        ((10, 3), "8.0 10.0f", True),
+        ((12, 0), "10.0f+PTX", False),
+        ((12, 1), "9.0a;12.0+PTX", True),
+        ((13, 0), "9.0a;12.0+PTX", True),
+        ((11, 0), "9.0a;12.0+PTX", False),
+        ((8, 6), "8.9;9.0a", False),
+        ((9, 0), "Ampere", True),
+        ((9, 0), None, False),
+    ],
+)
+def test_gpu_without_code_is_refused(
+    capability: tuple[int, int], archs: str | None, willing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends.ops, "cuda_missing", lambda: None)
+    monkeypatch.setattr(backends.ops, "_build", SimpleNamespace(ARCHS=archs))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability
+    )
+    monkeypatch.setattr(backends, "_gpus", {})
+    known = ", ".join((archs or "none").replace(";", " ").split())
+    sentence = f"this GPU is sm_{capability[0]}{capability[1]}; the library has code for {known}"
+    with FakeTensorMode():
+        second = torch.zeros(X.shape, device="cuda:1")
+        for _ in range(2):
+            if willing:
+                assert backends.choose(second).name == "cuda"
+                assert backends.choose(second, "cuda").name == "cuda"
+            else:
+                message = re.escape(f"dcconv: backend 'cuda' cannot run this call: {sentence}")
+                with pytest.raises(NotImplementedError, match=f"^{message}$"):
+                    backends.choose(second, "cuda")
+        assert asked == [1]
+        message = "^dcconv: backend 'cuda' cannot run this call: this machine has no GPU 5$"
+        with pytest.raises(NotImplementedError, match=message):
+            backends.choose(torch.zeros(X.shape, device="cuda:5"), "cuda")
+
+
+def test_cuda_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = backends.Call("cuda", torch.float32, transformed=False)
+    record = backends._BACKENDS[backends.names.index("cuda")]
+    monkeypatch.setattr(backends.ops, "cuda_missing", lambda: "a test says so")
+    assert record.why_not(call) == "a test says so"
+    monkeypatch.setattr(backends.ops, "cuda_missing", lambda: None)
+    monkeypatch.setattr(backends, "_gpus", {0: None})
+    assert record.why_not(call) is None
+    sentence = "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
+    assert record.why_not(call._replace(transformed=True)) == sentence
 
 
 def test_slow_choice_warns_once_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ import torch._dynamo.testing
 from accuracy import check
 from cases import CASES, DTYPES, OPERATORS, make_inputs
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, functional, ops, reference
+from dcconv import backends, checks, functional, numerics, ops, plan_a, reference
 from dcconv.functional import check_call
 from dcconv.keep import kept
 
@@ -27,6 +28,16 @@ MODULES: tuple[dict[str, Any], ...] = (
     {"magnitude": "segmented", "learn_radius": False, "padding": "same", "stride": 2},
 )
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SPHERE: dict[str, Any] = {
+    "magnitude": "sphere",
+    "angular": "linear",
+    "weighting": "none",
+    "alpha": 1.0,
+    "beta": 0.5,
+    "power": 2.0,
+    "eps": 1e-4,
+    "padding_mode": "zeros",
+}
 
 cpu = pytest.mark.backend("cpu")
 
@@ -523,6 +534,48 @@ def test_slow_choice_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         functional.decoupled_conv2d(x, weight, backend="reference")
     with pytest.raises(NotImplementedError, match="'cpu' cannot run this call: the compiled"):
         functional.decoupled_conv2d(x, weight, backend="cpu")
+
+
+def test_tf32_widens_the_floor_of_the_angle() -> None:
+    """By the switch of the convolutions, old or new; only float32 on a GPU is concerned."""
+
+    def delta(dtype: torch.dtype, device: str) -> float:
+        with FakeTensorMode():
+            x = torch.zeros(1, 3, 8, 8, dtype=dtype, device=device)
+            return checks.convolution(
+                x, x, None, 1, 0, 1, 1, **SPHERE, radius=1.0, norm_mean=None, k=1.0
+            )[1].delta
+
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        for holder, switch, value, floor in (
+            (cudnn, "allow_tf32", False, 1e-6),
+            (cudnn, "allow_tf32", True, 1e-3),
+            (cudnn.conv, "fp32_precision", "ieee", 1e-6),
+            (cudnn.conv, "fp32_precision", "tf32", 1e-3),
+        ):
+            setattr(holder, switch, value)
+            assert delta(torch.float32, "cuda") == floor
+            assert delta(torch.float32, "cpu") == 1e-6
+            for dtype in (torch.float64, torch.bfloat16, torch.float16):
+                assert delta(dtype, "cuda") == numerics.ANGLE_DELTA[dtype]
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def test_questions_to_the_gpu_are_traceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_gpus", {3: "a test says so"})
+    monkeypatch.setattr(plan_a, "_multiprocessors", {3: 132})
+    torch._dynamo.reset()
+
+    def ask(x: torch.Tensor) -> tuple[Any, ...]:
+        answers = (backends._why_not_gpu(3), numerics._tf32_convolutions())
+        return x + plan_a._multiprocessors_of(3), *answers
+
+    got, *answers = torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(()))
+    assert int(got) == 132
+    assert answers == ["a test says so", numerics._tf32_convolutions()]
 
 
 @cpu

@@ -2,7 +2,6 @@
 // through the library convolution and the fused passes while its data is in cache.
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 #include <vector>
 
@@ -17,9 +16,6 @@ namespace {
 
 // Bits of `needs`, in the order of the results of conv2d_backward.
 enum Needs { kX = 1, kWeight = 2, kBias = 4, kRadius = 8, kNormMean = 16, kK = 32 };
-
-// rho never falls below this (dcconv/numerics.py has the same constant).
-constexpr double kRhoFloor = 1e-12;
 
 // What forward and backward derive from their common arguments.
 struct Call {

@@ -5,16 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "operator.h"
 #include "shape.h"
 
 namespace dcconv {
 namespace cpu {
 
-enum class Dtype { f64, f32, bf16, f16 };
 constexpr int kDtypes = 4;
-
-// What backward recovers c from.
-enum class Kept { output, dot };
 
 // Elements of one working tile: about eight float buffers of it fit a 32 KB first-level cache.
 constexpr int64_t kTile = 512;
@@ -22,13 +19,6 @@ constexpr int64_t kTile = 512;
 // Elements of one task, the unit of parallel work and of partial sums. Fixed, so that results do
 // not depend on the number of threads.
 constexpr int64_t kTask = 16384;
-
-struct Operator {
-  int magnitude;  // index in Magnitudes, then in WeightedMagnitudes
-  int angular;    // index in Angulars
-  bool times_a;   // weighting "linear"
-  double alpha, beta, power, delta;
-};
 
 // Per-filter vectors in compute dtype, [repeat * o]: repeated so that a tile of several positions
 // in channels-last order reads them as one vector.

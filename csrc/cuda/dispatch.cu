@@ -1,0 +1,69 @@
+// The passes by dtype.
+
+#include "cuda/typed.h"
+
+namespace dcconv {
+namespace cuda {
+namespace {
+
+// f(a value of the storage dtype)
+template <class F>
+void with_storage(Dtype dtype, F&& f) {
+  switch (dtype) {
+  case Dtype::f64:
+    return f(double{});
+  case Dtype::f32:
+    return f(float{});
+  case Dtype::bf16:
+    return f(BFloat16{});
+  case Dtype::f16:
+    return f(Half{});
+  }
+}
+
+// f(a value of the compute dtype)
+template <class F>
+void with_compute(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+}  // namespace
+
+void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { pixel_sumsq_typed<decltype(t)>(p, stream); });
+}
+
+void window_norm(Dtype dtype, const WindowNormParams& p, Stream stream) {
+  with_compute(dtype, [&](auto a) { window_norm_typed<decltype(a)>(p, stream); });
+}
+
+void filter_norm(Dtype dtype, const FilterNormParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { filter_norm_typed<decltype(t)>(p, stream); });
+}
+
+void epilogue(Dtype dtype, const EpilogueParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { epilogue_typed<decltype(t)>(p, stream); });
+}
+
+void grad_dot(Dtype dtype, const GradDotParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { grad_dot_typed<decltype(t)>(p, stream); });
+}
+
+void column_sums(Dtype dtype, const ColumnSumsParams& p, Stream stream) {
+  with_compute(dtype, [&](auto a) { column_sums_typed<decltype(a)>(p, stream); });
+}
+
+void filter_grad(Dtype dtype, const FilterGradParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { filter_grad_typed<decltype(t)>(p, stream); });
+}
+
+void grad_input(Dtype dtype, const GradInputParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { grad_input_typed<decltype(t)>(p, stream); });
+}
+
+}  // namespace cuda
+}  // namespace dcconv

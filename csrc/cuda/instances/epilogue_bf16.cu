@@ -1,0 +1,5 @@
+#include "cuda/epilogue.cuh"
+
+template void dcconv::cuda::epilogue_typed<dcconv::BFloat16>(
+    const dcconv::cuda::EpilogueParams&, dcconv::cuda::Stream
+);

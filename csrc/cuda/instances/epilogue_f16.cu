@@ -1,0 +1,5 @@
+#include "cuda/epilogue.cuh"
+
+template void dcconv::cuda::epilogue_typed<dcconv::Half>(
+    const dcconv::cuda::EpilogueParams&, dcconv::cuda::Stream
+);

@@ -1,0 +1,4 @@
+#include "cuda/epilogue.cuh"
+
+template void
+dcconv::cuda::epilogue_typed<float>(const dcconv::cuda::EpilogueParams&, dcconv::cuda::Stream);

@@ -1,0 +1,5 @@
+#include "cuda/grad_dot.cuh"
+
+template void dcconv::cuda::grad_dot_typed<dcconv::Half>(
+    const dcconv::cuda::GradDotParams&, dcconv::cuda::Stream
+);

@@ -1,0 +1,850 @@
+// The passes of plan A as ops: tensors in, tensors out. Python composes them with the library's
+// convolutions (dcconv/plan_a.py), has checked what the user typed and made tensors dense; the
+// checks here guard memory. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if !defined(DCCONV_SIMT)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include "cuda/kernels.h"
+#include "problem.h"
+#include "tensor.h"
+
+namespace dcconv {
+namespace cuda {
+namespace {
+
+// Bits of `needs`, in the order of the operands (dcconv/ops.py).
+enum Needs { kX = 1, kWeight = 2, kBias = 4, kRadius = 8, kNormMean = 16, kK = 32 };
+
+using MaybeTensor = std::optional<Tensor>;
+
+// The tensor's device and its current stream, for the time of an op.
+class OnDevice {
+public:
+#if defined(DCCONV_SIMT)
+  explicit OnDevice(const Tensor&) {}
+#else
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+#endif
+  Stream stream() const { return stream_; }
+
+private:
+#if !defined(DCCONV_SIMT)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  Stream stream_ = nullptr;
+};
+
+Tensor empty(const Tensor& like, const Ints& sizes, ScalarType dtype, bool channels_last = false) {
+  return torch::stable::empty(
+      sizes, dtype, std::nullopt, like.device(), std::nullopt, format_of(channels_last)
+  );
+}
+
+// A result that is not wanted; outputs of an op must not alias each other.
+Tensor absent(const Tensor& like, ScalarType dtype) {
+  return empty(like, {0}, dtype);
+}
+
+void check_dense(const Tensor& t, const Tensor& like, bool channels_last, const char* name) {
+  STD_TORCH_CHECK(
+      t.dim() == 4 && t.scalar_type() == like.scalar_type() && is_dense(t, channels_last),
+      "dcconv: ",
+      name,
+      " must be 4-d and dense in the layout of the call"
+  );
+}
+
+void check_map(const Tensor& t, int64_t count, Dtype dtype, const char* name) {
+  STD_TORCH_CHECK(
+      t.numel() == count && t.scalar_type() == compute_type(dtype) && t.is_contiguous(),
+      "dcconv: ",
+      name,
+      " must have ",
+      count,
+      " values in compute dtype, got ",
+      t.numel()
+  );
+}
+
+int to_int(int64_t value) {
+  STD_TORCH_CHECK(
+      value >= 0 && value < (int64_t{1} << 31), "dcconv: a size must be below 2^31, got ", value
+  );
+  return static_cast<int>(value);
+}
+
+WindowAxis window_axis(const Axis& axis) {
+  return {
+      to_int(axis.input),
+      to_int(axis.output),
+      to_int(axis.kernel),
+      to_int(axis.stride),
+      to_int(axis.dilation),
+      to_int(axis.before),
+      to_int(axis.after),
+      axis.mode
+  };
+}
+
+Window window_of(const ConvShape& shape) {
+  to_int(shape.input_pixels());
+  to_int(shape.output_pixels());
+  // Kernels reach for windows at padded indices in 32 bits.
+  to_int((shape.rows.output + 1) * shape.rows.stride + shape.rows.dilation * shape.rows.kernel);
+  to_int(
+      (shape.columns.output + 1) * shape.columns.stride +
+      shape.columns.dilation * shape.columns.kernel
+  );
+  return {window_axis(shape.rows), window_axis(shape.columns)};
+}
+
+struct Geometry {
+  Ints stride, padding, dilation;
+  int64_t groups;
+  std::string padding_mode;
+
+  // x: sizes of the unpadded input.
+  ConvShape shape(int64_t n, int64_t c, int64_t h, int64_t w, int64_t o, const Ints& kernel) const {
+    STD_TORCH_CHECK(
+        kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
+        "dcconv: geometry must come as 2, 2, 4 and 2 numbers"
+    );
+    STD_TORCH_CHECK(
+        groups > 0 && c % groups == 0 && o % groups == 0 && c > 0 && o > 0,
+        "dcconv: groups must divide channels and filters"
+    );
+    const PaddingMode mode = padding_mode_of(padding_mode);
+    return {
+        n,
+        c,
+        o,
+        groups,
+        axis_of(h, kernel[0], stride[0], padding[0], padding[1], dilation[0], mode),
+        axis_of(w, kernel[1], stride[1], padding[2], padding[3], dilation[1], mode),
+        false
+    };
+  }
+};
+
+Operator operator_of(
+    const std::string& magnitude,
+    const std::string& angular,
+    const std::string& weighting,
+    double alpha,
+    double beta,
+    double power,
+    double delta
+) {
+  return {
+      magnitude_index(magnitude, weighting),
+      index_of(portable::Angulars{}, angular, "angular function"),
+      weighting == "linear",
+      alpha,
+      beta,
+      power,
+      delta
+  };
+}
+
+const void* data(const MaybeTensor& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+// The stride of a [] or [o] parameter.
+int parameter_stride(const MaybeTensor& t, int64_t o, Dtype dtype, const char* name) {
+  if (!t.has_value())
+    return 0;
+  STD_TORCH_CHECK(
+      (t->numel() == 1 || t->numel() == o) && t->scalar_type() == compute_type(dtype) &&
+          t->is_contiguous(),
+      "dcconv: ",
+      name,
+      " must be one value or one per filter, in compute dtype"
+  );
+  return t->numel() == 1 ? 0 : 1;
+}
+
+// Parameters that arrive as views are copied: kernels read them densely.
+MaybeTensor dense_parameter(const MaybeTensor& t) {
+  return t.has_value() ? MaybeTensor(contiguous(*t, false)) : t;
+}
+
+FilterOperands filter_operands(
+    const Tensor& a,
+    const MaybeTensor& radius,
+    const MaybeTensor& mean,
+    const MaybeTensor& k,
+    Dtype dtype
+) {
+  const int64_t o = a.numel();
+  check_map(a, o, dtype, "a");
+  STD_TORCH_CHECK(parameter_stride(mean, 1, dtype, "mean") == 0, "dcconv: mean must be one value");
+  return {
+      a.const_data_ptr(),
+      data(radius),
+      parameter_stride(radius, o, dtype, "radius"),
+      data(mean),
+      data(k),
+      parameter_stride(k, o, dtype, "k")
+  };
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
+    Tensor x,
+    Tensor weight,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    double eps,
+    bool batch_mean,
+    bool channels_last
+) {
+  const OnDevice device(x);
+  const Dtype dtype = dtype_of(x);
+  const ScalarType compute = compute_type(dtype);
+  check_dense(x, x, channels_last, "x");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
+          weight.size(1) * groups == x.size(1) &&
+          (is_dense(weight, false) || is_dense(weight, true)),
+      "dcconv: weight does not fit x"
+  );
+  const Geometry geometry{stride, padding, dilation, groups, padding_mode};
+  const ConvShape shape = geometry.shape(
+      x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), {weight.size(2), weight.size(3)}
+  );
+  const int64_t outputs = shape.positions() * groups;
+
+  Tensor sums = empty(x, {shape.n * shape.input_pixels() * groups}, compute);
+  PixelSumsqParams s{};
+  s.n = shape.n;
+  s.pixels = shape.input_pixels();
+  s.c = to_int(shape.c);
+  s.groups = to_int(groups);
+  s.channels_last = channels_last;
+  s.x = x.const_data_ptr();
+  s.sums = sums.mutable_data_ptr();
+  pixel_sumsq(dtype, s, device.stream());
+
+  FilterNormParams f{};
+  Tensor map = sums, mean = absent(x, compute), block_sums;
+  if (batch_mean) {
+    map = empty(x, {outputs}, compute);
+    mean = empty(x, {}, compute);
+    WindowNormParams w{};
+    w.n = shape.n;
+    w.groups = s.groups;
+    w.window = window_of(shape);
+    w.channels_last = channels_last;
+    w.eps = eps;
+    w.sums = s.sums;
+    w.b = map.mutable_data_ptr();
+    f.blocks = window_norm_blocks(w);
+    block_sums = empty(x, {f.blocks}, ScalarType::Double);
+    w.block_sums = static_cast<double*>(block_sums.mutable_data_ptr());
+    window_norm(dtype, w, device.stream());
+    f.block_sums = w.block_sums;
+    f.map_count = outputs;
+    f.mean = mean.mutable_data_ptr();
+  }
+  Tensor a = empty(x, {shape.o}, compute);
+  f.o = shape.o;
+  f.size = shape.filter_size();
+  f.weight = weight.const_data_ptr();
+  f.a = a.mutable_data_ptr();
+  f.eps = eps;
+  f.alpha = 1;
+  filter_norm(dtype, f, device.stream());
+  return {a, map, mean};
+}
+
+// y over u when `y` is u; returns the norm map.
+Tensor run_epilogue(
+    const Tensor& u,
+    Tensor y,
+    const Tensor& a,
+    const Tensor& map,
+    const MaybeTensor& bias,
+    const MaybeTensor& radius_in,
+    const MaybeTensor& mean,
+    const MaybeTensor& k_in,
+    const Ints& input_size,
+    const Ints& kernel_size,
+    const Geometry& geometry,
+    const Operator& op,
+    double eps,
+    bool map_is_norm,
+    bool channels_last
+) {
+  const OnDevice device(u);
+  const Dtype dtype = dtype_of(u);
+  const ScalarType compute = compute_type(dtype);
+  check_dense(u, u, channels_last, "u");
+  check_dense(y, u, channels_last, "y");
+  const int64_t groups = geometry.groups;
+  STD_TORCH_CHECK(input_size.size() == 2, "dcconv: input_size must be two numbers");
+  // The channels of x do not matter here: one per group stands for them.
+  const ConvShape shape =
+      geometry.shape(u.size(0), groups, input_size[0], input_size[1], u.size(1), kernel_size);
+  STD_TORCH_CHECK(
+      shape.rows.output == u.size(2) && shape.columns.output == u.size(3),
+      "dcconv: u does not fit the geometry"
+  );
+  const int64_t outputs = shape.positions() * groups;
+  check_map(map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
+  STD_TORCH_CHECK(
+      !bias.has_value() || (bias->numel() == shape.o && bias->scalar_type() == u.scalar_type() &&
+                            bias->is_contiguous()),
+      "dcconv: bias must be one value per filter"
+  );
+  const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
+  Tensor norm = empty(u, {map_is_norm ? 0 : outputs}, compute);
+  EpilogueParams p{};
+  p.n = shape.n;
+  p.o = to_int(shape.o);
+  p.groups = to_int(groups);
+  p.window = window_of(shape);
+  p.channels_last = channels_last;
+  p.op = op;
+  p.eps = eps;
+  p.filters = filter_operands(a, radius, mean, k, dtype);
+  p.bias = data(bias);
+  p.u = u.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.map = map.const_data_ptr();
+  p.map_is_norm = map_is_norm;
+  p.norm = map_is_norm ? nullptr : norm.mutable_data_ptr();
+  epilogue(dtype, p, device.stream());
+  return norm;
+}
+
+std::tuple<Tensor, Tensor> conv2d_epilogue(
+    Tensor u,
+    Tensor a,
+    Tensor map,
+    MaybeTensor bias,
+    MaybeTensor radius,
+    MaybeTensor mean,
+    MaybeTensor k,
+    Ints input_size,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting,
+    double alpha,
+    double beta,
+    double power,
+    double delta,
+    double eps,
+    bool map_is_norm,
+    bool channels_last
+) {
+  const Ints sizes(u.sizes().begin(), u.sizes().end());
+  Tensor y = empty(u, sizes, u.scalar_type(), channels_last);
+  Tensor norm = run_epilogue(
+      u,
+      y,
+      a,
+      map,
+      bias,
+      radius,
+      mean,
+      k,
+      input_size,
+      kernel_size,
+      {stride, padding, dilation, groups, padding_mode},
+      operator_of(magnitude, angular, weighting, alpha, beta, power, delta),
+      eps,
+      map_is_norm,
+      channels_last
+  );
+  return {y, norm};
+}
+
+Tensor conv2d_epilogue_(
+    Tensor u,
+    Tensor a,
+    Tensor map,
+    MaybeTensor bias,
+    MaybeTensor radius,
+    MaybeTensor mean,
+    MaybeTensor k,
+    Ints input_size,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting,
+    double alpha,
+    double beta,
+    double power,
+    double delta,
+    double eps,
+    bool map_is_norm,
+    bool channels_last
+) {
+  return run_epilogue(
+      u,
+      u,
+      a,
+      map,
+      bias,
+      radius,
+      mean,
+      k,
+      input_size,
+      kernel_size,
+      {stride, padding, dilation, groups, padding_mode},
+      operator_of(magnitude, angular, weighting, alpha, beta, power, delta),
+      eps,
+      map_is_norm,
+      channels_last
+  );
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_grad_dot(
+    Tensor grad_y,
+    Tensor kept,
+    Tensor norm_map,
+    Tensor a,
+    MaybeTensor radius_in,
+    MaybeTensor mean,
+    MaybeTensor k_in,
+    int64_t groups,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting,
+    double alpha,
+    double beta,
+    double power,
+    double delta,
+    std::string kept_is,
+    bool wants_t,
+    int64_t sums,
+    int64_t rows,
+    bool channels_last
+) {
+  const OnDevice device(grad_y);
+  const Dtype dtype = dtype_of(grad_y);
+  const ScalarType compute = compute_type(dtype);
+  check_dense(grad_y, grad_y, channels_last, "grad_y");
+  check_dense(kept, grad_y, channels_last, "kept");
+  const int64_t n = grad_y.size(0), o = grad_y.size(1);
+  const int64_t pixels = grad_y.size(2) * grad_y.size(3);
+  STD_TORCH_CHECK(
+      kept.numel() == grad_y.numel() && groups > 0 && o > 0 && o % groups == 0 && pixels > 0,
+      "dcconv: kept does not fit grad_y"
+  );
+  STD_TORCH_CHECK(
+      rows > 0 && sums >= 0 && sums <= (kSumRho | kSumA | kSumK | kSumBias),
+      "dcconv: rows must be positive and sums known bits"
+  );
+  check_map(norm_map, n * pixels * groups, dtype, "norm_map");
+  const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
+  const Ints sizes(grad_y.sizes().begin(), grad_y.sizes().end());
+  Tensor grad_u = empty(grad_y, sizes, grad_y.scalar_type(), channels_last);
+  Tensor t = empty(grad_y, {wants_t ? norm_map.numel() : 0}, compute);
+  const int64_t kinds = sum_kinds(static_cast<int>(sums));
+  Tensor parts = empty(grad_y, kinds == 0 ? Ints{0} : Ints{kinds, rows, o}, compute);
+  GradDotParams p{};
+  p.positions = n * pixels;
+  p.pixels = pixels;
+  to_int(pixels);
+  p.o = to_int(o);
+  p.groups = to_int(groups);
+  p.channels_last = channels_last;
+  p.op = operator_of(magnitude, angular, weighting, alpha, beta, power, delta);
+  STD_TORCH_CHECK(
+      kept_is == "output" || kept_is == "dot", "dcconv: unknown kept tensor '", kept_is, "'"
+  );
+  p.kept_is = kept_is == "output" ? Kept::output : Kept::dot;
+  p.filters = filter_operands(a, radius, mean, k, dtype);
+  p.grad_y = grad_y.const_data_ptr();
+  p.kept = kept.const_data_ptr();
+  p.norm = norm_map.const_data_ptr();
+  p.grad_u = grad_u.mutable_data_ptr();
+  p.t = wants_t ? t.mutable_data_ptr() : nullptr;
+  p.sums = static_cast<int>(sums);
+  p.parts = kinds == 0 ? nullptr : parts.mutable_data_ptr();
+  p.rows = rows;
+  grad_dot(dtype, p, device.stream());
+  return {grad_u, t, parts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
+    Tensor parts,
+    MaybeTensor library_grad,
+    Tensor weight,
+    Tensor a,
+    MaybeTensor radius_in,
+    MaybeTensor mean,
+    MaybeTensor k_in,
+    int64_t map_count,
+    int64_t sums,
+    bool barrier,
+    int64_t needs
+) {
+  const OnDevice device(weight);
+  const Dtype dtype = dtype_of(weight);
+  const ScalarType compute = compute_type(dtype);
+  const int64_t o = weight.size(0), kinds = sum_kinds(static_cast<int>(sums));
+  STD_TORCH_CHECK(a.numel() == o, "dcconv: a must have one value per filter");
+  const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
+  FilterGradParams p{};
+  p.o = o;
+  p.size = weight.numel() / std::max<int64_t>(o, 1);
+  p.alpha = 1;
+  p.project = true;
+  p.sums = static_cast<int>(sums);
+  p.filters = filter_operands(a, radius, mean, k, dtype);
+  p.a = p.filters.a;
+  p.map_count = map_count;
+  Tensor totals;
+  if (kinds > 0) {
+    STD_TORCH_CHECK(
+        parts.dim() == 3 && parts.size(0) == kinds && parts.size(2) == o &&
+            parts.scalar_type() == compute && parts.is_contiguous(),
+        "dcconv: parts must be [kinds, rows, o]"
+    );
+    totals = empty(weight, {kinds, o}, ScalarType::Double);
+    ColumnSumsParams c{};
+    c.parts = parts.const_data_ptr();
+    c.totals = static_cast<double*>(totals.mutable_data_ptr());
+    c.kinds = kinds;
+    c.rows = parts.size(1);
+    c.o = o;
+    column_sums(dtype, c, device.stream());
+    p.totals = c.totals;
+  }
+  const auto wanted = [&](int64_t bit, int64_t sum) {
+    return (needs & bit) != 0 && (sums & sum) != 0;
+  };
+  const auto sizes_of = [](const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); };
+  Tensor grad_weight = absent(weight, weight.scalar_type());
+  if (library_grad.has_value() && (needs & kWeight) != 0) {
+    const bool last = is_channels_last(weight);
+    check_dense(weight, weight, last, "weight");
+    check_dense(*library_grad, weight, last, "library_grad");
+    grad_weight = empty(weight, sizes_of(weight), weight.scalar_type(), last);
+    p.weight = weight.const_data_ptr();
+    p.library_grad = library_grad->const_data_ptr();
+    p.grad_weight = grad_weight.mutable_data_ptr();
+  }
+  Tensor grad_bias = absent(weight, weight.scalar_type()), grad_radius = absent(weight, compute),
+         grad_mean = absent(weight, compute), grad_k = absent(weight, compute),
+         sigma = absent(weight, compute);
+  if (wanted(kBias, kSumBias)) {
+    grad_bias = empty(weight, {o}, weight.scalar_type());
+    p.grad_bias = grad_bias.mutable_data_ptr();
+  }
+  if (wanted(kRadius, kSumRho) && radius.has_value()) {
+    grad_radius = empty(weight, sizes_of(*radius), compute);
+    p.grad_radius = grad_radius.mutable_data_ptr();
+  }
+  if (wanted(kNormMean, kSumRho) && mean.has_value()) {
+    grad_mean = empty(weight, {}, compute);
+    p.grad_mean = grad_mean.mutable_data_ptr();
+  }
+  if (wanted(kK, kSumK) && k.has_value()) {
+    grad_k = empty(weight, sizes_of(*k), compute);
+    p.grad_k = grad_k.mutable_data_ptr();
+  }
+  if (barrier) {
+    STD_TORCH_CHECK((sums & kSumRho) != 0, "dcconv: the barrier needs the sums of rho");
+    sigma = empty(weight, {}, compute);
+    p.sigma = sigma.mutable_data_ptr();
+  }
+  filter_grad(dtype, p, device.stream());
+  return {grad_weight, grad_bias, grad_radius, grad_mean, grad_k, sigma};
+}
+
+void run_grad_input(
+    const MaybeTensor& library_grad,
+    const Tensor& x,
+    const Tensor& t,
+    const Tensor& norm_map,
+    const MaybeTensor& sigma,
+    const Ints& kernel_size,
+    const Geometry& geometry,
+    Tap tap,
+    bool padded,
+    bool channels_last,
+    Tensor grad_x
+) {
+  const OnDevice device(x);
+  const Dtype dtype = dtype_of(x);
+  const int64_t groups = geometry.groups;
+  const ConvShape shape =
+      geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), groups, kernel_size);
+  check_dense(x, x, channels_last, "x");
+  check_dense(grad_x, x, channels_last, "grad_x");
+  STD_TORCH_CHECK(grad_x.numel() == x.numel(), "dcconv: grad_x does not fit x");
+  check_map(t, shape.positions() * groups, dtype, "t");
+  if (tap != Tap::plain)
+    check_map(norm_map, shape.positions() * groups, dtype, "norm_map");
+  STD_TORCH_CHECK(
+      parameter_stride(sigma, 1, dtype, "sigma") == 0, "dcconv: sigma must be one value"
+  );
+  if (library_grad.has_value()) {
+    check_dense(*library_grad, x, channels_last, "library_grad");
+    const int64_t rows = padded ? shape.rows.padded() : shape.rows.input;
+    const int64_t columns = padded ? shape.columns.padded() : shape.columns.input;
+    STD_TORCH_CHECK(
+        library_grad->numel() == shape.n * shape.c * rows * columns,
+        "dcconv: library_grad does not fit the geometry"
+    );
+  }
+  GradInputParams p{};
+  p.n = shape.n;
+  p.c = to_int(shape.c);
+  p.groups = to_int(groups);
+  p.window = window_of(shape);
+  p.channels_last = channels_last;
+  p.padded = padded;
+  p.library_grad = data(library_grad);
+  p.x = x.const_data_ptr();
+  p.tap = tap;
+  p.t = t.const_data_ptr();
+  p.norm = norm_map.const_data_ptr();
+  p.sigma = data(sigma);
+  p.grad_x = grad_x.mutable_data_ptr();
+  grad_input(dtype, p, device.stream());
+}
+
+Tap tap_of(const MaybeTensor& sigma) {
+  return sigma.has_value() ? Tap::with_mean : Tap::plain;
+}
+
+Tensor conv2d_grad_input(
+    Tensor library_grad,
+    Tensor x,
+    Tensor t,
+    Tensor norm_map,
+    MaybeTensor sigma,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    bool padded,
+    bool channels_last
+) {
+  const Ints sizes(x.sizes().begin(), x.sizes().end());
+  Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
+  run_grad_input(
+      library_grad,
+      x,
+      t,
+      norm_map,
+      sigma,
+      kernel_size,
+      {stride, padding, dilation, groups, padding_mode},
+      tap_of(sigma),
+      padded,
+      channels_last,
+      grad_x
+  );
+  return grad_x;
+}
+
+void conv2d_grad_input_(
+    Tensor library_grad,
+    Tensor x,
+    Tensor t,
+    Tensor norm_map,
+    MaybeTensor sigma,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    bool channels_last
+) {
+  run_grad_input(
+      library_grad,
+      x,
+      t,
+      norm_map,
+      sigma,
+      kernel_size,
+      {stride, padding, dilation, groups, padding_mode},
+      tap_of(sigma),
+      false,
+      channels_last,
+      library_grad
+  );
+}
+
+std::tuple<Tensor, Tensor> filter_scale(Tensor weight, double alpha, double eps, bool divide) {
+  const OnDevice device(weight);
+  const Dtype dtype = dtype_of(weight);
+  const bool last = is_channels_last(weight);
+  check_dense(weight, weight, last, "weight");
+  const Ints sizes(weight.sizes().begin(), weight.sizes().end());
+  Tensor scaled = empty(weight, sizes, weight.scalar_type(), last);
+  Tensor a = empty(weight, {weight.size(0)}, compute_type(dtype));
+  FilterNormParams p{};
+  p.o = weight.size(0);
+  p.size = weight.numel() / std::max<int64_t>(p.o, 1);
+  p.weight = weight.const_data_ptr();
+  p.a = a.mutable_data_ptr();
+  p.scaled = scaled.mutable_data_ptr();
+  p.eps = eps;
+  p.alpha = alpha;
+  p.divide = divide;
+  filter_norm(dtype, p, device.stream());
+  return {scaled, a};
+}
+
+Tensor filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, double alpha, bool divide) {
+  const OnDevice device(weight);
+  const Dtype dtype = dtype_of(weight);
+  const bool last = is_channels_last(weight);
+  check_dense(weight, weight, last, "weight");
+  check_dense(library_grad, weight, last, "library_grad");
+  check_map(a, weight.size(0), dtype, "a");
+  const Ints sizes(weight.sizes().begin(), weight.sizes().end());
+  Tensor grad_weight = empty(weight, sizes, weight.scalar_type(), last);
+  FilterGradParams p{};
+  p.o = weight.size(0);
+  p.size = weight.numel() / std::max<int64_t>(p.o, 1);
+  p.weight = weight.const_data_ptr();
+  p.library_grad = library_grad.const_data_ptr();
+  p.a = a.const_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  p.alpha = alpha;
+  p.divide = p.project = divide;
+  filter_grad(dtype, p, device.stream());
+  return grad_weight;
+}
+
+Tensor window_norm_op(
+    Tensor x,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    double eps
+) {
+  const OnDevice device(x);
+  const Dtype dtype = dtype_of(x);
+  const ScalarType compute = compute_type(dtype);
+  const bool channels_last = x.size(0) > 0 && is_channels_last(x);
+  check_dense(x, x, channels_last, "x");
+  const Geometry geometry{stride, padding, dilation, groups, padding_mode};
+  const ConvShape shape =
+      geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), groups, kernel_size);
+  Tensor sums = empty(x, {shape.n * shape.input_pixels() * groups}, compute);
+  PixelSumsqParams s{};
+  s.n = shape.n;
+  s.pixels = shape.input_pixels();
+  s.c = to_int(shape.c);
+  s.groups = to_int(groups);
+  s.channels_last = channels_last;
+  s.x = x.const_data_ptr();
+  s.sums = sums.mutable_data_ptr();
+  pixel_sumsq(dtype, s, device.stream());
+  Tensor b =
+      empty(x, {shape.n, groups, shape.rows.output, shape.columns.output}, compute, channels_last);
+  WindowNormParams w{};
+  w.n = shape.n;
+  w.groups = s.groups;
+  w.window = window_of(shape);
+  w.channels_last = channels_last;
+  w.eps = eps;
+  w.sums = s.sums;
+  w.b = b.mutable_data_ptr();
+  window_norm(dtype, w, device.stream());
+  return b;
+}
+
+Tensor window_norm_grad(
+    Tensor grad_b,
+    Tensor x,
+    Tensor b,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode
+) {
+  const Dtype dtype = dtype_of(x);
+  const bool channels_last = x.size(0) > 0 && is_channels_last(x);
+  STD_TORCH_CHECK(
+      is_dense(grad_b, channels_last) && is_dense(b, channels_last) &&
+          grad_b.numel() == b.numel() && grad_b.scalar_type() == compute_type(dtype),
+      "dcconv: grad_b does not fit b"
+  );
+  const Ints sizes(x.sizes().begin(), x.sizes().end());
+  Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
+  const auto flat = [](const Tensor& t) {
+    return dispatch_tensor(
+        "aten::as_strided", "", t, Ints{t.numel()}, Ints{1}, std::optional<int64_t>()
+    );
+  };
+  run_grad_input(
+      std::nullopt,
+      x,
+      flat(grad_b),
+      flat(b),
+      std::nullopt,
+      kernel_size,
+      {stride, padding, dilation, groups, padding_mode},
+      Tap::over_norm,
+      false,
+      channels_last,
+      grad_x
+  );
+  return grad_x;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace dcconv
+
+#if defined(DCCONV_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(dcconv, CUDA, m) {
+#endif
+  m.impl("conv2d_norms", TORCH_BOX(&dcconv::cuda::conv2d_norms));
+  m.impl("conv2d_epilogue", TORCH_BOX(&dcconv::cuda::conv2d_epilogue));
+  m.impl("conv2d_epilogue_", TORCH_BOX(&dcconv::cuda::conv2d_epilogue_));
+  m.impl("conv2d_grad_dot", TORCH_BOX(&dcconv::cuda::conv2d_grad_dot));
+  m.impl("conv2d_grad_filters", TORCH_BOX(&dcconv::cuda::conv2d_grad_filters));
+  m.impl("conv2d_grad_input", TORCH_BOX(&dcconv::cuda::conv2d_grad_input));
+  m.impl("conv2d_grad_input_", TORCH_BOX(&dcconv::cuda::conv2d_grad_input_));
+  m.impl("filter_scale", TORCH_BOX(&dcconv::cuda::filter_scale));
+  m.impl("filter_scale_grad", TORCH_BOX(&dcconv::cuda::filter_scale_grad));
+  m.impl("window_norm", TORCH_BOX(&dcconv::cuda::window_norm_op));
+  m.impl("window_norm_grad", TORCH_BOX(&dcconv::cuda::window_norm_grad));
+}

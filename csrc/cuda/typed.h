@@ -1,0 +1,31 @@
+// One function per pass and dtype, each instantiated in a file of its own folder `instances`.
+#pragma once
+
+#include "cuda/kernels.h"
+#include "storage.h"
+
+namespace dcconv {
+namespace cuda {
+
+// T: storage dtype
+template <class T>
+void pixel_sumsq_typed(const PixelSumsqParams& p, Stream stream);
+template <class T>
+void filter_norm_typed(const FilterNormParams& p, Stream stream);
+template <class T>
+void epilogue_typed(const EpilogueParams& p, Stream stream);
+template <class T>
+void grad_dot_typed(const GradDotParams& p, Stream stream);
+template <class T>
+void filter_grad_typed(const FilterGradParams& p, Stream stream);
+template <class T>
+void grad_input_typed(const GradInputParams& p, Stream stream);
+
+// A: compute dtype
+template <class A>
+void window_norm_typed(const WindowNormParams& p, Stream stream);
+template <class A>
+void column_sums_typed(const ColumnSumsParams& p, Stream stream);
+
+}  // namespace cuda
+}  // namespace dcconv

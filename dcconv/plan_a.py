@@ -1,0 +1,367 @@
+"""Plan A: the library convolution between fused passes, composed of small ops.
+
+Forward: norms, library convolution, epilogue. Backward: the pass over dy, the library's two
+gradients, the filter side, and the pass that finishes grad_x. The passes work on tensors that are
+dense in the layout of the library's result (``ops.memory_format``); their schemas, with what each
+result holds, stand in ``csrc/ops.cpp``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcconv import ops, reference
+from dcconv.keep import DOT
+from dcconv.numerics import compute_dtype
+from dcconv.problem import NORM_BATCH, Operands, Problem
+
+# Bits of the ``sums`` argument: per-filter sums over all positions, of dy g h_rho, dy g h_a,
+# dy h g_k and dy.
+SUM_RHO, SUM_A, SUM_K, SUM_BIAS = (1 << i for i in range(4))
+
+# The pass over dy has at most this many blocks per multiprocessor, each with at least this many
+# positions: every block leaves one row of partial sums.
+BLOCKS_PER_MULTIPROCESSOR = 4
+POSITIONS_PER_BLOCK = 64
+
+_multiprocessors: dict[int, int] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _multiprocessors_of(index: int) -> int:
+    if index not in _multiprocessors:
+        properties = torch.cuda.get_device_properties(index)
+        _multiprocessors[index] = properties.multi_processor_count
+    return _multiprocessors[index]
+
+
+def partial_rows(x: Tensor, positions: int, groups: int, channels_last: bool) -> int:
+    """Return the number of partial sums per filter: a function of problem and device alone."""
+    # On other devices the ops are emulated: two, so that there is more than one row.
+    processors = _multiprocessors_of(x.device.index) if x.device.type == "cuda" else 2
+    most = BLOCKS_PER_MULTIPROCESSOR * processors // (1 if channels_last else groups)
+    filled = (positions + POSITIONS_PER_BLOCK - 1) // POSITIONS_PER_BLOCK
+    # Not min and max, which would fix a symbolic number of positions.
+    rows: int = torch.sym_max(1, torch.sym_min(most, filled))
+    return rows
+
+
+def _geometry(problem: Problem) -> tuple[Any, ...]:
+    return (
+        list(problem.stride),
+        list(problem.padding),
+        list(problem.dilation),
+        problem.groups,
+        problem.padding_mode,
+    )
+
+
+def _operator(problem: Problem) -> tuple[Any, ...]:
+    return (
+        problem.magnitude,
+        problem.angular,
+        problem.weighting,
+        problem.alpha,
+        problem.beta,
+        problem.power,
+        problem.delta,
+    )
+
+
+def _kernel(weight: Tensor) -> list[int]:
+    return [weight.shape[2], weight.shape[3]]
+
+
+def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return a new tensor with exactly the strides that torch.empty gives, copied if need be.
+
+    The library numbers the strides of one-element axes its own way. They are changed in place: a
+    view made here could not be modified in place by the user.
+    """
+    t = t.contiguous(memory_format=layout)
+    _, c, h, w = t.shape
+    last = layout == torch.channels_last
+    strides = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    return t if t.stride() == strides else t.as_strided_(t.shape, strides)
+
+
+def _library_input(
+    x: Tensor, problem: Problem, layout: torch.memory_format
+) -> tuple[Tensor, list[int]]:
+    """Return x as the library gets it, padded where it cannot pad, and the padding left to it."""
+    library_x, padding = reference.padded(x, problem)
+    return library_x.contiguous(memory_format=layout), list(padding)
+
+
+def _scales_filters(problem: Problem) -> bool:
+    """Whether a norm-free operator differs from a plain convolution."""
+    return problem.weighting == "none" or problem.alpha != 1.0
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, layout: torch.memory_format
+) -> Tensor:
+    library_x, padding = _library_input(x, problem, layout)
+    u = torch.ops.aten.convolution(
+        library_x,
+        weight,
+        bias,
+        list(problem.stride),
+        padding,
+        list(problem.dilation),
+        False,
+        [0, 0],
+        problem.groups,
+    )
+    return _dense(u, layout)
+
+
+def _convolution_backward(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    layout: torch.memory_format,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the library's gradients of (padded) x, weight and bias, dense; None if not wanted."""
+    if not any(wanted):
+        return None, None, None
+    library_x, padding = _library_input(x, problem, layout)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_u,
+        library_x,
+        weight,
+        [weight.shape[0]] if wanted[2] else None,
+        list(problem.stride),
+        padding,
+        list(problem.dilation),
+        False,
+        [0, 0],
+        problem.groups,
+        wanted,
+    )
+    return (
+        _dense(grad_x, layout) if wanted[0] else None,
+        _dense(grad_weight, ops.memory_format(weight)) if wanted[1] else None,
+        grad_bias,
+    )
+
+
+def forward(
+    operands: Operands, problem: Problem, kept: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator.
+
+    Returns:
+        y, the norm map, the mean norm, u and the filter norms a, [o]. What is not there is [0]:
+        the mean but with ``norm="batch"``, u but with ``kept="dot"``, and for norm-free operators
+        all but y and, where filters are divided by it, a.
+    """
+    x, weight, bias, radius, norm_mean, k = operands
+    layout = ops.memory_format(x, weight)
+    channels_last = layout == torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    weight = weight.contiguous(memory_format=ops.memory_format(weight))
+    compute = compute_dtype(x.dtype)
+
+    if problem.norm_free:
+        a = x.new_empty(0, dtype=compute)
+        if _scales_filters(problem):
+            weight, a = torch.ops.dcconv.filter_scale(
+                weight, problem.alpha, problem.eps, problem.weighting == "none"
+            )
+        y = _convolution(x, weight, bias, problem, layout)
+        norm_map, mean = x.new_empty(0, dtype=compute), x.new_empty(0, dtype=compute)
+        return y, norm_map, mean, x.new_empty(0), a
+
+    batch_mean = problem.norm == NORM_BATCH
+    a, norms, mean = torch.ops.dcconv.conv2d_norms(
+        x, weight, *_geometry(problem), problem.eps, batch_mean, channels_last
+    )
+    u = _convolution(x, weight, None, problem, layout)
+    arguments = (
+        a,
+        norms,
+        bias,
+        radius,
+        mean if batch_mean else norm_mean,
+        k,
+        [x.shape[2], x.shape[3]],
+        _kernel(weight),
+        *_geometry(problem),
+        *_operator(problem),
+        problem.eps,
+        batch_mean,
+        channels_last,
+    )
+    if kept == DOT:
+        y, norm_map = torch.ops.dcconv.conv2d_epilogue(u, *arguments)
+        dot = u
+    else:
+        norm_map = torch.ops.dcconv.conv2d_epilogue_(u, *arguments)
+        y, dot = u, x.new_empty(0)
+    return y, norms if batch_mean else norm_map, mean, dot, a
+
+
+def backward(
+    grad_y: Tensor,
+    kept_tensor: Tensor,
+    norm_map: Tensor,
+    mean: Tensor,
+    a: Tensor,
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    needs: int,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the six operands; those that ``needs`` (ops.NEEDS_*) lacks are None.
+
+    Args:
+        grad_y: gradient of y.
+        kept_tensor: y or u, as ``kept`` says.
+        norm_map, mean, a: from :func:`forward`.
+        operands: as in forward; the bias is not read.
+    """
+    x, weight, _, radius, norm_mean, k = operands
+    layout = ops.memory_format(x, weight)
+    channels_last = layout == torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    weight = weight.contiguous(memory_format=ops.memory_format(weight))
+    grad_y = grad_y.contiguous(memory_format=layout)
+    needs_x, needs_weight = bool(needs & ops.NEEDS_X), bool(needs & ops.NEEDS_WEIGHT)
+    if problem.norm_free:
+        return _backward_norm_free(grad_y, x, weight, a, problem, layout, needs)
+
+    kept_tensor = kept_tensor.contiguous(memory_format=layout)
+    batch_mean = problem.norm == NORM_BATCH
+    # The mean of the norms depends on every patch: grad_x waits for the sum over all of them.
+    barrier = batch_mean and problem.norm_grad and needs_x
+    sums = 0
+    if radius is not None and (barrier or needs & (ops.NEEDS_RADIUS | ops.NEEDS_NORM_MEAN)):
+        sums |= SUM_RHO
+    if problem.weighting != "none" and needs_weight:
+        sums |= SUM_A
+    if needs & ops.NEEDS_K:
+        sums |= SUM_K
+    if needs & ops.NEEDS_BIAS:
+        sums |= SUM_BIAS
+    factor = mean if batch_mean else norm_mean
+    positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
+    rows = partial_rows(x, positions, problem.groups, channels_last)
+    grad_u, t, parts = torch.ops.dcconv.conv2d_grad_dot(
+        grad_y,
+        kept_tensor,
+        norm_map,
+        a,
+        radius,
+        factor,
+        k,
+        problem.groups,
+        *_operator(problem),
+        kept,
+        needs_x,
+        sums,
+        rows,
+        channels_last,
+    )
+    library_x, library_weight, _ = _convolution_backward(
+        grad_u, x, weight, problem, layout, [needs_x, needs_weight, False]
+    )
+    grads: list[Tensor | None] = [None] * 6
+    sigma: Tensor | None = None
+    if sums or needs_weight:
+        *grads[1:], sigma = torch.ops.dcconv.conv2d_grad_filters(
+            parts,
+            library_weight,
+            weight,
+            a,
+            radius,
+            factor,
+            k,
+            norm_map.shape[0],
+            sums,
+            barrier,
+            needs,
+        )
+    if library_x is not None:
+        grads[0] = _finish_input(
+            library_x, x, t, norm_map, sigma if barrier else None, weight, problem, channels_last
+        )
+    return tuple(grad if needs >> i & 1 else None for i, grad in enumerate(grads))
+
+
+def _finish_input(
+    library_grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    weight: Tensor,
+    problem: Problem,
+    channels_last: bool,
+) -> Tensor:
+    """Return grad_x: the library's part, its padding folded back, plus x times the window sums."""
+    arguments = (x, t, norm_map, sigma, _kernel(weight), *_geometry(problem))
+    if problem.symmetric_zeros:
+        torch.ops.dcconv.conv2d_grad_input_(library_grad, *arguments, channels_last)
+        return library_grad
+    grad_x: Tensor = torch.ops.dcconv.conv2d_grad_input(
+        library_grad, *arguments, True, channels_last
+    )
+    return grad_x
+
+
+def _backward_norm_free(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    problem: Problem,
+    layout: torch.memory_format,
+    needs: int,
+) -> tuple[Tensor | None, ...]:
+    divide = problem.weighting == "none"
+    scaled = weight
+    if _scales_filters(problem) and needs & ops.NEEDS_X:
+        scaled, _ = torch.ops.dcconv.filter_scale(weight, problem.alpha, problem.eps, divide)
+    wanted = [bool(needs & bit) for bit in (ops.NEEDS_X, ops.NEEDS_WEIGHT, ops.NEEDS_BIAS)]
+    grad_x, grad_weight, grad_bias = _convolution_backward(
+        grad_y, x, scaled, problem, layout, wanted
+    )
+    if grad_weight is not None and _scales_filters(problem):
+        grad_weight = torch.ops.dcconv.filter_scale_grad(
+            grad_weight, weight, a, problem.alpha, divide
+        )
+    if grad_x is not None and not problem.symmetric_zeros:
+        # Only the padding is left to undo: the pass with t = 0.
+        positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
+        t = x.new_zeros(positions * problem.groups, dtype=compute_dtype(x.dtype))
+        channels_last = layout == torch.channels_last
+        grad_x = _finish_input(grad_x, x, t, t, None, weight, problem, channels_last)
+    return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+    """Return the patch norm, [n, groups, p, q]."""
+    x = x.contiguous(memory_format=ops.memory_format(x))
+    b: Tensor = torch.ops.dcconv.window_norm(x, list(kernel), *_geometry(problem), problem.eps)
+    return b
+
+
+def window_norm_grad(
+    grad_b: Tensor, x: Tensor, b: Tensor, kernel: tuple[int, int], problem: Problem
+) -> Tensor:
+    """Return the gradient of x from that of the patch norm."""
+    layout = ops.memory_format(x)
+    grad_x: Tensor = torch.ops.dcconv.window_norm_grad(
+        grad_b.contiguous(memory_format=layout),
+        x.contiguous(memory_format=layout),
+        b,
+        list(kernel),
+        *_geometry(problem),
+    )
+    return grad_x

@@ -1,0 +1,277 @@
+"""The compile gate: what the built library's kernels use, and that the gate sees a spill."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_resources as gate
+import pytest
+from test_build import setup
+
+from dcconv import ops
+
+missing_tools = gate.why_not()
+cuda_home = setup.find_cuda_home(os.environ, setup.usual_cuda_homes())
+
+needs_tools = pytest.mark.skipif(missing_tools is not None, reason=str(missing_tools))
+needs_nvcc = pytest.mark.skipif(cuda_home is None, reason="no CUDA toolkit was found")
+
+# A kernel without faults; one whose 64 live values cannot be in 32 registers; an array indexed at
+# run time; CUDA's own sine of a double; 16-byte accesses promised and not made.
+SOURCE = """
+#include <cuda_bf16.h>
+
+namespace dcconv {
+namespace {
+
+template <class T, int V, bool both>
+__global__ void copy_kernel(const T* x, T* y) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (both) {
+    reinterpret_cast<int4*>(y)[i] = reinterpret_cast<const int4*>(x)[i];
+  } else {
+    y[i] = x[i];
+  }
+}
+template __global__ void copy_kernel<__nv_bfloat16, 8, true>(
+    const __nv_bfloat16*, __nv_bfloat16*);
+template __global__ void copy_kernel<float, 4, false>(const float*, float*);
+
+__global__ void __launch_bounds__(1024, 2) spill_kernel(const float* x, float* y, int n) {
+  float v[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  for (int k = 0; k < n; ++k) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) v[i] = v[i] * v[(i * 7 + 3) % 64] + x[k];
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) y[i * 1024 + threadIdx.x] = v[i];
+}
+
+__global__ void index_kernel(const float* x, float* y, int n) {
+  __shared__ float tile[33];
+  float v[16];
+  for (int i = 0; i < 16; ++i) v[i] = x[i] + y[i];
+  v[n] = 1.0f;
+  tile[threadIdx.x] = v[n ^ 3];
+  __syncthreads();
+  for (int i = 0; i < 16; ++i) y[i * n + threadIdx.x] = v[(i + n) % 16] * tile[n];
+}
+
+__global__ void sine_kernel(const double* x, double* y) { y[threadIdx.x] = sin(x[threadIdx.x]); }
+
+}  // namespace
+}  // namespace dcconv
+
+extern "C" const void* every_kernel[] = {
+    (const void*)dcconv::copy_kernel<__nv_bfloat16, 8, true>,
+    (const void*)dcconv::copy_kernel<float, 4, false>,
+    (const void*)dcconv::spill_kernel,
+    (const void*)dcconv::index_kernel,
+    (const void*)dcconv::sine_kernel,
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of faulty kernels for sm_80 and sm_90a, with PTX of sm_90."""
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernels.cu").write_text(SOURCE)
+    codes = ("80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90")
+    command = [str(cuda_home / "bin/nvcc"), "-shared", "-Xcompiler=-fPIC", "-o", "kernels.so"]
+    command += [f"-gencode=arch=compute_{code}" for code in codes]
+    subprocess.run([*command, "kernels.cu"], cwd=folder, check=True, capture_output=True)
+    return folder / "kernels.so"
+
+
+@pytest.fixture(scope="module")
+def found(sample: Path) -> gate.Resources:
+    return gate.read(sample)
+
+
+@needs_tools
+@needs_nvcc
+def test_spills_and_stack_arrays_are_seen(found: gate.Resources) -> None:
+    assert found.archs == ["sm_80", "sm_90a"] and found.ptx == ["sm_90"]
+    assert found.usage["spill"]["sm_80"].stack > 0
+    assert found.usage["spill"]["sm_80"].registers <= 32
+    assert found.usage["index"]["sm_80"].stack >= 64
+    assert found.usage["copy<bfloat16, 8, true>"]["sm_80"].stack == 0
+    problems = gate.broken_rules(found)
+    for kernel in ("spill", "index"):
+        assert any(p.startswith(f"{kernel} must not spill") for p in problems)
+    assert not any(p.startswith(("copy<bfloat16", "sine")) for p in problems)
+    assert found.usage["sine(double)"]["sm_80"].stack > 0
+
+
+@needs_tools
+@needs_nvcc
+def test_system_shared_memory_is_not_the_kernels(found: gate.Resources) -> None:
+    assert [found.usage["index"][arch].shared for arch in found.archs] == [132, 132]
+    assert [found.usage["spill"][arch].shared for arch in found.archs] == [0, 0]
+
+
+@needs_tools
+@needs_nvcc
+def test_access_widths_come_from_the_machine_code(found: gate.Resources) -> None:
+    assert found.widths["copy<bfloat16, 8, true>"] == (128, 128)
+    assert found.widths["copy<float, 4, false>"] == (32, 32)
+    assert "copy<float, 4, false> must access memory 128 bits at a time, got 32" in (
+        gate.broken_rules(found)
+    )
+
+
+@needs_tools
+@needs_nvcc
+def test_release_is_that_of_the_compiler(found: gate.Resources) -> None:
+    release = re.search(r"V([\d.]+)", setup.ask_nvcc(cuda_home, "--version"))
+    assert release is not None and found.release == release[1]
+
+
+@needs_tools
+@needs_nvcc
+def test_command_line(
+    sample: Path, found: gate.Resources, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.tsv"
+    call = ["--library", str(sample), "--table", str(path)]
+    assert gate.main([*call, "--check"]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert gate.main([*call, "--write"]) == 1  # written, and the rules still hold
+    assert path.read_text() == gate.table(found)
+    capsys.readouterr()
+    gate.main([*call, "--check"])
+    assert gate.REFRESH not in capsys.readouterr().err
+    path.write_text(path.read_text().replace("index\t", "index\t1"))
+    assert gate.main([*call, "--check"]) == 1
+    shown = capsys.readouterr().err
+    assert "-index\t1" in shown and "+index\t" in shown and gate.REFRESH in shown
+
+
+@needs_tools
+def test_library_without_kernels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate.main(["--library", sys.executable]) == 2
+    assert "must be a library with CUDA kernels" in capsys.readouterr().err
+
+
+USAGE = {
+    "norm<bfloat16, 8>": {"sm_80": gate.Usage(32, 0, 0), "sm_90a": gate.Usage(34, 64, 0)},
+    "norm<double, 2>": {"sm_80": gate.Usage(64, 0, 40), "sm_90a": gate.Usage(60, 0, 40)},
+}
+WIDTHS = {"norm<bfloat16, 8>": gate.Widths(128, 32), "norm<double, 2>": gate.Widths(128, 64)}
+GOOD = gate.Resources("13.0.88", ["sm_120"], ["sm_80", "sm_90a"], USAGE, WIDTHS)
+
+
+def test_table_of_good_kernels() -> None:
+    assert gate.broken_rules(GOOD) == []
+    assert gate.table(GOOD).splitlines() == [
+        "# nvcc 13.0.88, PTX sm_120",
+        "kernel\tsm_80\tsm_90a\tload\tstore",
+        "norm<bfloat16, 8>\t32\t34 + 64\t128\t32",
+        "norm<double, 2>\t64 ! 40\t60 ! 40\t128\t64",
+    ]
+    assert gate.differences(GOOD, gate.table(GOOD)) == []
+
+
+def test_fewer_architectures_are_compared_where_both_have_them() -> None:
+    usage = {kernel: {"sm_80": by["sm_80"]} for kernel, by in USAGE.items()}
+    part = GOOD._replace(archs=["sm_80"], usage=usage)
+    assert gate.not_comparable(part, gate.table(GOOD)) is None
+    assert gate.differences(part, gate.table(GOOD)) == []
+    usage["norm<double, 2>"] = {"sm_80": gate.Usage(65, 0, 40)}
+    assert any("+norm<double, 2>\t65" in line for line in gate.differences(part, gate.table(GOOD)))
+
+
+def test_another_release_is_a_reason() -> None:
+    other = GOOD._replace(release="13.1.80")
+    assert gate.not_comparable(other, gate.table(GOOD)) == (
+        "the committed table is of nvcc 13.0.88, this library of 13.1.80"
+    )
+
+
+def test_new_and_gone_kernels_are_differences() -> None:
+    one = {"norm<double, 2>": USAGE["norm<double, 2>"]}
+    assert gate.differences(GOOD._replace(usage=one), gate.table(GOOD))
+    assert gate.differences(GOOD, gate.table(GOOD._replace(usage=one)))
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        (
+            "void dcconv::(anonymous namespace)::epilogue_kernel<__nv_bfloat16, dcconv::portable::"
+            "Cosine, 8, true>(dcconv::(anonymous namespace)::P<__nv_bfloat16>)",
+            "epilogue<bfloat16, Cosine, 8, true>",
+        ),
+        ("dcconv::(anonymous namespace)::cuda_arch_kernel(int*)", "cuda_arch"),
+        ("void dcconv::f_kernel<c10::Half, (dcconv::Layout)1>(int)", "f<float16, (Layout)1>"),
+    ],
+)
+def test_names_are_shortened(name: str, short: str) -> None:
+    assert gate.shorten(name) == short
+
+
+def test_only_double_may_use_the_stack() -> None:
+    assert gate.may_use_stack("norm<double, 2>") and gate.may_use_stack("sine(double)")
+    assert not gate.may_use_stack("double_norm<float>") and not gate.may_use_stack("norm<float>")
+
+
+# The rest is about the library of this checkout.
+
+cuda_reason = ops.cuda_missing()
+needs_cuda_code = pytest.mark.skipif(cuda_reason is not None, reason=str(cuda_reason))
+
+
+@pytest.fixture(scope="module")
+def built() -> gate.Resources:
+    spec = importlib.util.find_spec("dcconv._C")
+    assert spec is not None and spec.origin is not None
+    return gate.read(Path(spec.origin))
+
+
+@needs_tools
+@needs_cuda_code
+def test_no_kernel_of_the_library_breaks_a_rule(built: gate.Resources) -> None:
+    assert gate.broken_rules(built) == []
+
+
+@needs_tools
+@needs_cuda_code
+def test_library_holds_the_architectures_it_was_built_for(built: gate.Resources) -> None:
+    listed = [a.strip() for a in re.split(r"[;\s]+", str(ops._build.ARCHS)) if a.strip()]
+    names = {f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in listed}
+    with_ptx = {
+        f"sm_{arch.removesuffix('+PTX').replace('.', '')}"
+        for arch in listed
+        if arch.endswith("+PTX")
+    }
+    assert set(built.archs) == names
+    assert set(built.ptx) == with_ptx
+    every = {arch for by_arch in built.usage.values() for arch in by_arch}
+    assert all(by_arch.keys() == every for by_arch in built.usage.values())
+
+
+def test_committed_table_names_the_default_architectures() -> None:
+    first, titles, *rows = gate.TABLE.read_text(encoding="utf-8").splitlines()
+    assert first.endswith(f"PTX sm_{setup.ARCHS[-1].replace('.', '')}")
+    assert titles.split("\t")[1:-2] == [f"sm_{arch.replace('.', '')}" for arch in setup.ARCHS]
+    assert rows == sorted(rows) and len(rows) > 1
+
+
+@needs_tools
+@needs_cuda_code
+def test_library_uses_what_the_committed_table_says(built: gate.Resources) -> None:
+    committed = gate.TABLE.read_text(encoding="utf-8")
+    reason = gate.not_comparable(built, committed)
+    if reason is not None:
+        pytest.skip(reason)
+    changed = gate.differences(built, committed)
+    assert not changed, "\n".join([*changed, gate.REFRESH])
