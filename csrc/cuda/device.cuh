@@ -38,6 +38,15 @@ __device__ __forceinline__ Vector<T, V> load_vector(const T* p) {
 
 template <class T, int V>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, V>& v) {
+#if !defined(DCCONV_SIMT)
+  // An assignment may come out as one store per member: nvcc does not always merge them again.
+  if constexpr (sizeof(v) == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &v, sizeof(bits));
+    __stwb(reinterpret_cast<uint4*>(p), bits);
+    return;
+  }
+#endif
   *reinterpret_cast<Vector<T, V>*>(p) = v;
 }
 

@@ -2,6 +2,8 @@
 // convolutions (dcconv/plan_a.py), has checked what the user typed and made tensors dense; the
 // checks here guard memory. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
 
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -17,6 +19,7 @@
 
 #include "cuda/kernels.h"
 #include "problem.h"
+#include "schemas.h"
 #include "tensor.h"
 
 namespace dcconv {
@@ -832,7 +835,12 @@ Tensor window_norm_grad(
 }  // namespace dcconv
 
 #if defined(DCCONV_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
+// Ops of their own, which tests put in the place of the real ones.
+STABLE_TORCH_LIBRARY(dcconv_simt, m) {
+  dcconv::define_passes(m);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcconv_simt, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CUDA, m) {
 #endif

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) pixel_sumsq_channels_last_kernel(Pix
 
 // Contiguous: every thread sums V neighbouring pixels over its share of the channels.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) pixel_sumsq_contiguous_kernel(PixelSumsqArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) pixel_sumsq_contiguous_kernel(PixelSumsqArgs args) {
   using A = typename ComputeType<T>::type;
   const PixelSumsqParams& p = args.p;
   const PlaneLane lane(args.lanes);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) pixel_sumsq_contiguous_kernel(PixelS
       A total[V] = {};
       if (inside) {
         const T* v = x + (image * p.c + int64_t(group) * channels) * p.pixels + pixel;
-#pragma unroll 4
+#pragma unroll 2
         for (int c = lane.way; c < channels; c += args.lanes.ways) {
           const Vector<T, V> loaded = load_vector<T, V>(v + c * p.pixels);
 #pragma unroll

@@ -14,7 +14,7 @@ struct WindowNormArgs {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) window_norm_kernel(WindowNormArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) window_norm_kernel(WindowNormArgs args) {
   const WindowNormParams& p = args.p;
   SharedMemory shared;
   double* scratch = shared.take<double>(kWarp);

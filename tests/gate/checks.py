@@ -578,7 +578,7 @@ def many_blocks(where: Where) -> Figures:
     side = 2100 if where.on_gpu else 30
     shapes = (
         Case("groups", 1, count, 3, 4, count, (1, 1), groups=count),
-        Case("images", count, 2, 3, 3, 3, (3, 3), padding=1),
+        Case("images", count, 2, 2, 2, 3, (2, 2)),
         Case("filters", 1, 2, 2, 2, count, (1, 1)),
         Case("tiles", 1, 1, side, side, 2, (2, 2), padding=1),
     )

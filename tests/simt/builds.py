@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,42 @@ def compile_extension(
         ],
         build,
     )
+
+
+def compile_library(
+    name: str,
+    sources: Mapping[Path, Sequence[str]],
+    build: Build,
+    link_flags: Iterable[str] = (),
+) -> Path:
+    """Return a shared library of CUDA and C++ sources, each compiled by itself, side by side.
+
+    Args:
+        name: of the file, without its ending.
+        sources: .cu and .cpp files, each with more flags for the compiler.
+        build: one of ``BUILDS``.
+        link_flags: libraries to link with.
+    """
+    own = [*COMMON, *build.flags, "-fvisibility=hidden", "-pthread"]
+
+    def compile_object(source: Path) -> Path:
+        return _compile(f"{source.stem}.o", [source], ["-c", *own, *sources[source]], build)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_object, sources))
+    link = [*build.flags, "-shared", "-pthread", *link_flags]
+    recipe = json.dumps([_version(), *map(str, objects), *link])
+    target = CACHE / f"{name}-{build.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}"
+    output = target / f"{name}.so"
+    if not output.is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        part = output.with_suffix(".part")
+        command = [COMPILER, *map(str, objects), *link, "-o", str(part)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise CompileError(f"{shlex.join(command)}\n{made.stderr}")
+        os.replace(part, output)
+    return output
 
 
 def environment(build: Build) -> dict[str, str]:
@@ -206,7 +243,8 @@ def _digest(recipe: str, dependencies: Iterable[Path]) -> str | None:
 
 
 def _compile(file: str, sources: Sequence[Path], flags: Sequence[str], build: Build) -> Path:
-    command = [COMPILER, *(str(Path(source).resolve()) for source in sources), *flags]
+    # A .cu file is C++ here.
+    command = [COMPILER, "-x", "c++", *(str(Path(source).resolve()) for source in sources), *flags]
     recipe = json.dumps([_version(), command])
     CACHE.mkdir(parents=True, exist_ok=True)
     stem = f"{Path(file).stem}-{build.name}"

@@ -1,0 +1,73 @@
+// Schemas of the passes of plan A, for every library that implements them.
+#pragma once
+
+#include <string>
+
+namespace dcconv {
+
+// The passes between the library convolutions, composed in dcconv/plan_a.py. Tensors are dense in
+// the layout channels_last says; maps are 1-d, [n, pixels, groups] or, in contiguous layout,
+// [n, groups, pixels]. mean is the factor of the radius, absent for 1.
+template <class Library>
+void define_passes(Library& library) {
+  const std::string geometry =
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode";
+  const std::string op =
+      "str magnitude, str angular, str weighting, float alpha, float beta, float power, "
+      "float delta";
+  const std::string epilogue =
+      "Tensor a, Tensor map, Tensor? bias, Tensor? radius, Tensor? mean, Tensor? k, "
+      "SymInt[] input_size, SymInt[] kernel_size, " +
+      geometry + ", " + op + ", float eps, bool map_is_norm, bool channels_last";
+  const std::string grad_input =
+      "Tensor x, Tensor t, Tensor norm_map, Tensor? sigma, SymInt[] kernel_size, " + geometry;
+  const auto define = [&](const std::string& schema) { library.def(schema.c_str()); };
+
+  // map: the norms b and their mean with batch_mean, else the sums of squares per input pixel.
+  define(
+      "conv2d_norms(Tensor x, Tensor weight, " + geometry +
+      ", float eps, bool batch_mean, bool channels_last) -> (Tensor a, Tensor map, Tensor mean)"
+  );
+  // input_size: rows and columns of x. norm_map: b, [0] when map already is b.
+  define("conv2d_epilogue(Tensor u, " + epilogue + ") -> (Tensor y, Tensor norm_map)");
+  // y is written over u.
+  define("conv2d_epilogue_(Tensor(a!) u, " + epilogue + ") -> Tensor norm_map");
+  // sums: bits 1 rho, 2 a, 4 k, 8 bias. parts: [kinds in sums, rows, o], a partial sum per row.
+  define(
+      "conv2d_grad_dot(Tensor grad_y, Tensor kept, Tensor norm_map, Tensor a, Tensor? radius, "
+      "Tensor? mean, Tensor? k, SymInt groups, " +
+      op +
+      ", str kept_is, bool wants_t, int sums, SymInt rows, bool channels_last) "
+      "-> (Tensor grad_u, Tensor t, Tensor parts)"
+  );
+  // needs: as in conv2d_backward. sigma: what the mean norm adds to t b, [0] without barrier.
+  define(
+      "conv2d_grad_filters(Tensor parts, Tensor? library_grad, Tensor weight, Tensor a, "
+      "Tensor? radius, Tensor? mean, Tensor? k, SymInt map_count, int sums, bool barrier, "
+      "int needs) -> (Tensor grad_weight, Tensor grad_bias, Tensor grad_radius, "
+      "Tensor grad_mean, Tensor grad_k, Tensor sigma)"
+  );
+  // library_grad is of the padded input where padded.
+  define(
+      "conv2d_grad_input(Tensor library_grad, " + grad_input +
+      ", bool padded, bool channels_last) -> Tensor grad_x"
+  );
+  // grad_x is written over library_grad, which is of x's size.
+  define("conv2d_grad_input_(Tensor(a!) library_grad, " + grad_input + ", bool channels_last) -> ()");
+  // Norm-free operators: scaled = alpha weight, over a with divide.
+  define(
+      "filter_scale(Tensor weight, float alpha, float eps, bool divide) "
+      "-> (Tensor scaled, Tensor a)"
+  );
+  define(
+      "filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, float alpha, bool divide) "
+      "-> Tensor grad_weight"
+  );
+  define("window_norm(Tensor x, SymInt[] kernel_size, " + geometry + ", float eps) -> Tensor b");
+  define(
+      "window_norm_grad(Tensor grad_b, Tensor x, Tensor b, SymInt[] kernel_size, " + geometry +
+      ") -> Tensor grad_x"
+  );
+}
+
+}  // namespace dcconv

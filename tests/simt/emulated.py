@@ -1,0 +1,58 @@
+"""The CUDA sources compiled for the SIMT model: the ops of plan A, and the passes by themselves."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import builds
+from builds import ROOT, Build
+
+CUDA = ROOT / "csrc/cuda"
+
+#: What holds the kernels: every dtype and pass, and the choice between them.
+KERNELS = (CUDA / "dispatch.cu", *sorted((CUDA / "instances").glob("*.cu")))
+
+
+def _flags() -> list[str]:
+    # CUDA contracts products and sums, and so does the model where the processor can.
+    info = Path("/proc/cpuinfo")
+    fused = info.exists() and "fma" in info.read_text().split()
+    return [
+        f"-I{ROOT / 'csrc'}",
+        "-DDCCONV_SIMT",
+        *(["-mfma", "-ffp-contract=fast"] if fused else []),
+    ]
+
+
+def ops_library() -> Path:
+    """Return the library that defines ``dcconv_simt``: the op layer and all kernels, fast build."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags = _flags()
+    torch_flags = [
+        *(f"-isystem{folder}" for folder in include_paths()),
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        # System headers are not compared; the version tells one PyTorch from another.
+        f'-DDCCONV_TORCH="{torch.__version__}"',
+    ]
+    sources = {source: flags for source in KERNELS} | {CUDA / "ops.cu": [*flags, *torch_flags]}
+    libraries = [f"-L{folder}" for folder in library_paths()]
+    return builds.compile_library(
+        "dcconv_simt", sources, builds.FAST, [*libraries, "-ltorch", "-ltorch_cpu", "-lc10"]
+    )
+
+
+def passes_extension(build: Build) -> Path:
+    """Return the Python extension ``dcconv_passes``: the passes on numpy arrays."""
+    import pybind11
+
+    flags = _flags()
+    python = [
+        f"-isystem{pybind11.get_include()}",
+        f"-isystem{sysconfig.get_path('include')}",
+    ]
+    binding = Path(__file__).parent / "passes.cpp"
+    sources = {source: flags for source in KERNELS} | {binding: [*flags, *python]}
+    return builds.compile_library("dcconv_passes", sources, build)

@@ -1,0 +1,65 @@
+// The passes for float32 and bfloat16 alone, in one file: for builds that are slow, or many.
+
+#include <stdexcept>
+
+#include "cuda/column_sums.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/filter.cuh"
+#include "cuda/grad_dot.cuh"
+#include "cuda/grad_input.cuh"
+#include "cuda/pixel_sumsq.cuh"
+#include "cuda/window_norm.cuh"
+
+namespace dcconv {
+namespace cuda {
+namespace {
+
+template <class F>
+void with_storage(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32)
+    return f(float{});
+  if (dtype == Dtype::bf16)
+    return f(BFloat16{});
+  throw std::invalid_argument("simt: this build has float32 and bfloat16 only");
+}
+
+}  // namespace
+
+void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { pixel_sumsq_typed<decltype(t)>(p, stream); });
+}
+
+int64_t window_norm_blocks(const WindowNormParams& p) {
+  return persistent_blocks(ceil_div(window_norm_count(p), kThreads), kThreads);
+}
+
+void window_norm(Dtype, const WindowNormParams& p, Stream stream) {
+  window_norm_typed<float>(p, stream);
+}
+
+void filter_norm(Dtype dtype, const FilterNormParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { filter_norm_typed<decltype(t)>(p, stream); });
+}
+
+void epilogue(Dtype dtype, const EpilogueParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { epilogue_typed<decltype(t)>(p, stream); });
+}
+
+void grad_dot(Dtype dtype, const GradDotParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { grad_dot_typed<decltype(t)>(p, stream); });
+}
+
+void column_sums(Dtype, const ColumnSumsParams& p, Stream stream) {
+  column_sums_typed<float>(p, stream);
+}
+
+void filter_grad(Dtype dtype, const FilterGradParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { filter_grad_typed<decltype(t)>(p, stream); });
+}
+
+void grad_input(Dtype dtype, const GradInputParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { grad_input_typed<decltype(t)>(p, stream); });
+}
+
+}  // namespace cuda
+}  // namespace dcconv
