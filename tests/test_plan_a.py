@@ -7,8 +7,10 @@ and takes them away again. The accuracy rule is the same as for every backend.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcconv
 from dcconv import backends, functional, ops, plan_a, reference
 from dcconv.numerics import compute_dtype
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "simt"))
+
+import builds
+from emulated import ops_library
 
 NORMS = ("batch", "given", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -47,7 +54,26 @@ def model() -> Iterator[None]:
     assert not any(has_cpu_kernel(name) for name in SMALL_OPS)
 
 
-PROVIDERS: dict[str, Callable[[], AbstractContextManager[None]]] = {"model": model}
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Register the CUDA sources, run in the SIMT model, for CPU tensors."""
+    reason = builds.why_not(builds.FAST)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.ops.load_library(str(ops_library()))
+    library = torch.library.Library("dcconv", "IMPL")
+    try:
+        for name in SMALL_OPS:
+            library.impl(name, getattr(torch.ops.dcconv_simt, name).default, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+PROVIDERS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "model": model,
+    "emulated": emulated,
+}
 
 
 @pytest.fixture(scope="module", params=PROVIDERS)
@@ -110,6 +136,31 @@ def test_geometry_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> N
             scalar=scalar,
         )
         compare(f"{case.id} {i} {magnitude} {weighting} {angular}", inputs)
+
+
+# More channels than a block has threads, groups across that border, more tiles than blocks.
+LARGE = (
+    Case("tiles", 2, 64, 20, 16, 128, (1, 1)),
+    Case("filter-chunks", 1, 8, 3, 3, 2088, (1, 1)),
+    Case("channel-chunks-groups3", 1, 2088, 2, 3, 2088, (1, 1), groups=3),
+    Case("depthwise-300", 1, 300, 4, 4, 300, (3, 3), padding=1, groups=300),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("case", LARGE, ids=ids)
+def test_large_layers_agree_with_the_reference(case: Case, dtype: torch.dtype) -> None:
+    for i, layout in enumerate(FORMATS):
+        inputs = make_inputs(
+            case,
+            dtype,
+            ("contiguous", "channels_last")[i],
+            magnitude=("tanh", "ball")[i],
+            weighting=("product", "linear")[i],
+            angular="square_cosine",
+        )
+        assert inputs.tensors["x"].is_contiguous(memory_format=layout)
+        compare(case.id, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=ids)

@@ -3,6 +3,7 @@
 // checks here guard memory. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -49,6 +50,16 @@ private:
 #endif
   Stream stream_ = nullptr;
 };
+
+// Kernels follow pointers: one of another device would fault.
+void check_devices(const Tensor& first, std::initializer_list<MaybeTensor> others) {
+  for (const MaybeTensor& t : others)
+    STD_TORCH_CHECK(
+        !t.has_value() ||
+            (t->is_cuda() == first.is_cuda() && t->get_device_index() == first.get_device_index()),
+        "dcconv: all tensors of an op must be on one device"
+    );
+}
 
 Tensor empty(const Tensor& like, const Ints& sizes, ScalarType dtype, bool channels_last = false) {
   return torch::stable::empty(
@@ -218,6 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
     bool channels_last
 ) {
   const OnDevice device(x);
+  check_devices(x, {weight});
   const Dtype dtype = dtype_of(x);
   const ScalarType compute = compute_type(dtype);
   check_dense(x, x, channels_last, "x");
@@ -295,6 +307,7 @@ Tensor run_epilogue(
     bool channels_last
 ) {
   const OnDevice device(u);
+  check_devices(u, {y, a, map, bias, radius_in, mean, k_in});
   const Dtype dtype = dtype_of(u);
   const ScalarType compute = compute_type(dtype);
   check_dense(u, u, channels_last, "u");
@@ -452,6 +465,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_grad_dot(
     bool channels_last
 ) {
   const OnDevice device(grad_y);
+  check_devices(grad_y, {kept, norm_map, a, radius_in, mean, k_in});
   const Dtype dtype = dtype_of(grad_y);
   const ScalarType compute = compute_type(dtype);
   check_dense(grad_y, grad_y, channels_last, "grad_y");
@@ -512,6 +526,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
     int64_t needs
 ) {
   const OnDevice device(weight);
+  check_devices(weight, {parts, library_grad, a, radius_in, mean, k_in});
   const Dtype dtype = dtype_of(weight);
   const ScalarType compute = compute_type(dtype);
   const int64_t o = weight.size(0), kinds = sum_kinds(static_cast<int>(sums));
@@ -599,6 +614,7 @@ void run_grad_input(
     Tensor grad_x
 ) {
   const OnDevice device(x);
+  check_devices(x, {library_grad, t, norm_map, sigma, grad_x});
   const Dtype dtype = dtype_of(x);
   const int64_t groups = geometry.groups;
   const ConvShape shape =
@@ -727,6 +743,7 @@ std::tuple<Tensor, Tensor> filter_scale(Tensor weight, double alpha, double eps,
 
 Tensor filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, double alpha, bool divide) {
   const OnDevice device(weight);
+  check_devices(weight, {library_grad, a});
   const Dtype dtype = dtype_of(weight);
   const bool last = is_channels_last(weight);
   check_dense(weight, weight, last, "weight");

@@ -318,12 +318,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=STORAGE)
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
+    parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
+    parser.add_argument("--blocks", type=int, help="blocks at a time, where threads are real")
     options = parser.parse_args()
     m = load(options.extension)
     m.set_seed(options.seed)
+    if options.blocks is not None:
+        m.set_concurrent_blocks(options.blocks)
     found = {}
     for dtype, geometry, operator in itertools.product(
-        options.dtypes, options.geometries, OPERATORS
+        options.dtypes, options.geometries, options.operators
     ):
         for channels_last in (False, True):
             case = f"{dtype} {geometry} {operator} {'last' if channels_last else 'first'}"

@@ -37,22 +37,34 @@ def ops_library() -> Path:
         # System headers are not compared; the version tells one PyTorch from another.
         f'-DDCCONV_TORCH="{torch.__version__}"',
     ]
-    sources = {source: flags for source in KERNELS} | {CUDA / "ops.cu": [*flags, *torch_flags]}
+    sources = dict.fromkeys(KERNELS, flags) | {CUDA / "ops.cu": [*flags, *torch_flags]}
     libraries = [f"-L{folder}" for folder in library_paths()]
     return builds.compile_library(
         "dcconv_simt", sources, builds.FAST, [*libraries, "-ltorch", "-ltorch_cpu", "-lc10"]
     )
 
 
-def passes_extension(build: Build) -> Path:
-    """Return the Python extension ``dcconv_passes``: the passes on numpy arrays."""
+def passes_extension(
+    build: Build, *, every_dtype: bool = False, changed: Path | None = None
+) -> Path:
+    """Return the Python extension ``dcconv_passes``: the passes on numpy arrays.
+
+    Args:
+        build: one of ``builds.BUILDS``.
+        every_dtype: all four dtypes instead of float32 and bfloat16.
+        changed: a changed copy of csrc, to see what the change does to float32.
+    """
     import pybind11
 
     flags = _flags()
+    if changed is not None:
+        flags = [f"-I{changed}", "-DSIMT_ONE_DTYPE", "-O0", *flags]
     python = [
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_path('include')}",
     ]
-    binding = Path(__file__).parent / "passes.cpp"
-    sources = {source: flags for source in KERNELS} | {binding: [*flags, *python]}
-    return builds.compile_library("dcconv_passes", sources, build)
+    here = Path(__file__).parent
+    kernels = KERNELS if every_dtype else (here / "two_dtypes.cu",)
+    files = dict.fromkeys(kernels, flags)
+    files[here / "passes.cpp"] = [*_flags(), *python]
+    return builds.compile_library("dcconv_passes", files, build)

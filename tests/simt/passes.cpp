@@ -31,7 +31,7 @@ Dtype dtype_of(const std::string& name) {
 
 // Reads members of a struct from keyword arguments, and insists that every argument is read.
 class Members {
- public:
+public:
   explicit Members(py::dict values) : values_(std::move(values)) {}
   ~Members() noexcept(false) {
     if (!std::uncaught_exceptions() && read_ != values_.size())
@@ -93,7 +93,7 @@ class Members {
     of("columns", window.columns);
   }
 
- private:
+private:
   py::object value(const char* name) {
     if (!values_.contains(name))
       throw py::key_error(name);
@@ -278,7 +278,7 @@ void run_grad_input(const std::string& dtype, const py::kwargs& values) {
 PYBIND11_MODULE(dcconv_passes, m) {
   using namespace dcconv::cuda;
   m.def("set_seed", &simt::set_seed);
-  m.def("set_multiprocessors", &simt::set_multiprocessors);
+  m.def("set_concurrent_blocks", &simt::set_concurrent_blocks);
   m.def("pixel_sumsq", &run_pixel_sumsq);
   m.def("window_norm_blocks", [](const py::kwargs& values) {
     return window_norm_blocks(window_norm_params(values));

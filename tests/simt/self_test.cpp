@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(1024) reduce_kernel(ReduceParams p) {
 
 void reduce() {
   for (const unsigned threads : {32u, 256u}) {
-    const unsigned blocks = 6, count = 300;
+    const unsigned blocks = 2, count = 300;
     std::vector<float> x(blocks * count), sums = poisoned<float>(blocks);
     for (std::size_t i = 0; i < x.size(); ++i)
       x[i] = static_cast<float>(i * 7 % 31);

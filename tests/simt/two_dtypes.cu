@@ -1,4 +1,5 @@
-// The passes for float32 and bfloat16 alone, in one file: for builds that are slow, or many.
+// The passes for float32 and bfloat16 alone, in one file, for builds that are slow; for float32
+// alone under SIMT_ONE_DTYPE, for builds that are many.
 
 #include <stdexcept>
 
@@ -18,9 +19,11 @@ template <class F>
 void with_storage(Dtype dtype, F&& f) {
   if (dtype == Dtype::f32)
     return f(float{});
+#if !defined(SIMT_ONE_DTYPE)
   if (dtype == Dtype::bf16)
     return f(BFloat16{});
-  throw std::invalid_argument("simt: this build has float32 and bfloat16 only");
+#endif
+  throw std::invalid_argument("simt: this build has not every dtype");
 }
 
 }  // namespace

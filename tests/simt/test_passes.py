@@ -1,0 +1,153 @@
+"""The CUDA passes by themselves: schedules, sanitizers, and faults put into their sources."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import builds  # noqa: E402
+from builds import ADDRESS, FAST, REPORTED, ROOT, THREAD, Build  # noqa: E402
+from drive import STORAGE  # noqa: E402
+from emulated import passes_extension  # noqa: E402
+
+Results = dict[str, Any]
+
+
+def drive(
+    build: Build, extension: Path, folder: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    return builds.run(
+        [sys.executable, HERE / "drive.py", extension, folder / "results.npz", *options],
+        build,
+        timeout=600,
+    )
+
+
+def results_of(build: Build, extension: Path, folder: Path, *options: str) -> Results:
+    done = drive(build, extension, folder, *options)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-4000:]}"
+    with np.load(folder / "results.npz") as found:
+        return dict(found)
+
+
+def extension_of(build: Build, **options: Any) -> Path:
+    reason = builds.why_not(build)
+    if reason is not None:
+        pytest.skip(reason)
+    return passes_extension(build, **options)
+
+
+def assert_same(found: Results, expected: Results) -> None:
+    assert found and found.keys() <= expected.keys()
+    wrong = [n for n, array in found.items() if array.tobytes() != expected[n].tobytes()]
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What the fast build gives, for every dtype."""
+    extension = extension_of(FAST, every_dtype=True)
+    folder = tmp_path_factory.mktemp("expected")
+    return results_of(FAST, extension, folder, "--dtypes", *STORAGE)
+
+
+def test_every_element_is_written(expected: Results) -> None:
+    for name, array in expected.items():
+        if array.dtype == np.uint16:
+            exponents = (array >> 7) & 0xFF
+            assert (exponents != 0xFF).all(), name
+        else:
+            assert np.isfinite(array).all(), name
+    assert {name.split()[0] for name in expected} == set(STORAGE)
+
+
+def test_results_do_not_depend_on_the_schedule(expected: Results, tmp_path: Path) -> None:
+    extension = extension_of(FAST, every_dtype=True)
+    options = ("--dtypes", "float32", "bfloat16")
+    assert_same(results_of(FAST, extension, tmp_path, *options, "--seed", "17"), expected)
+
+
+def test_address_and_undefined_behaviour_sanitizers(expected: Results, tmp_path: Path) -> None:
+    found = results_of(ADDRESS, extension_of(ADDRESS), tmp_path)
+    assert_same(found, expected)
+
+
+# A thread of the system per CUDA thread is slow: the problems with the most code in them.
+THREADED = ("--geometries", "vectors", "groups", "--operators", "product")
+
+
+@pytest.mark.parametrize("blocks", ["1", "4"], ids=["shuffled", "concurrent"])
+def test_thread_sanitizer(blocks: str, expected: Results, tmp_path: Path) -> None:
+    options = (*THREADED, "--dtypes", "float32" if blocks == "1" else "bfloat16")
+    extension = extension_of(THREAD)
+    found = results_of(THREAD, extension, tmp_path, *options, "--blocks", blocks)
+    assert_same(found, expected)
+
+
+def changed_sources(folder: Path, file: str, old: str, new: str) -> Path:
+    """Return a copy of csrc in which the first ``old`` of a file is ``new``."""
+    copy = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", copy)
+    path = copy / "cuda" / file
+    text = path.read_text()
+    assert old in text, f"{file} has no {old!r}"
+    path.write_text(text.replace(old, new, 1))
+    return copy
+
+
+def failure(extension: Path, build: Build, folder: Path, expected: Results) -> str:
+    """Return how the faulty extension shows itself, empty if it does not."""
+    options: Sequence[str] = ("--dtypes", "float32", "--geometries", "vectors", "groups")
+    if build is THREAD:
+        options = (*THREADED, "--dtypes", "float32")
+    for seed in ("0", "1", "2"):
+        done = drive(build, extension, folder, *options, "--seed", seed)
+        if build is not FAST:
+            return done.stderr if done.returncode == REPORTED else ""
+        if done.returncode != 0:
+            return done.stderr
+        with np.load(folder / "results.npz") as found:
+            for name in found.files:
+                if found[name].tobytes() != expected[name].tobytes():
+                    return f"differs: {name}"
+    return ""
+
+
+BARRIER = "      __syncthreads();\n"
+
+# What is changed, the build that has to see it, and what it says.
+FAULTS = {
+    "no barrier before norms are read": ("epilogue.cuh", BARRIER, "", THREAD, "data race"),
+    "no barrier in a block's sum": ("device.cuh", "  __syncthreads();\n", "", THREAD, "data race"),
+    "no tail of rows": ("grad_dot.cuh", "active && row < rows", "active", ADDRESS, "Sanitizer"),
+    "no tail of filters": ("column_sums.cuh", "filter < p.o) {", "true) {", ADDRESS, "Sanitizer"),
+    "a shifted index": (
+        "epilogue.cuh",
+        "load_vector<T, V>(u + offset + int64_t(row)",
+        "load_vector<T, V>(u + offset + int64_t(row ^ 1)",
+        FAST,
+        "differs",
+    ),
+    "another sign": ("filter.cuh", "-scale * total", "scale * total", FAST, "differs"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_seen(name: str, expected: Results, tmp_path: Path) -> None:
+    file, old, new, build, words = FAULTS[name]
+    copy = changed_sources(tmp_path, file, old, new)
+    extension = extension_of(build, changed=copy)
+    try:
+        assert words in failure(extension, build, tmp_path, expected)
+    finally:
+        shutil.rmtree(extension.parent)
