@@ -196,8 +196,10 @@ def make_inputs(
 
     compute = compute_dtype(dtype)
     tensors = {
-        "x": _arrange(x.to(dtype), layout).to(device),
-        "weight": _arrange(weight.to(dtype), "contiguous" if layout == "expanded" else layout),
+        "x": _arrange(x.to(device, dtype), layout),
+        "weight": _arrange(
+            weight.to(device, dtype), "contiguous" if layout == "expanded" else layout
+        ),
     }
     if bias:
         tensors["bias"] = offset.to(dtype)

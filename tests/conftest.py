@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[DROPPED] = Counter()
+    # float32 means float32: cuDNN would convolve in TF32 by default. The GPU gate checks that too.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     config.addinivalue_line(
         "markers", "backend(name): a test of one backend, skipped with the backend's own sentence"
     )

@@ -196,7 +196,6 @@ def suite(options: argparse.Namespace, timeout: float, log: IO[bytes]) -> Figure
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "gate.library_float32"]
         command += ["--backend", options.backend, f"--junitxml={results}", "--maxfail=50"]
         if options.selected:
             command += ["-k", options.selected]

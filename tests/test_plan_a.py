@@ -253,6 +253,25 @@ def test_output_has_the_strides_of_a_library_convolution(layout: str, keep: str)
             assert y.stride() == library.stride(), (case.id, magnitude)
 
 
+@pytest.mark.parametrize("layout", FORMATS, ids=ids)
+def test_dense_tensors_have_the_strides_of_new_ones(layout: torch.memory_format) -> None:
+    """Whatever numbers a library gives one-element axes, and without making a view."""
+    for shape, strides in (
+        ((3, 1, 1, 1), (1, 7, 5, 3)),
+        ((1, 4, 1, 1), (9, 1, 2, 3)),
+        ((2, 1, 5, 6), (30, 8, 6, 1)),
+        ((1, 3, 2, 1), (99, 2, 1, 1)),
+        ((2, 3, 4, 5), (60, 20, 5, 1)),
+        ((0, 3, 4, 5), (60, 20, 5, 1)),
+    ):
+        t = torch.empty_strided(shape, strides)
+        t.copy_(torch.randn(shape))
+        values = t.clone()
+        dense = plan_a._dense(t, layout)
+        assert dense.stride() == torch.empty(shape, memory_format=layout).stride(), shape
+        assert torch.equal(dense, values) and not dense._is_view()
+
+
 def test_unwritten_elements_would_show(deterministic: bool) -> None:
     for i, name in enumerate(("3x3-p1", "groups3-odd", "reflect-same-s2", "depthwise", "n0")):
         for layout in ("contiguous", "channels_last"):
@@ -311,7 +330,8 @@ def test_detached_mean_norm_has_no_gradient() -> None:
 
 def test_radii_on_their_floor_have_no_gradient() -> None:
     radius = torch.tensor([-1.0, 0.0, 1e-15, 1.0], dtype=torch.float64, requires_grad=True)
-    for options in ({}, {"norm_mean": "batch"}):
+    # h of tanh is flat there by itself, that of segmented is not.
+    for options in ({}, {"norm_mean": "batch"}, {"magnitude": "segmented", "norm_mean": "batch"}):
         results = []
         for call in (functional.decoupled_conv2d, reference.decoupled_conv2d):
             x, weight, _, _ = small()

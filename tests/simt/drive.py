@@ -67,7 +67,8 @@ GEOMETRIES = {
     "replicate": Geometry(1, 8, 4, 4, 8, 3, 1, 1, 2, mode=REPLICATE),
     "circular": Geometry(2, 6, 4, 4, 6, 2, 1, 2, 1, 2, groups=6, mode=CIRCULAR),
     "tiles": Geometry(1, 8, 20, 16, 64),
-    "chunks": Geometry(1, 2088, 2, 2, 2088, groups=3),
+    "filter-chunks": Geometry(1, 24, 2, 2, 2088, groups=3),
+    "channel-chunks": Geometry(1, 2088, 2, 2, 24, groups=3),
 }
 
 # ball x cosine with a radius per filter; tanh of a b / rho x sigmoid with everything;

@@ -14,14 +14,14 @@ CUDA = ROOT / "csrc/cuda"
 KERNELS = (CUDA / "dispatch.cu", *sorted((CUDA / "instances").glob("*.cu")))
 
 
-def _flags() -> list[str]:
-    # CUDA contracts products and sums, and so does the model where the processor can.
+def _flags(contract: str = "off") -> list[str]:
+    # Sanitizers compile with another optimisation level: without contraction, bits agree.
     info = Path("/proc/cpuinfo")
     fused = info.exists() and "fma" in info.read_text().split()
     return [
         f"-I{ROOT / 'csrc'}",
         "-DDCCONV_SIMT",
-        *(["-mfma", "-ffp-contract=fast"] if fused else []),
+        *(["-mfma", f"-ffp-contract={contract}"] if fused else []),
     ]
 
 
@@ -30,7 +30,8 @@ def ops_library() -> Path:
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    flags = _flags()
+    # CUDA contracts products and sums, and so does the model where the processor can.
+    flags = _flags("fast")
     torch_flags = [
         *(f"-isystem{folder}" for folder in include_paths()),
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -56,9 +57,10 @@ def passes_extension(
     """
     import pybind11
 
-    flags = _flags()
+    # Unoptimised where compiling would take longer than running: minutes under AddressSanitizer.
+    flags = ["-O0", *_flags()] if build is builds.ADDRESS or changed else _flags()
     if changed is not None:
-        flags = [f"-I{changed}", "-DSIMT_ONE_DTYPE", "-O0", *flags]
+        flags = [f"-I{changed}", "-DSIMT_ONE_DTYPE", *flags]
     python = [
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_path('include')}",
