@@ -245,6 +245,8 @@ def geometry(
         raise value_error(
             "x", f"be at least as large as the dilated kernel {extent} after padding", padded
         )
+    if h == 0 or w == 0:
+        raise value_error("x", "have a height and width of at least 1", [h, w])
     return stride, edges, dilation
 
 
@@ -281,8 +283,6 @@ def convolution(
     norm = norm_mean_argument(norm_mean, x)
     kernel = (weight.shape[2], weight.shape[3])
     stride, edges, dilation = geometry(x, kernel, stride, padding, dilation, padding_mode)
-    if x.shape[-2] == 0 or x.shape[-1] == 0:
-        raise value_error("x", "have a height and width of at least 1", list(x.shape[-2:]))
     uses_rho = magnitudes[magnitude].uses_rho
     problem = Problem(
         stride=stride,

@@ -232,6 +232,13 @@ SIZES = [
     refusal(conv(x=X[:, :, :0], padding="same"), "v", "x", fit(3), "[2, 8]"),
     refusal(norm(X, 9), "v", "x", fit(9), "[5, 6]"),
     refusal(
+        norm(X[:, :, :0], 3, padding=2),
+        "v",
+        "x",
+        "have a height and width of at least 1",
+        "[0, 6]",
+    ),
+    refusal(
         conv(x=X[..., :0], padding=2), "v", "x", "have a height and width of at least 1", "[5, 0]"
     ),
     refusal(

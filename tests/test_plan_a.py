@@ -138,6 +138,15 @@ def test_geometry_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> N
         compare(f"{case.id} {i} {magnitude} {weighting} {angular}", inputs)
 
 
+def test_parameters_may_be_strided() -> None:
+    inputs = make_inputs(by_id("3x3-p1"), angular="sigmoid", bias=True)
+    for name in ("bias", "radius", "k"):
+        every_other = inputs.tensors[name].repeat_interleave(2)[::2]
+        assert not every_other.is_contiguous()
+        inputs.tensors[name] = every_other
+    compare("strided", inputs)
+
+
 # More channels than a block has threads, groups across that border, more tiles than blocks.
 LARGE = (
     Case("tiles", 2, 64, 20, 16, 128, (1, 1)),

@@ -93,11 +93,12 @@ private:
 class Divider {
 public:
   Divider() = default;
-  explicit Divider(uint32_t divisor) : divisor_(divisor) {
-    while ((uint64_t(1) << shift_) < divisor)
+  // Zero counts as one: sizes of maps without elements, which nobody divides by.
+  explicit Divider(uint32_t divisor) : divisor_(divisor > 0 ? divisor : 1) {
+    while ((uint64_t(1) << shift_) < divisor_)
       ++shift_;
     const uint64_t power = uint64_t(1) << shift_;
-    multiplier_ = static_cast<uint32_t>(((power - divisor) << 32) / divisor + 1);
+    multiplier_ = static_cast<uint32_t>(((power - divisor_) << 32) / divisor_ + 1);
   }
   __device__ __forceinline__ uint32_t divide(uint32_t n) const {
     return (__umulhi(n, multiplier_) + n) >> shift_;

@@ -81,6 +81,18 @@ void check_dense(const Tensor& t, const Tensor& like, bool channels_last, const 
   );
 }
 
+void check_sizes(const Tensor& library_grad, const Tensor& weight) {
+  STD_TORCH_CHECK(
+      std::equal(
+          library_grad.sizes().begin(),
+          library_grad.sizes().end(),
+          weight.sizes().begin(),
+          weight.sizes().end()
+      ),
+      "dcconv: library_grad must have the sizes of weight"
+  );
+}
+
 void check_map(const Tensor& t, int64_t count, Dtype dtype, const char* name) {
   STD_TORCH_CHECK(
       t.numel() == count && t.scalar_type() == compute_type(dtype) && t.is_contiguous(),
@@ -197,13 +209,13 @@ MaybeTensor dense_parameter(const MaybeTensor& t) {
 }
 
 FilterOperands filter_operands(
+    int64_t o,
     const Tensor& a,
     const MaybeTensor& radius,
     const MaybeTensor& mean,
     const MaybeTensor& k,
     Dtype dtype
 ) {
-  const int64_t o = a.numel();
   check_map(a, o, dtype, "a");
   STD_TORCH_CHECK(parameter_stride(mean, 1, dtype, "mean") == 0, "dcconv: mean must be one value");
   return {
@@ -294,7 +306,7 @@ Tensor run_epilogue(
     Tensor y,
     const Tensor& a,
     const Tensor& map,
-    const MaybeTensor& bias,
+    const MaybeTensor& bias_in,
     const MaybeTensor& radius_in,
     const MaybeTensor& mean,
     const MaybeTensor& k_in,
@@ -307,7 +319,7 @@ Tensor run_epilogue(
     bool channels_last
 ) {
   const OnDevice device(u);
-  check_devices(u, {y, a, map, bias, radius_in, mean, k_in});
+  check_devices(u, {y, a, map, bias_in, radius_in, mean, k_in});
   const Dtype dtype = dtype_of(u);
   const ScalarType compute = compute_type(dtype);
   check_dense(u, u, channels_last, "u");
@@ -323,6 +335,7 @@ Tensor run_epilogue(
   );
   const int64_t outputs = shape.positions() * groups;
   check_map(map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
+  const MaybeTensor bias = dense_parameter(bias_in);
   STD_TORCH_CHECK(
       !bias.has_value() || (bias->numel() == shape.o && bias->scalar_type() == u.scalar_type() &&
                             bias->is_contiguous()),
@@ -338,10 +351,11 @@ Tensor run_epilogue(
   p.channels_last = channels_last;
   p.op = op;
   p.eps = eps;
-  p.filters = filter_operands(a, radius, mean, k, dtype);
+  p.filters = filter_operands(shape.o, a, radius, mean, k, dtype);
   p.bias = data(bias);
-  p.u = u.const_data_ptr();
+  // In place the writable pointer comes first: asking for it may move the data.
   p.y = y.mutable_data_ptr();
+  p.u = u.const_data_ptr();
   p.map = map.const_data_ptr();
   p.map_is_norm = map_is_norm;
   p.norm = map_is_norm ? nullptr : norm.mutable_data_ptr();
@@ -499,7 +513,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_grad_dot(
       kept_is == "output" || kept_is == "dot", "dcconv: unknown kept tensor '", kept_is, "'"
   );
   p.kept_is = kept_is == "output" ? Kept::output : Kept::dot;
-  p.filters = filter_operands(a, radius, mean, k, dtype);
+  p.filters = filter_operands(o, a, radius, mean, k, dtype);
   p.grad_y = grad_y.const_data_ptr();
   p.kept = kept.const_data_ptr();
   p.norm = norm_map.const_data_ptr();
@@ -530,7 +544,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
   const Dtype dtype = dtype_of(weight);
   const ScalarType compute = compute_type(dtype);
   const int64_t o = weight.size(0), kinds = sum_kinds(static_cast<int>(sums));
-  STD_TORCH_CHECK(a.numel() == o, "dcconv: a must have one value per filter");
+  STD_TORCH_CHECK(
+      sums >= 0 && sums <= (kSumRho | kSumA | kSumK | kSumBias), "dcconv: sums must be known bits"
+  );
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
   FilterGradParams p{};
   p.o = o;
@@ -538,7 +554,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
   p.alpha = 1;
   p.project = true;
   p.sums = static_cast<int>(sums);
-  p.filters = filter_operands(a, radius, mean, k, dtype);
+  p.filters = filter_operands(o, a, radius, mean, k, dtype);
   p.a = p.filters.a;
   p.map_count = map_count;
   Tensor totals;
@@ -567,6 +583,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
     const bool last = is_channels_last(weight);
     check_dense(weight, weight, last, "weight");
     check_dense(*library_grad, weight, last, "library_grad");
+    check_sizes(*library_grad, weight);
     grad_weight = empty(weight, sizes_of(weight), weight.scalar_type(), last);
     p.weight = weight.const_data_ptr();
     p.library_grad = library_grad->const_data_ptr();
@@ -644,13 +661,13 @@ void run_grad_input(
   p.window = window_of(shape);
   p.channels_last = channels_last;
   p.padded = padded;
+  p.grad_x = grad_x.mutable_data_ptr();
   p.library_grad = data(library_grad);
   p.x = x.const_data_ptr();
   p.tap = tap;
   p.t = t.const_data_ptr();
   p.norm = norm_map.const_data_ptr();
   p.sigma = data(sigma);
-  p.grad_x = grad_x.mutable_data_ptr();
   grad_input(dtype, p, device.stream());
 }
 
@@ -748,6 +765,7 @@ Tensor filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, double al
   const bool last = is_channels_last(weight);
   check_dense(weight, weight, last, "weight");
   check_dense(library_grad, weight, last, "library_grad");
+  check_sizes(library_grad, weight);
   check_map(a, weight.size(0), dtype, "a");
   const Ints sizes(weight.sizes().begin(), weight.sizes().end());
   Tensor grad_weight = empty(weight, sizes, weight.scalar_type(), last);
