@@ -25,7 +25,7 @@ from cases import Inputs
 from torch import Tensor
 
 from dcconv import checks, reference
-from dcconv.numerics import ACCURACY_FLOOR, ANGLE_DELTA, PEER_CAP, PEER_FACTOR
+from dcconv.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR, angle_delta
 
 # Records of the official code were computed in float32: their distance to a float64 evaluation,
 # relative to the record's norm, is at most 7e-6.
@@ -166,10 +166,9 @@ def truth_and_peer(inputs: Inputs, cotangent: Tensor | None = None) -> tuple[Res
     Returns:
         Truth and peer, as :func:`evaluate` returns them.
     """
-    dtype = inputs.tensors["x"].dtype
     wide = Inputs({name: t.double() for name, t in inputs.tensors.items()}, inputs.options)
     wide_cotangent = None if cotangent is None else cotangent.double()
-    truth = evaluate(reference_call(ANGLE_DELTA[dtype]), wide, wide_cotangent)
+    truth = evaluate(reference_call(angle_delta(inputs.tensors["x"])), wide, wide_cotangent)
     return truth, evaluate(reference_call(), inputs, cotangent)
 
 

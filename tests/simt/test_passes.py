@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE))
 
 import builds  # noqa: E402
 from builds import ADDRESS, FAST, REPORTED, ROOT, THREAD, Build  # noqa: E402
-from drive import STORAGE  # noqa: E402
+from drive import STORAGE, load  # noqa: E402
 from emulated import passes_extension  # noqa: E402
 
 Results = dict[str, Any]
@@ -80,6 +80,16 @@ def test_results_do_not_depend_on_the_schedule(expected: Results, tmp_path: Path
 def test_address_and_undefined_behaviour_sanitizers(expected: Results, tmp_path: Path) -> None:
     found = results_of(ADDRESS, extension_of(ADDRESS), tmp_path)
     assert_same(found, expected)
+
+
+def test_failed_launch_names_kernel_and_problem() -> None:
+    passes = load(extension_of(FAST, every_dtype=True))
+    with pytest.raises(
+        RuntimeError,
+        match=r"^dcconv: kernel column_sums did not start on a grid of 1 x 70000 blocks, "
+        r"256 threads and 2048 bytes of shared memory: too many blocks$",
+    ):
+        passes.column_sums("float32", parts=None, totals=None, kinds=70000, rows=1, o=1)
 
 
 # A thread of the system per CUDA thread is slow: the problems with the most code in them.
