@@ -53,7 +53,9 @@ void define_passes(Library& library) {
       ", bool padded, bool channels_last) -> Tensor grad_x"
   );
   // grad_x is written over library_grad, which is of x's size.
-  define("conv2d_grad_input_(Tensor(a!) library_grad, " + grad_input + ", bool channels_last) -> ()");
+  define(
+      "conv2d_grad_input_(Tensor(a!) library_grad, " + grad_input + ", bool channels_last) -> ()"
+  );
   // Norm-free operators: scaled = alpha weight, over a with divide.
   define(
       "filter_scale(Tensor weight, float alpha, float eps, bool divide) "

@@ -8,7 +8,7 @@ result holds, stand in ``csrc/ops.cpp``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ def partial_rows(x: Tensor, positions: int, groups: int, channels_last: bool) ->
     most = BLOCKS_PER_MULTIPROCESSOR * processors // (1 if channels_last else groups)
     filled = (positions + POSITIONS_PER_BLOCK - 1) // POSITIONS_PER_BLOCK
     # Not min and max, which would fix a symbolic number of positions.
-    rows: int = torch.sym_max(1, torch.sym_min(most, filled))
-    return rows
+    return cast(int, torch.sym_max(1, torch.sym_min(most, filled)))
 
 
 def _geometry(problem: Problem) -> tuple[Any, ...]:
