@@ -147,11 +147,39 @@ def test_parameters_may_be_strided() -> None:
     compare("strided", inputs)
 
 
+@pytest.mark.parametrize(("norm", "forward"), [("given", 3), ("batch", 4)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_launches_stay_within_the_budget(
+    layout: str, norm: str, forward: int, plan_a_ops: str
+) -> None:
+    if plan_a_ops != "emulated":
+        pytest.skip("only emulated ops launch kernels")
+    # Everything that a kernel could be needed for: sums of rho, a, k and bias, the mean norm.
+    inputs = make_inputs(
+        by_id("3x3-p1"),
+        torch.float32,
+        layout,
+        norm=norm,
+        bias=True,
+        weighting="product",
+        angular="sigmoid",
+    )
+    leaves = {name: t.requires_grad_() for name, t in inputs.tensors.items()}
+    before = torch.ops.dcconv_simt.launches()
+    y = functional.decoupled_conv2d(**leaves, **inputs.options)
+    between = torch.ops.dcconv_simt.launches()
+    y.sum().backward()
+    assert between - before == forward
+    assert torch.ops.dcconv_simt.launches() - between == 4
+
+
 # More channels than a block has threads, groups across that border, more tiles than blocks.
 LARGE = (
     Case("tiles", 2, 64, 20, 16, 128, (1, 1)),
     Case("filter-chunks", 1, 8, 3, 3, 2088, (1, 1)),
     Case("channel-chunks-groups3", 1, 2088, 2, 3, 2088, (1, 1), groups=3),
+    # Two sums per filter: more than shared memory holds.
+    Case("filters-beyond-shared-memory", 1, 4, 2, 3, 6400, (1, 1)),
     Case("depthwise-300", 1, 300, 4, 4, 300, (3, 3), padding=1, groups=300),
 )
 

@@ -50,11 +50,6 @@ constexpr bool kUsesK = G::uses_k;
 template <>
 constexpr bool kUsesK<AnyAngular> = true;
 
-template <class A, int V>
-struct Values {
-  A at[V];
-};
-
 // g of V cosines
 template <class G, class A, int V>
 __device__ __forceinline__ void angular_values(

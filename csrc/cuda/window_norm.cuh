@@ -55,6 +55,11 @@ inline int64_t window_norm_count(const WindowNormParams& p) {
   return p.n * p.window.rows.output * p.window.columns.output * p.groups;
 }
 
+// Blocks of a launch, and so the number of partial sums.
+inline int64_t window_norm_grid(const WindowNormParams& p) {
+  return persistent_blocks(ceil_div(window_norm_count(p), kThreads), kThreads);
+}
+
 template <class A>
 void window_norm_typed(const WindowNormParams& p, Stream stream) {
   const WindowNormArgs args{p, PixelOf(p.n, p.window.rows.output, p.window.columns.output)};
@@ -63,7 +68,7 @@ void window_norm_typed(const WindowNormParams& p, Stream stream) {
   launch(
       "window_norm",
       window_norm_kernel<A>,
-      Grid{runs ? window_norm_blocks(p) : 0},
+      Grid{runs ? window_norm_grid(p) : 0},
       kThreads,
       SharedBytes().take<double>(kWarp).total(),
       stream,

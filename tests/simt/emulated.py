@@ -38,7 +38,9 @@ def ops_library() -> Path:
         # System headers are not compared; the version tells one PyTorch from another.
         f'-DDCCONV_TORCH="{torch.__version__}"',
     ]
-    sources = dict.fromkeys(KERNELS, flags) | {CUDA / "ops.cu": [*flags, *torch_flags]}
+    sources = dict.fromkeys(KERNELS, flags)
+    for source in (CUDA / "ops.cu", Path(__file__).parent / "launches.cpp"):
+        sources[source] = [*flags, *torch_flags]
     libraries = [f"-L{folder}" for folder in library_paths()]
     return builds.compile_library(
         "dcconv_simt", sources, builds.FAST, [*libraries, "-ltorch", "-ltorch_cpu", "-lc10"]

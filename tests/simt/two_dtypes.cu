@@ -33,7 +33,7 @@ void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream) {
 }
 
 int64_t window_norm_blocks(const WindowNormParams& p) {
-  return persistent_blocks(ceil_div(window_norm_count(p), kThreads), kThreads);
+  return window_norm_grid(p);
 }
 
 void window_norm(Dtype, const WindowNormParams& p, Stream stream) {

@@ -36,7 +36,7 @@ template void grad_input_typed<Half>(const GradInputParams&, Stream);
 
 // The host asks for the number of blocks before it launches them.
 int64_t window_norm_blocks(const WindowNormParams& p) {
-  return persistent_blocks(ceil_div(window_norm_count(p), kThreads), kThreads);
+  return window_norm_grid(p);
 }
 
 }  // namespace cuda
