@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bench.cases import BOTH, DTYPES, Case, Inputs
+from bench.cases import Case, Inputs
+from bench.options import BOTH, DTYPES, FORWARD
 from bench.providers import ours, run
 from dcconv.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR
 
@@ -53,7 +54,7 @@ class Gate:
 
     def errors(self, found: dict[str, Tensor], which: str) -> dict[str, float]:
         """Return the error of y, and of every gradient where the pass has a backward."""
-        names = list(self.truth) if which == BOTH else ["y"]
+        names = ["y"] if which == FORWARD else list(self.truth)
         return {
             name: error(found[name], self.truth[name]) if name in found else math.inf
             for name in names

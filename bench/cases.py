@@ -1,4 +1,4 @@
-"""What is measured: layers, operators, modes, dtypes and passes as data, and inputs for them."""
+"""What is measured: operators, modes, dtypes, layouts and passes as data, and inputs for them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.layers import Layer
+from bench.options import DTYPES, LAYOUTS
 from dcconv import reference
-
-
-class Layer(NamedTuple):
-    """A convolution layer with padding k // 2.
-
-    Attributes:
-        n: batch.
-        c: input channels.
-        size: height and width of the input.
-        o: filters.
-        k: kernel size.
-        stride: pixels.
-    """
-
-    n: int
-    c: int
-    size: int
-    o: int
-    k: int
-    stride: int = 1
-
-    @property
-    def name(self) -> str:
-        """The numbers, as typed after ``--layers``; a stride of 1 is left out."""
-        return ",".join(str(number) for number in (self if self.stride > 1 else self[:5]))
-
-    @property
-    def x_shape(self) -> tuple[int, int, int, int]:
-        """[n, c, h, w]."""
-        return self.n, self.c, self.size, self.size
-
-    @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
-        """[o, c, r, s]."""
-        return self.o, self.c, self.k, self.k
-
-    @property
-    def y_shape(self) -> tuple[int, int, int, int]:
-        """[n, o, p, q]."""
-        out = (self.size + 2 * self.padding - self.k) // self.stride + 1
-        return self.n, self.o, out, out
-
-    @property
-    def padding(self) -> int:
-        """Pixels on each side."""
-        return self.k // 2
+from dcconv.checks import choice, value_error
+from dcconv.functions import angulars, magnitudes
 
 
 class Operator(NamedTuple):
@@ -63,45 +21,45 @@ class Operator(NamedTuple):
 
     magnitude: str
     angular: str
-    modes: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """The name typed after ``--operators``."""
         return f"{self.magnitude}-{self.angular}"
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that exist for it."""
+        return (FIXED, BATCH) if magnitudes[self.magnitude].uses_rho else (NO_RHO,)
+
 
 # fixed: rho = radius * a given scalar. batch: rho = radius * the mean norm of this call, gradient
 # included. no-rho: the operator has no radius.
 FIXED, BATCH, NO_RHO = MODES = ("fixed", "batch", "no-rho")
 
-FORWARD, BOTH = PASSES = ("forward", "forward+backward")
+#: What is measured where no operator is named: a smooth and a kinked one with a radius, and the one
+#: whose patch norm cancels.
+OPERATORS = ("tanh-cosine", "ball-square_cosine", "linear-cosine")
 
-LAYERS: dict[str, Layer] = {
-    layer.name: layer
-    for layer in (
-        Layer(8, 64, 56, 64, 3),
-        Layer(8, 256, 56, 64, 1),
-        Layer(8, 64, 56, 256, 1),
-        Layer(64, 16, 32, 16, 3),
-        Layer(64, 96, 32, 96, 3),
-        Layer(64, 192, 16, 192, 3),
-        Layer(64, 384, 8, 384, 3),
-    )
-}
 
-OPERATORS: dict[str, Operator] = {
-    operator.name: operator
-    for operator in (
-        Operator("tanh", "cosine", (FIXED, BATCH)),
-        Operator("ball", "square_cosine", (FIXED, BATCH)),
-        Operator("linear", "cosine", (NO_RHO,)),
-    )
-}
+def find_operator(name: str) -> Operator:
+    """Return the operator of a name ``<magnitude>-<angular>``.
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    Raises:
+        ValueError: there is no such operator; the message lists what there is.
 
-QUICK_LAYERS = ("8,64,56,64,3", "8,256,56,64,1")
+    Example:
+        >>> find_operator("ball-square_cosine")
+        Operator(magnitude='ball', angular='square_cosine')
+    """
+    magnitude, _, angular = name.partition("-")
+    if magnitude not in magnitudes or angular not in angulars:
+        rule = (
+            "be <magnitude>-<angular> "
+            f"(magnitude: {', '.join(magnitudes)}; angular: {', '.join(angulars)})"
+        )
+        raise value_error("--operators", rule, repr(name))
+    return Operator(magnitude, angular)
 
 
 class Case(NamedTuple):
@@ -111,24 +69,34 @@ class Case(NamedTuple):
     operator: Operator
     mode: str
     dtype: str
+    layout: str = "channels_last"
 
     @property
     def name(self) -> str:
         """A readable id."""
-        return f"{self.layer.name} {self.operator.name} {self.mode} {self.dtype}"
+        parts = (self.layer.name, self.operator.name, self.mode, self.dtype, self.layout)
+        return " ".join(parts)
 
 
 def select(
-    layers: Iterable[str], operators: Iterable[str], modes: Iterable[str], dtypes: Iterable[str]
+    layers: Iterable[Layer],
+    operators: Iterable[str],
+    modes: Iterable[str],
+    dtypes: Iterable[str],
+    layouts: Iterable[str],
 ) -> list[Case]:
-    """Return the cases of the named layers, operators, modes and dtypes that exist."""
-    operators, modes, layers = list(operators), list(modes), list(layers)
+    """Return the cases of layers, operators, modes, dtypes and layouts that exist."""
+    chosen = [find_operator(name) for name in operators]
+    layers, modes, layouts = list(layers), list(modes), list(layouts)
+    for mode in modes:
+        choice("--modes", mode, MODES)
     return [
-        Case(LAYERS[layer], OPERATORS[operator], mode, dtype)
+        Case(layer, operator, mode, dtype, layout)
         for dtype in dtypes
+        for layout in layouts
         for layer in layers
-        for operator in operators
-        for mode in OPERATORS[operator].modes
+        for operator in chosen
+        for mode in operator.modes
         if mode in modes
     ]
 
@@ -138,11 +106,11 @@ class Inputs:
     """The tensors of one case, and the cotangent of its output.
 
     Attributes:
-        x: [n, c, h, w], channels_last, requires grad.
-        weight: [o, c, r, s], channels_last, requires grad.
+        x: [n, c, h, w], in the case's layout, requires grad.
+        weight: [o, c / groups, r, s], in the case's layout, requires grad.
         radius: [o], float32 (float64 with float64 x), requires grad; None without a radius.
         norm_mean: [], like ``radius``; None unless the mode is ``fixed``.
-        cotangent: [n, o, p, q], channels_last.
+        cotangent: [n, o, p, q], in the case's layout.
     """
 
     x: Tensor
@@ -191,28 +159,32 @@ def between(values: Tensor, points: Tensor, width: float = 1e-5) -> Tensor:
     points = points.unique()
     middles = (points[1:] + points[:-1]) / 2
     middles = middles[(points[1:] - points[:-1]) > width * middles]
-    nearest = (values.double().unsqueeze(1) - middles).abs().argmin(dim=1)
-    return middles[nearest].to(values.dtype)
+    wanted = values.double()
+    above = torch.searchsorted(middles, wanted).clamp(1, len(middles) - 1)
+    low, high = middles[above - 1], middles[above]
+    return torch.where(wanted - low <= high - wanted, low, high).to(values.dtype)
 
 
-def make_inputs(case: Case) -> Inputs:
-    """Draw the tensors of a case from a fixed seed."""
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """Draw the tensors of a case on a device from a fixed seed."""
     layer, dtype = case.layer, DTYPES[case.dtype]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def draw(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator) * scale
-        return values.to(dtype).contiguous(memory_format=torch.channels_last)
+        values = torch.randn(shape, generator=generator, device=device, dtype=wide) * scale
+        return values.to(dtype).contiguous(memory_format=LAYOUTS[case.layout])
 
     x = draw(layer.x_shape)
-    weight = draw(layer.weight_shape, (layer.c * layer.k**2) ** -0.5)
+    weight = draw(layer.weight_shape, layer.patch_size**-0.5)
     cotangent = draw(layer.y_shape)
     radius = norm_mean = None
     if case.mode != NO_RHO:
+        geometry = (layer.k, layer.stride, layer.padding, layer.dilation, layer.groups)
         # Around 1 in units of the mean norm: ball has patches on both sides of its radius.
-        norms = reference.patch_norm(x.double(), layer.k, layer.stride, layer.padding)
-        radius = 0.5 + torch.rand(layer.o, generator=generator)
+        norms = reference.patch_norm(x.double(), *geometry)
+        radius = 0.5 + torch.rand(layer.o, generator=generator, device=device, dtype=wide)
         radius = between(radius, (norms / norms.mean()).flatten()).requires_grad_()
-    if case.mode == FIXED:
-        norm_mean = reference.patch_norm(x, layer.k, layer.stride, layer.padding).mean()
+        if case.mode == FIXED:
+            norm_mean = reference.patch_norm(x, *geometry).mean()
     return Inputs(x.requires_grad_(), weight.requires_grad_(), radius, norm_mean, cotangent)

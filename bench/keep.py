@@ -1,4 +1,4 @@
-"""``python -m bench.keep``: the error of every gradient with y kept against u kept.
+"""The error of every gradient with y kept for backward against u kept.
 
 The table in ``dcconv/keep.py`` comes from here: [4, 32, 14, 14] -> 32, 3x3, tanh, the mean norm of
 the batch, random normal operands, error against the float64 reference by the accuracy rule. Where
@@ -7,6 +7,7 @@ the batch, random normal operands, error against the float64 reference by the ac
 
 from __future__ import annotations
 
+import argparse
 from unittest import mock
 
 import torch
@@ -43,7 +44,11 @@ def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, T
     return {"grad_x": grad_x, "grad_weight": grad_weight}
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take none: the problem is fixed, since its figures stand in ``dcconv/keep.py``."""
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
     """Print the table."""
     table = Table("angular", "dtype", "auto keeps", "grad_x, y / u", "grad_weight, y / u")
     for angular, record in angulars.items():
@@ -59,8 +64,5 @@ def main() -> None:
             problem = Problem(angular=angular)
             auto = keep.kept(problem, dtype, bias=False, keep="auto")
             table.add_row(angular, str(dtype).removeprefix("torch."), auto, *cells)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+    console.print(table)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,21 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import BATCH, BOTH, Case, Inputs
+from bench.cases import BATCH, Case, Inputs
+from bench.options import FORWARD
+from dcconv import backends
 from dcconv.functional import decoupled_conv2d
-from dcconv.numerics import EPS
+from dcconv.functions import capped_asin
+from dcconv.numerics import EPS, angle_delta
 
 #: x, weight, radius, norm_mean -> y.
 Function = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
+ALPHA, BETA, K, POWER = 1.0, 0.5, 0.3, 2.0
+
 
 def plain(case: Case) -> Function:
     """Return F.conv2d, the floor."""
+    layer = case.layer
 
     def conv2d(
         x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None
     ) -> Tensor:
-        return F.conv2d(x, weight, stride=case.layer.stride, padding=case.layer.padding)
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     return conv2d
 
@@ -32,16 +39,25 @@ def ours(backend: str) -> Callable[[Case], Function]:
     """Return dcconv on one of its backends."""
 
     def build(case: Case) -> Function:
+        layer = case.layer
+
         def call(
             x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None
         ) -> Tensor:
             return decoupled_conv2d(
                 x,
                 weight,
-                stride=case.layer.stride,
-                padding=case.layer.padding,
+                None,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.groups,
                 magnitude=case.operator.magnitude,
                 angular=case.operator.angular,
+                alpha=ALPHA,
+                beta=BETA,
+                k=K,
+                power=POWER,
                 radius=1.0 if radius is None else radius,
                 norm_mean="batch" if case.mode == BATCH else norm_mean,
                 backend=backend,
@@ -52,61 +68,149 @@ def ours(backend: str) -> Callable[[Case], Function]:
     return build
 
 
+def _sums_of_squares(x: Tensor, case: Case) -> Tensor:
+    """Return the sum of squares of every patch, [n, groups, p, q] in float32 at least."""
+    layer = case.layer
+    wide = x if x.dtype == torch.float64 else x.float()
+    squares = wide.square()
+    if layer.groups == layer.c and layer.groups > 1:
+        per_group = squares
+    elif layer.groups > 1:
+        n, c, h, w = x.shape
+        per_group = squares.view(n, layer.groups, c // layer.groups, h, w).sum(dim=2)
+    else:
+        per_group = squares.sum(dim=1, keepdim=True)
+    if layer.k == 1:
+        return per_group[:, :, :: layer.stride, :: layer.stride] if layer.stride > 1 else per_group
+    if layer.dilation == 1:
+        return F.avg_pool2d(per_group, layer.k, layer.stride, layer.padding, divisor_override=1)
+    # Pooling has no dilation: a depthwise convolution with ones on the small map.
+    ones = per_group.new_ones(layer.groups, 1, layer.k, layer.k)
+    return F.conv2d(
+        per_group, ones, None, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def _magnitude(name: str, b: Tensor, rho: Tensor | None) -> Tensor:
+    if name == "sphere":
+        return torch.full_like(b, ALPHA)
+    if name == "linear":
+        return b * ALPHA
+    if name == "log":
+        return torch.log1p(b) * ALPHA
+    if name == "mix":
+        return b * ALPHA + torch.log1p(b) * BETA
+    assert rho is not None
+    if name == "ball":
+        return (b * (1.0 / rho)).clamp(max=1.0) * ALPHA
+    if name == "tanh":
+        return torch.tanh(b * (1.0 / rho)) * ALPHA
+    return torch.where(b < rho, b * ALPHA, b * BETA + rho * (ALPHA - BETA))
+
+
+def _angular(name: str, c: Tensor, delta: float) -> Tensor:
+    if name == "cosine":
+        return c
+    if name == "square_cosine":
+        return c * c.abs()
+    if name == "power":
+        return c.sign() * c.abs().pow(POWER)
+    angle = capped_asin(c, delta)
+    if name == "linear":
+        return angle * (2 / math.pi)
+    return torch.tanh(angle * (1 / (2 * K))) * (1 / math.tanh(math.pi / (4 * K)))
+
+
 def formula(case: Case) -> Function:
     """Return the operator as an expert writes it in PyTorch.
 
     1 / a is folded into the weight, the patch norm is a channel sum of squares and one sum pooling,
-    everything that depends on the position only stays on the one-channel map, and what cancels is
-    left out: linear x cosine is a convolution with normalised filters. Norms, c, h and g are
-    float32, the convolution and y have x's dtype.
+    everything that depends on the position only stays on the small map, and what cancels is left
+    out: linear x cosine is a convolution with normalised filters. Norms, c, h and g are float32,
+    the convolution and y have x's dtype.
     """
     layer, batch = case.layer, case.mode == BATCH
-    magnitude, angular = case.operator.magnitude, case.operator.angular
+    magnitude, angular = case.operator
 
     def best(x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None) -> Tensor:
-        wide = weight.float()
+        wide = weight if weight.dtype == torch.float64 else weight.float()
         a = torch.sqrt(wide.square().sum(dim=(1, 2, 3), keepdim=True) + EPS)
         # b * c, since u / a = b c.
         folded = (wide / a).to(x.dtype)
-        projection = F.conv2d(x, folded, stride=layer.stride, padding=layer.padding)
+        projection = F.conv2d(
+            x, folded, None, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
         if magnitude == "linear" and angular == "cosine":
-            return projection
-        squares = x.float().square().sum(dim=1, keepdim=True)
-        if layer.k > 1:
-            squares = F.avg_pool2d(
-                squares, layer.k, layer.stride, layer.padding, divisor_override=1
-            )
-        elif layer.stride > 1:
-            squares = squares[:, :, :: layer.stride, :: layer.stride]
-        b = torch.sqrt(squares + EPS)
-        cosine = projection.float() * (1.0 / b)
-        assert radius is not None
-        rho = radius.reshape(1, -1, 1, 1)
-        if batch:
-            rho = rho * b.mean()
-        elif norm_mean is not None:
-            rho = rho * norm_mean
-        ratio = b * (1.0 / rho)
-        h = torch.tanh(ratio) if magnitude == "tanh" else ratio.clamp(max=1.0)
-        g = cosine if angular == "cosine" else cosine * cosine.abs()
-        return (h * g).to(x.dtype)
+            return projection * ALPHA if ALPHA != 1.0 else projection
+        b = torch.sqrt(_sums_of_squares(x, case) + EPS)
+        mean = b.mean() if batch else norm_mean
+        if layer.groups > 1:
+            b = b.repeat_interleave(layer.o // layer.groups, dim=1) if layer.o > layer.groups else b
+        cosine = projection.to(b.dtype) * (1.0 / b)
+        rho = None
+        if radius is not None:
+            rho = radius.reshape(1, -1, 1, 1)
+            rho = rho if mean is None else rho * mean
+        h = _magnitude(magnitude, b, rho)
+        return (h * _angular(angular, cosine, angle_delta(x))).to(x.dtype)
 
     return best
 
 
-def compiled_formula(case: Case) -> Function:
-    """Return the best-written formula under torch.compile; the first call compiles.
+def _compiled(build: Callable[[Case], Function]) -> Callable[[Case], Function]:
+    """Return the same function under torch.compile; its first call compiles.
 
     Forward without gradients and forward for training are two graphs of the same function.
     """
-    # Inductor writes the thread count into its code but not into the key of its cache.
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
-        "cpp.threads": torch.get_num_threads()
-    }
-    function: Function = torch.compile(
-        formula(case), dynamic=False, fullgraph=True, options=options
-    )
-    return function
+
+    def compiled(case: Case) -> Function:
+        by_device: dict[str, Function] = {}
+
+        def call(
+            x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None
+        ) -> Tensor:
+            device = x.device.type
+            if device not in by_device:
+                by_device[device] = torch.compile(
+                    build(case), dynamic=False, fullgraph=True, options=compile_options(device)
+                )
+            return by_device[device](x, weight, radius, norm_mean)
+
+        return call
+
+    return compiled
+
+
+def compile_options(device: str) -> dict[str, str | int | bool | Callable[..., Any]] | None:
+    """Return Inductor's options for a device.
+
+    Inductor writes the CPU thread count into its code, but not into the key of its cache.
+    """
+    return {"cpp.threads": torch.get_num_threads()} if device == "cpu" else None
+
+
+compiled_formula = _compiled(formula)
+
+
+def bcos(case: Case) -> Function:
+    """Return a B-cos layer: y = abs(c)^(B - 1) <w / ||w||, x> with B = 2.
+
+    Written from the formula of Boehle et al., B-cos Networks, CVPR 2022, as its users write it: the
+    norms of the patches by a sum pooling of squares, small constants against division by zero. It
+    computes another operator than the row's, but for linear x square_cosine, from which it differs
+    by eps only.
+    """
+    layer = case.layer
+
+    def call(x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None) -> Tensor:
+        unit = weight / torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+        linear = F.conv2d(x, unit, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        norms = torch.sqrt(_sums_of_squares(x, case) + 1e-6).to(x.dtype)
+        if layer.o > layer.groups > 1:
+            norms = norms.repeat_interleave(layer.o // layer.groups, dim=1)
+        return linear * (linear.abs() / norms)
+
+    return call
 
 
 class Provider(NamedTuple):
@@ -117,32 +221,55 @@ class Provider(NamedTuple):
         title: what it is, in a few words.
         build: makes the function of a case; compilation, if any, happens at its first call.
         gated: whether it computes the operator, so that its results are checked.
-        default: measured unless ``--providers`` says otherwise.
-        quick: measured by ``--quick`` unless ``--providers`` says otherwise.
+        compiles: whether its first call compiles; left out of quick runs.
     """
 
     name: str
     title: str
     build: Callable[[Case], Function]
     gated: bool = True
-    default: bool = True
-    quick: bool = True
+    compiles: bool = False
 
 
-CONV2D, EAGER, COMPILED, DCCONV = "conv2d", "eager", "compiled", "dcconv"
+CONV2D, EAGER, FORMULA, COMPILED_EAGER, COMPILED, BCOS = (
+    "conv2d",
+    "eager",
+    "formula",
+    "compiled-eager",
+    "compiled",
+    "bcos",
+)
+OURS = "dcconv-"
 
+#: Every implementation by its name; ours are named after their backends.
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider(CONV2D, "F.conv2d", plain, gated=False),
         Provider(EAGER, "eager reference", ours("reference")),
-        Provider("formula", "best-written formula, eager", formula, default=False, quick=False),
+        Provider(FORMULA, "best-written formula, eager", formula),
         Provider(
-            COMPILED, "best-written formula under torch.compile", compiled_formula, quick=False
+            COMPILED_EAGER,
+            "reference under torch.compile",
+            _compiled(ours("reference")),
+            compiles=True,
         ),
-        Provider(DCCONV, "dcconv", ours("cpu")),
+        Provider(
+            COMPILED,
+            "best-written formula under torch.compile",
+            compiled_formula,
+            compiles=True,
+        ),
+        Provider(BCOS, "B-cos layer (another operator)", bcos, gated=False),
+        *(
+            Provider(OURS + name, f"dcconv, backend {name}", ours(name))
+            for name in backends.names
+            if name != "reference"
+        ),
     )
 }
+
+BASELINES = tuple(name for name in PROVIDERS if not name.startswith(OURS))
 
 
 def run(function: Function, inputs: Inputs, which: str) -> dict[str, Tensor]:
@@ -150,12 +277,20 @@ def run(function: Function, inputs: Inputs, which: str) -> dict[str, Tensor]:
 
     Gradients are those of sum(y * cotangent); an input the function does not use has none.
     """
-    arguments = (inputs.x, inputs.weight, inputs.radius, inputs.norm_mean)
-    if which != BOTH:
+    if which == FORWARD:
         with torch.no_grad():
-            return {"y": function(*arguments)}
-    y = function(*arguments)
+            return {"y": forward(function, inputs)}
+    y = forward(function, inputs)
+    return {"y": y.detach()} | backward(y, inputs)
+
+
+def forward(function: Function, inputs: Inputs) -> Tensor:
+    """Call a function with the tensors of a case."""
+    return function(inputs.x, inputs.weight, inputs.radius, inputs.norm_mean)
+
+
+def backward(y: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the gradients of sum(y * cotangent); an input that was not used has none."""
     leaves = inputs.leaves
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.cotangent, allow_unused=True)
-    found = {f"grad_{name}": t for name, t in zip(leaves, grads, strict=True) if t is not None}
-    return {"y": y.detach(), **found}
+    return {f"grad_{name}": t for name, t in zip(leaves, grads, strict=True) if t is not None}

@@ -4,8 +4,13 @@ Candidates are timed in rounds. A round takes one sample of every candidate, in 
 for each round from a fixed seed, so that slow drift of the machine and what the previous candidate
 left in the caches fall on all of them alike. Before the first round every candidate is called
 ``warmup`` times. Rounds go on until both the number of rounds and the time spent in samples have
-reached their minimum. A sample is one call on the wall clock, without the release of its results;
-the garbage collector is off meanwhile. Reported are the median and the 20th and 80th percentile.
+reached their minimum. Reported are the median and the 20th and 80th percentile; the garbage
+collector is off meanwhile.
+
+On a CPU a sample is one call on the wall clock, without the release of its results. On CUDA it is
+the time between two events around the call; before it, a buffer of four times the L2 cache is read,
+so that nothing of the operands is left in the cache, and a delay is queued, so that the host is
+ahead and no launch is waited for. ``graphs`` replays a captured CUDA graph in place of the call.
 """
 
 from __future__ import annotations
@@ -16,9 +21,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 # A row stops here however short its samples are.
 MAX_ROUNDS = 400
+
+# Cycles of the delay before a sample on CUDA, a millisecond or more: longer than a call's launches.
+DELAY_CYCLES = 2_000_000
+
+# A spread above this share of the median marks a row as noisy.
+NOISY_SPREAD = 0.10
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,17 @@ class Timing:
         return (self.high - self.low) / self.median
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A call whose preparation is not timed: ``call(prepare())``, of which only ``call`` counts."""
+
+    prepare: Callable[[], Any]
+    call: Callable[[Any], object]
+
+
+Candidate = Callable[[], object] | Staged
+
+
 def summarise(samples: list[float]) -> Timing:
     """Return the median and the 20th and 80th percentile of samples in seconds.
 
@@ -70,34 +96,87 @@ def summarise(samples: list[float]) -> Timing:
     )
 
 
-def interleave(
-    candidates: Mapping[str, Callable[[], object]], protocol: Protocol
-) -> dict[str, Timing]:
-    """Time all candidates in one run, by the protocol at the top of this module."""
-    for call in candidates.values():
-        for _ in range(protocol.warmup):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    shuffle = random.Random(0).shuffle
-    spent = 0.0
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for done in range(MAX_ROUNDS):
-            if not order or (done >= protocol.rounds and spent >= protocol.min_time):
-                break
-            shuffle(order)
-            for name in order:
-                call = candidates[name]
-                start = time.perf_counter()
-                result = call()
-                seconds = time.perf_counter() - start
-                del result
-                samples[name].append(seconds)
-                spent += seconds
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: summarise(values) for name, values in samples.items()}
+class Stopwatch:
+    """Times calls on one device.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        graphs: on CUDA, capture every candidate once and time the replay.
+    """
+
+    def __init__(self, device: str, graphs: bool = False) -> None:
+        self._device = device
+        self._graphs = graphs
+        self._flush: Tensor | None = None
+        if device == "cuda":
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            self._flush = torch.zeros(4 * cache, dtype=torch.uint8, device=device)
+
+    def sample(self, candidate: Candidate) -> float:
+        """Return the seconds of one call."""
+        if isinstance(candidate, Staged):
+            prepared = candidate.prepare()
+            return self._sample(lambda: candidate.call(prepared))
+        return self._sample(candidate)
+
+    def _sample(self, call: Callable[[], object]) -> float:
+        if self._flush is None:
+            start = time.perf_counter()
+            result = call()
+            seconds = time.perf_counter() - start
+            del result
+            return seconds
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Read, not written: nothing is left to be written back during the sample.
+        self._flush.max()
+        torch.cuda._sleep(DELAY_CYCLES)
+        before.record()
+        result = call()
+        after.record()
+        after.synchronize()
+        del result
+        return float(before.elapsed_time(after)) * 1e-3
+
+    def _captured(self, candidate: Candidate) -> Candidate:
+        if isinstance(candidate, Staged):
+            raise NotImplementedError("dcconv: graphs must time whole calls, got a backward alone")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = candidate()
+
+        def replay() -> object:
+            graph.replay()
+            return kept
+
+        return replay
+
+    def interleave(
+        self, candidates: Mapping[str, Candidate], protocol: Protocol
+    ) -> dict[str, Timing]:
+        """Time all candidates in one run, by the protocol at the top of this module."""
+        calls = dict(candidates)
+        for name, candidate in candidates.items():
+            for _ in range(protocol.warmup):
+                self.sample(candidate)
+            if self._graphs and self._device == "cuda":
+                calls[name] = self._captured(candidate)
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        order = list(calls)
+        shuffle = random.Random(0).shuffle
+        spent = 0.0
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            for done in range(MAX_ROUNDS):
+                if not order or (done >= protocol.rounds and spent >= protocol.min_time):
+                    break
+                shuffle(order)
+                for name in order:
+                    seconds = self.sample(calls[name])
+                    samples[name].append(seconds)
+                    spent += seconds
+        finally:
+            if collecting:
+                gc.enable()
+        return {name: summarise(values) for name, values in samples.items()}

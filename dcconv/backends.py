@@ -177,6 +177,25 @@ def describe(x: Tensor) -> Call:
     return Call(x.device.type, x.dtype, transformed, x.device.index or 0)
 
 
+def why_not(name: str, x: Tensor) -> str | None:
+    """Return None if a backend can run calls on a tensor like x, else one sentence why not.
+
+    Args:
+        name: ``cuda``, ``triton``, ``cpu`` or ``reference``.
+        x: an input tensor; its device and dtype count.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> import dcconv, torch
+        >>> dcconv.backends.why_not("cuda", torch.zeros(1))
+        'it runs on CUDA tensors, got a cpu tensor'
+    """
+    checks.choice("name", name, names)
+    return _BACKENDS[names.index(name)].why_not(describe(x))
+
+
 def choose(x: Tensor, requested: str | None = None) -> Backend:
     """Return the backend for a call: the requested one, or the first willing one.
 

@@ -100,7 +100,7 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
     add("torch.compile", 120, checks.compiled)
     for layout in checks.LAYOUTS[:2]:
         add(f"rates {layout}", 60, measure.rates, layout)
-    for name in measure.distinct_layers():
+    for name in measure.network_layers():
         add(f"layer {name}", 90, measure.layer_times, name)
     add("small cases", 90, checks.small_cases)
     add(f"{PTX_PREFIX}architecture", 120, checks.architecture, "800")

@@ -7,9 +7,6 @@ that the host is ahead and no launch is waited for. Medians, with the 20th and 8
 from __future__ import annotations
 
 import functools
-import random
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from bench import cases as bench_cases
 from bench.accuracy import error
-from bench.layers import distinct_layers
+from bench.layers import DEFAULT_BATCH, NETWORKS, distinct_layers
+from bench.options import BOTH, FORWARD
 from bench.providers import Function, compiled_formula, formula, ours, plain, run
-from bench.timing import Timing, summarise
+from bench.timing import Protocol, Stopwatch
 from dcconv.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR
 from gate.checks import Where, placed, record
 from gate.report import Figures
@@ -37,54 +35,6 @@ ROUNDS = 15
 
 #: Ops without a pass over x or y: their rate says nothing.
 SMALL_OPS = ("conv2d_grad_filters", "filter_scale", "filter_scale_grad")
-
-DELAY_CYCLES = 2_000_000
-
-
-class Stopwatch:
-    """Times calls on a device; between samples it replaces what the caches hold."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._flush: Tensor | None = None
-        if device == "cuda":
-            cache = torch.cuda.get_device_properties(0).L2_cache_size
-            self._flush = torch.zeros(4 * cache, dtype=torch.uint8, device=device)
-
-    def sample(self, call: Callable[[], object]) -> float:
-        """Return the seconds of one call."""
-        if self._flush is None:
-            start = time.perf_counter()
-            result = call()
-            seconds = time.perf_counter() - start
-            del result
-            return seconds
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Read, not written: nothing is left to be written back during the sample.
-        self._flush.max()
-        torch.cuda._sleep(DELAY_CYCLES)
-        before.record()
-        result = call()
-        after.record()
-        after.synchronize()
-        del result
-        return before.elapsed_time(after) * 1e-3
-
-    def interleave(
-        self, calls: Mapping[str, Callable[[], object]], rounds: int
-    ) -> dict[str, Timing]:
-        """Time all calls in rounds, in an order drawn anew for each."""
-        for call in calls.values():
-            for _ in range(3):
-                call()
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        order = list(calls)
-        shuffle = random.Random(0).shuffle
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                samples[name].append(self.sample(calls[name]))
-        return {name: summarise(values) for name, values in samples.items()}
 
 
 def op_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -139,8 +89,7 @@ def rates(where: Where, layout: str) -> Figures:
             calls[key] = (functools.partial(func, *args, **kwargs), moved)
         del recorder
     timed = {"copy": functools.partial(target.copy_, x)} | {k: c for k, (c, _) in calls.items()}
-    rounds = ROUNDS if where.on_gpu else 2
-    timings = watch.interleave(timed, rounds)
+    timings = watch.interleave(timed, protocol(where))
     copy_rate = 2 * x.numel() * 2 / timings["copy"].median / 1e6
     figures["copy GB/s"] = copy_rate
     below = []
@@ -155,34 +104,20 @@ def rates(where: Where, layout: str) -> Figures:
     return figures
 
 
+def protocol(where: Where, rounds: int = ROUNDS) -> Protocol:
+    """Return how often to sample; a rehearsal on the CPU only runs through."""
+    return Protocol(rounds if where.on_gpu else 2, 0.0, warmup=3)
+
+
+def network_layers() -> list[str]:
+    """Return the names of the layers of the networks, with the batch of a GPU."""
+    found = distinct_layers(DEFAULT_BATCH["cuda"])
+    return [name for name, (_, classes) in found.items() if not NETWORKS.keys().isdisjoint(classes)]
+
+
 def dtype_on(where: Where) -> str:
     """Return the dtype of layers: a rehearsal on the CPU keeps to what its library does well."""
     return "bfloat16" if where.on_gpu else "float32"
-
-
-def layer_inputs(layer: bench_cases.Layer, where: Where) -> bench_cases.Inputs:
-    """Draw the tensors of a layer on its device, channels_last, with a given mean norm."""
-    dtype = bench_cases.DTYPES[dtype_on(where)]
-    generator = torch.Generator(where.device).manual_seed(0)
-
-    def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        t = torch.empty(
-            shape,
-            dtype=dtype,
-            device=where.device,
-            memory_format=torch.channels_last,
-        )
-        return t.normal_(0.0, scale, generator=generator)
-
-    typical = (layer.c * layer.k**2) ** 0.5
-    radius = 0.5 + torch.rand(layer.o, device=where.device, generator=generator)
-    return bench_cases.Inputs(
-        normal(layer.x_shape).requires_grad_(),
-        normal(layer.weight_shape, 1 / typical).requires_grad_(),
-        radius.requires_grad_(),
-        torch.tensor(typical, device=where.device),
-        normal(layer.y_shape),
-    )
 
 
 def layer_times(where: Where, name: str, rounds: int = ROUNDS) -> Figures:
@@ -190,26 +125,21 @@ def layer_times(where: Where, name: str, rounds: int = ROUNDS) -> Figures:
     layer, networks = distinct_layers()[name]
     if not where.on_gpu:
         layer = layer._replace(n=1, c=min(layer.c, 8), o=min(layer.o, 8), size=min(layer.size, 14))
-    operator = bench_cases.OPERATORS["tanh-cosine"]
+    operator = bench_cases.find_operator("tanh-cosine")
     case = bench_cases.Case(layer, operator, bench_cases.FIXED, dtype_on(where))
-    inputs = layer_inputs(layer, where)
+    inputs = bench_cases.make_inputs(case, where.device)
     functions: dict[str, Function] = {
         "dcconv": ours(where.backend)(case),
         "eager": formula(case),
         "conv2d": plain(case),
+        "compiled": compiled_formula(case),
     }
-    # Inductor's CPU options are not known to its CUDA compiler.
-    functions["compiled"] = (
-        torch.compile(formula(case), dynamic=False, fullgraph=True)
-        if where.on_gpu
-        else compiled_formula(case)
-    )
     watch = Stopwatch(where.device)
     figures: Figures = {"networks": " ".join(networks)}
     slow = []
     loosest = (PEER_FACTOR * PEER_CAP + 1) * ACCURACY_FLOOR[torch.bfloat16]
     try:
-        for short, which in (("fwd", bench_cases.FORWARD), ("both", bench_cases.BOTH)):
+        for short, which in (("fwd", FORWARD), ("both", BOTH)):
             found = run(functions["dcconv"], inputs, which)
             other = run(functions["eager"], inputs, which)
             for tensor, value in found.items():
@@ -218,7 +148,7 @@ def layer_times(where: Where, name: str, rounds: int = ROUNDS) -> Figures:
             del found, other
             timings = watch.interleave(
                 {key: functools.partial(run, f, inputs, which) for key, f in functions.items()},
-                rounds if where.on_gpu else 2,
+                protocol(where, rounds),
             )
             own = timings["dcconv"]
             figures[f"{short} ms"] = own.median

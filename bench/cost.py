@@ -1,0 +1,88 @@
+"""What a row must do at least, and how fast the machine could do it: the roofline."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from bench.cases import Case
+from bench.options import BACKWARD, BOTH, DTYPES, FORWARD
+from bench.timing import Protocol, Stopwatch
+
+
+class Cost(NamedTuple):
+    """The least work of a pass: floating-point operations and bytes to and from memory."""
+
+    flops: int
+    bytes: int
+
+
+def cost(case: Case, which: str) -> Cost:
+    """Return the least work of a pass, the same for every provider.
+
+    FLOPs, a multiplication and an addition counting one each:
+        forward: 2 n o p q (c / groups) r s of the convolution, and 2 n c h w for the squares of x;
+        backward: twice the convolution, for the gradients of x and weight.
+    What a function of c or b costs is not counted: it is a few operations per output.
+
+    Bytes, every tensor once, in its dtype; the norm map in float32:
+        forward: x and weight read, y written, and where a backward follows the map written;
+        backward: dy, y (or u), x, weight and the map read, dx and dweight written.
+    Numbers per filter and intermediate results are not counted: an operator in one pass has none.
+    """
+    layer, size = case.layer, DTYPES[case.dtype].itemsize
+    x, weight, y = (math.prod(s) for s in (layer.x_shape, layer.weight_shape, layer.y_shape))
+    n, _, p, q = layer.y_shape
+    norm_map = 4 * n * layer.groups * p * q
+    convolution = 2 * y * layer.patch_size
+    forward = Cost(convolution + 2 * x, (x + weight + y) * size)
+    backward = Cost(2 * convolution, (2 * x + 2 * weight + 2 * y) * size + norm_map)
+    if which == FORWARD:
+        return forward
+    if which == BACKWARD:
+        return backward
+    assert which == BOTH
+    return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes + norm_map)
+
+
+class Ceilings(NamedTuple):
+    """What the machine reaches: bytes per second of a copy, FLOP per second of a matrix product."""
+
+    copy_rate: float
+    matrix_rate: float
+
+    def floor(self, work: Cost) -> float:
+        """Return the least milliseconds that the two rates allow for some work."""
+        return 1e3 * max(work.bytes / self.copy_rate, work.flops / self.matrix_rate)
+
+
+# Bytes of the array that is copied, far beyond any last-level cache, and the side of the matrices.
+_COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+_MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+def measure_ceilings(dtype: str, device: str, quick: bool = False) -> Ceilings:
+    """Measure the copy rate and the matrix rate of a dtype on this machine.
+
+    The copy reads and writes one large array; the product is of two square matrices. Both are the
+    best of the rounds: a ceiling is what the machine can do, not what it does when disturbed.
+    """
+    kind = DTYPES[dtype]
+    source = torch.ones(_COPY_BYTES[device] // kind.itemsize, dtype=kind, device=device)
+    target = torch.empty_like(source)
+    side = _MATRIX_SIDE[device] // (2 if quick else 1)
+    left = torch.randn(side, side, device=device).to(kind)
+    right = torch.randn(side, side, device=device).to(kind)
+    watch = Stopwatch(device)
+    rounds = 3 if quick else 7
+    timings = watch.interleave(
+        {"copy": lambda: target.copy_(source), "matrix": lambda: left @ right},
+        Protocol(rounds, 0.0, warmup=2),
+    )
+    moved = 2 * source.numel() * kind.itemsize
+    return Ceilings(
+        copy_rate=moved / timings["copy"].low * 1e3,
+        matrix_rate=2 * side**3 / timings["matrix"].low * 1e3,
+    )
