@@ -30,8 +30,13 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
+# BENCH_OPTIONS go to every measuring sub-command: make bench BENCH_OPTIONS=--quick
 bench: build
-	$(BIN)/python -m bench.operator
+	$(BIN)/python -m bench ops $(BENCH_OPTIONS)
+	$(BIN)/python -m bench networks $(BENCH_OPTIONS)
+	$(BIN)/python -m bench functions $(BENCH_OPTIONS)
+	$(BIN)/python -m bench scaling $(BENCH_OPTIONS)
+	$(BIN)/python -m bench report
 
 gpu-gate:
 	$(GATE_PYTHON) tests/gpu_gate.py $(GATE_OPTIONS)

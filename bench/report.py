@@ -1,247 +1,179 @@
-"""Tables of measured rows, for the terminal (rich) and as Markdown, from the same cells."""
+"""Draw the charts of measured rows and refresh the README's tables.
+
+Reads every result file of the folders that are named (all of bench/results), takes the latest
+record of each row, and writes PNG charts and report.md beside the files. What stands between the
+markers ``<!-- bench NAME: begin -->`` and ``<!-- bench NAME: end -->`` of the README is replaced by
+the table of that name. Lines that are no records are reported with file and line, and skipped.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from bench.cases import BOTH, FORWARD
-from bench.memory import Kept
-from bench.providers import COMPILED, CONV2D, DCCONV, EAGER, PROVIDERS
-from bench.rows import LISTED, Row, means, verdicts
+from bench.environment import RESULTS
+from bench.readme import TABLES, Results, device_name, machine, markers, refresh, write
+from bench.records import Record, latest, read
+from dcconv.checks import value_error
 
-MARKS = {"yes": " !", "maybe": " ~", "no": "", "": ""}
-
-SHORT_PASS = {FORWARD: "fwd", BOTH: "fwd+bwd"}
-
-LEGEND = (
-    "Layer: n,c,h,o,k. Times are medians in ms. Spread: the largest distance of the 20th and 80th "
-    "percentile among the providers of the row, over the median. ! slower than that provider, "
-    "~ slower by median but within the spread."
-)
-
-MEMORY_LEGEND = (
-    "Bytes kept between forward and backward, parameters apart, as multiples of x + y. x, map: the "
-    "shares of x, which every provider keeps unless marked -, and of the norm map; within: dcconv "
-    "keeps at most x + y + map; chain: operator, BatchNorm, ReLU, within F.conv2d's chain + map."
-)
+README = RESULTS.parent.parent / "README.md"
 
 
-class Grid(NamedTuple):
-    """A table of text: titles, cells, and how many leading columns are names."""
-
-    title: str
-    header: list[str]
-    cells: list[list[str]]
-    names: int
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _milliseconds(row: Row, provider: str) -> str:
-    result = row.results.get(provider)
-    if result is None:
-        return ""
-    if result.timing is None:
-        return (result.note or "").partition(":")[0]
-    median = result.timing.median
-    return _number(median, 0 if median >= 100 else 1 if median >= 10 else 2 if median >= 1 else 3)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this sub-command."""
+    add = parser.add_argument
+    add(
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="FOLDER",
+        help="of result files, by path or by name under bench/results (all that have some)",
+    )
+    add("--readme", type=Path, metavar="FOLDER", help="whose numbers the README shows (the CPU's)")
+    add("--into", type=Path, metavar="FILE", default=README, help="the file with markers (README)")
 
 
-def _against(row: Row, base: str) -> str:
-    text = _number(row.ratio(DCCONV, base))
-    return text + MARKS[row.slower(base)] if base != CONV2D else text
+def find(folder: Path) -> Path:
+    """Return a folder of result files that was named by its path, or by name under the results.
+
+    Raises:
+        ValueError: there is none with result files.
+    """
+    for path in (folder, RESULTS / folder):
+        if path.is_dir() and any(path.glob("*.jsonl")):
+            return path.resolve()
+    rule = f"be a folder of result files ({', '.join(p.name for p in every()) or 'there is none'})"
+    raise value_error("FOLDER", rule, repr(str(folder)))
 
 
-def _ordered(rows: Sequence[Row], worst: bool) -> list[Row]:
-    if not worst:
-        return list(rows)
-    return sorted(rows, key=lambda row: -(row.ratio(DCCONV, CONV2D) or 0.0))
+def every() -> list[Path]:
+    """Return the folders under the results that have result files."""
+    return sorted({path.parent.resolve() for path in RESULTS.glob("*/*.jsonl")})
 
 
-def _providers(rows: Sequence[Row]) -> list[str]:
-    present = {name for row in rows for name in row.results}
-    return [name for name in PROVIDERS if name in present]
+#: What a row of each kind must name for the tables.
+FIELDS = {
+    "ops": ("layer", "operator", "mode", "dtype", "layout", "pass", "threads"),
+    "networks": ("network", "dtype", "pass"),
+    "functions": ("function", "dtype", "pass"),
+    "scaling": ("axis", "value"),
+}
 
 
-def legend(rows: Sequence[Row]) -> str:
-    """Return how to read the table of times."""
-    whos = "; ".join(f"{name}: {PROVIDERS[name].title}" for name in _providers(rows))
-    return f"{LEGEND} {whos}. /name: dcconv over that provider."
+def _why_not(record: Record) -> str | None:
+    """Return what a record lacks to be shown, or None."""
+    missing = [name for name in FIELDS.get(record.kind, ()) if name not in record.row]
+    if missing:
+        return f"its row has no {', '.join(missing)}"
+    for provider, result in record.results.items():
+        timing = result.get("timing")
+        if timing and not ("low" in timing and "high" in timing):
+            return f"{provider} has no low and high"
+    return None
 
 
-def time_grid(rows: Sequence[Row], worst: bool = False) -> Grid:
-    """Return times and ratios, one line per row."""
-    providers = _providers(rows)
-    bases = [name for name in (CONV2D, EAGER, COMPILED) if name in providers]
-    if DCCONV not in providers:
-        bases = []
-    header = ["layer", "operator", "mode", "dtype", "pass"]
-    header += [*providers, *(f"/{name}" for name in bases), "spread"]
-    cells = []
-    for row in _ordered(rows, worst):
-        case = row.case
-        timings = [r.timing for r in row.results.values() if r.timing is not None]
-        spread = max((timing.spread for timing in timings), default=None)
-        cells.append(
-            [case.layer.name, case.operator.name, case.mode, case.dtype, SHORT_PASS[row.which]]
-            + [_milliseconds(row, name) for name in providers]
-            + [_against(row, base) for base in bases]
-            + ["" if spread is None else f"{100 * spread:.0f} %"]
-        )
-    return Grid("Time", header, cells, 5)
+def load(folder: Path) -> dict[str, list[Record]]:
+    """Return the latest records of a folder by kind; corrupt ones are reported and skipped."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for record in latest(read(path)):
+            if reason := _why_not(record):
+                print(f"{path}: {record.key}: {reason}, skipped", file=sys.stderr)
+            else:
+                found.setdefault(record.kind, []).append(record)
+    return found
 
 
-def mean_grid(rows: Sequence[Row]) -> Grid:
-    """Return the geometric means and what they say about the targets."""
-    others = [name for name in _providers(rows) if name not in (CONV2D, DCCONV)]
-    header = ["dtype", "pass", "modes", "rows"]
-    header += [f"{name} / conv2d" for name in others]
-    header += ["dcconv / conv2d", "target", "verdict", "dcconv / eager", "dcconv / compiled"]
-    cells = [
-        [mean.dtype, SHORT_PASS[mean.which], mean.group, str(mean.rows)]
-        + [_number(mean.over_conv2d.get(name)) for name in others]
-        + [_number(mean.over_conv2d.get(DCCONV)), _number(mean.target), mean.verdict]
-        + [_number(mean.over_eager), _number(mean.over_compiled)]
-        for mean in means(rows)
-    ]
-    return Grid("Geometric means", header, cells, 3)
+def _everything(results: Results) -> list[Record]:
+    return [record for records in results.values() for record in records]
 
 
-def memory_grid(rows: Sequence[Row]) -> Grid:
-    """Return kept memory, one line per case."""
-    providers = _providers(rows)
-    header = ["layer", "operator", "mode", "dtype", "x+y MiB", "x", "map", *providers, "within"]
-    header += [f"chain {name}" for name in (CONV2D, DCCONV) if name in providers]
-    header += ["chain within"]
-    cells = []
-    for row in rows:
-        if all(result.kept is None for result in row.results.values()):
-            continue
-        case, unit = row.case, row.x_bytes + row.y_bytes
-
-        def multiple(kept: Kept | None, unit: int = unit) -> str:
-            if kept is None:
-                return ""
-            return f"{kept.total / unit:.3f}" + ("" if kept.x else " -")
-
-        answers = {True: "yes", False: "NO", None: ""}
-        cells.append(
-            [case.layer.name, case.operator.name, case.mode, case.dtype]
-            + [f"{unit / 2**20:.1f}"]
-            + [f"{own / unit:.3f}" for own in (row.x_bytes, row.map_bytes)]
-            + [multiple(row.results[name].kept) for name in providers]
-            + [answers[row.kept_within]]
-            + [multiple(row.results[name].chain) for name in (CONV2D, DCCONV) if name in providers]
-            + [answers[row.chain_within]]
-        )
-    return Grid("Memory kept for backward", header, cells, 4)
+def _is_cpu(results: Results) -> bool:
+    types = {record.environment.get("device_type") for record in _everything(results)}
+    return types == {"cpu"}
 
 
-def error_grid(rows: Sequence[Row]) -> Grid:
-    """Return the largest error of every provider, by dtype."""
-    largest: dict[tuple[str, str, str], float] = {}
-    for row in rows:
-        for provider, result in row.results.items():
-            for name, value in result.errors.items():
-                key = (row.case.dtype, provider, name)
-                largest[key] = max(value, largest.get(key, 0.0))
-    names = list(dict.fromkeys(name for _, _, name in largest))
-    pairs = list(dict.fromkeys((dtype, provider) for dtype, provider, _ in largest))
-    cells = [
-        [dtype, provider]
-        + [
-            f"{largest[(dtype, provider, name)]:.1e}" if (dtype, provider, name) in largest else ""
-            for name in names
-        ]
-        for dtype, provider in pairs
-    ]
-    return Grid("Largest relative error", ["dtype", "provider", *names], cells, 2)
+def choose(loaded: dict[Path, dict[str, list[Record]]], readme: Path | None) -> Path:
+    """Return the folder whose numbers the README shows.
+
+    Raises:
+        ValueError: the named one is not among the folders, or none is named and it is not clear.
+    """
+    known = ", ".join(path.name for path in loaded)
+    if readme is not None:
+        chosen = find(readme)
+        if chosen not in loaded:
+            raise value_error("--readme", f"be one of {known}", repr(str(readme)))
+        return chosen
+    for among in (list(loaded), [path for path, results in loaded.items() if _is_cpu(results)]):
+        if len(among) == 1:
+            return among[0]
+    raise value_error("--readme", f"name one of {known}", "nothing")
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """Return why times are missing: each reason once, with its first row; the first few only."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for provider, result in row.results.items():
-            if result.note is not None:
-                found.setdefault(f"{provider}: {result.note}", []).append(row.name)
-    lines = [
-        f"{reason} ({where[0]}{f' and {len(where) - 1} more rows' if len(where) > 1 else ''})"
-        for reason, where in found.items()
-    ]
-    if len(lines) > LISTED:
-        lines[LISTED:] = [f"{len(lines) - LISTED} more reasons, all of them in the JSON lines."]
-    return lines
-
-
-def grids(rows: Sequence[Row], worst: bool = False) -> list[tuple[Grid, str]]:
-    """Return every table that has lines, with the legend under it."""
-    tables = [
-        (time_grid(rows, worst), legend(rows)),
-        (mean_grid(rows), ""),
-        (memory_grid(rows), MEMORY_LEGEND),
-        (error_grid(rows), ""),
-    ]
-    return [(grid, below) for grid, below in tables if grid.cells]
-
-
-def show(console: Console, rows: Sequence[Row], worst: bool = False) -> None:
-    """Print all tables and verdicts."""
-    for grid, below in grids(rows, worst):
-        table = Table(
-            title=grid.title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for at, title in enumerate(grid.header):
-            is_name = at < grid.names
-            table.add_column(title, justify="left" if is_name else "right", no_wrap=is_name)
-        for cells in grid.cells:
-            table.add_row(*cells)
-        console.print(table)
-        if below:
-            console.print(below, style="dim", highlight=False)
-    for line in (*verdicts(rows), *notes(rows)):
-        console.print(line, markup=False, highlight=False)
-
-
-def markdown(rows: Sequence[Row], protocol: str, worst: bool = False) -> str:
-    """Return all tables and verdicts as Markdown, ready for a README."""
-    parts = []
-    if rows:
-        parts += [rows[0].environment.sentence + ".", protocol]
-    for grid, below in grids(rows, worst):
-        rule = ["---"] * grid.names + ["---:"] * (len(grid.header) - grid.names)
-        lines = [grid.header, rule, *grid.cells]
-        parts.append(f"**{grid.title}**")
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-        if below:
-            parts.append(below)
-    found = [*verdicts(rows), *notes(rows)]
-    parts.append("\n".join("* " + line.replace("\n", " ") for line in found))
+def markdown(results: Results, charts: Iterable[tuple[str, str]]) -> str:
+    """Return the full report: every table that has rows, and the charts by file name."""
+    records = _everything(results)
+    parts = [f"# {device_name(records)}", machine(records)]
+    parts += [f"![{caption}]({name})" for name, caption in charts]
+    for name, table in TABLES.items():
+        if text := table(results):
+            parts += [f"## {name}", text]
     return "\n\n".join(parts) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old text or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def tables(results: Results, names: Sequence[str]) -> dict[str, str]:
+    """Return the text between markers by name, without those that have no rows."""
+    found = {name: TABLES[name](results) for name in names}
+    sentence = machine(_everything(results))
+    return {name: f"{text}\n\nMeasured on {sentence}" for name, text in found.items() if text}
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Write charts, reports and the README's tables; return 0."""
+    # Drawing alone needs matplotlib: the other sub-commands run without it.
+    from bench.charts import draw
+
+    folders = [find(folder) for folder in options.folders] or every()
+    if not folders:
+        raise value_error("FOLDER", f"have result files, under {RESULTS}", "none")
+    if not options.into.is_file():
+        raise value_error("--into", "be a file", repr(str(options.into)))
+    names = markers(options.into)
+    loaded = {}
+    for folder in dict.fromkeys(folders):
+        if results := load(folder):
+            loaded[folder] = results
+        elif options.folders:
+            raise value_error("FOLDER", "have result rows", repr(str(folder)))
+        else:
+            console.print(f"{folder}: no result rows", style="yellow", highlight=False)
+    if not loaded:
+        raise value_error("FOLDER", f"have result rows, under {RESULTS}", "none")
+    shown = choose(loaded, options.readme) if names or options.readme else None
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for folder, results in loaded.items():
+        charts = draw(results)
+        for chart in charts:
+            write(folder / chart.name, chart.png)
+        text = markdown(results, [(chart.name, chart.caption) for chart in charts])
+        write(folder / "report.md", text.encode())
+        rows = {kind: len(records) for kind, records in results.items()}
+        counts = ", ".join(f"{count} {kind}" for kind, count in rows.items())
+        noisy = sum(record.noisy for record in _everything(results))
+        say(f"{folder}: {counts} rows, {noisy} noisy; {len(charts)} charts and report.md")
+    if shown is not None:
+        texts = tables(loaded[shown], names)
+        for name in names:
+            if name not in texts:
+                say(f"{options.into}: {name} stays as it is, {shown.name} has no rows for it")
+        changed = refresh(options.into, texts)
+        say(f"{options.into}: {'refreshed' if changed else 'unchanged'} ({', '.join(names)})")
+    return 0

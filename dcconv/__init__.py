@@ -2,6 +2,7 @@
 
 from dcconv import backends, functional, reference
 from dcconv.backends import use_backend
+from dcconv.convert import convert
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.modules import DecoupledConv2d
 from dcconv.optim import (
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DecoupledConv2d",
     "backends",
+    "convert",
     "decoupled_conv2d",
     "functional",
     "orthogonality_penalty",

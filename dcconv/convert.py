@@ -1,0 +1,171 @@
+"""From a plain network to a decoupled one: every ``nn.Conv2d`` becomes a ``DecoupledConv2d``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from dcconv import checks
+from dcconv.modules import DecoupledConv2d
+
+# What a caller of a module registers on it; the handles go on working with the same dictionaries.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+# Those of the state dict hold the layer itself and cannot move to another one.
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(DecoupledConv2d.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def convert(
+    module: nn.Module,
+    *,
+    select: Callable[[str, nn.Conv2d], object] | None = None,
+    **operator: Any,
+) -> nn.Module:
+    """Replace every ``nn.Conv2d`` of a network by a :class:`dcconv.DecoupledConv2d`.
+
+    A new layer has its predecessor's geometry, padding mode, forward and backward hooks and
+    training flag, and the very same ``weight`` and ``bias`` parameters, so that weights shared
+    between layers stay shared. A layer that is used in several places stays one layer. The
+    parameters and buffers that come with the operator (``radius_raw``, ``norm_mean``, ...) start
+    as in a new layer: build the optimiser, and wrap the network for distributed training, after
+    the conversion. The state dict of the plain network still loads strictly. No random numbers
+    are drawn, and a network that is refused is left as it was.
+
+    Converted are layers whose class is ``nn.Conv2d`` itself. Subclasses compute something of their
+    own and stay as they are, and so do transposed, 1-D and 3-D convolutions. A weight that is
+    computed from other parameters (weight norm, spectral norm, pruning) is refused, and so is a
+    lazy layer that has not seen an input; ``select`` can leave either plain.
+
+    An in-place activation straight after a convolution overwrites the output, which backward
+    needs in most cases (``keep="auto"``): PyTorch raises its error about a variable "modified by
+    an inplace operation". ``keep="dot"`` permits it. Batch normalisation in between does too.
+
+    Args:
+        module: a network, converted in place; a single ``nn.Conv2d`` is not changed.
+        select: called once with the name and the layer of every candidate; layers for which it
+            returns a false value stay plain. A shared layer has the name of its first place.
+        operator: the keyword arguments of :class:`dcconv.DecoupledConv2d`: ``magnitude``,
+            ``angular``, ``radius``, ``keep``, ``backend``, ...
+
+    Returns:
+        The module itself; for a single ``nn.Conv2d`` the new layer.
+
+    Raises:
+        TypeError: module is no module, select cannot be called, or an argument has a wrong type.
+        ValueError: no layer is left to convert, one cannot be converted, or an argument is wrong.
+
+    Example:
+        >>> import dcconv
+        >>> from torch import nn
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 1))
+        >>> dcconv.convert(network, select=lambda name, conv: name != "2", magnitude="ball")
+        Sequential(
+          (0): DecoupledConv2d(3, 8, kernel_size=(3, 3), bias=True, magnitude='ball')
+          (1): ReLU()
+          (2): Conv2d(8, 10, kernel_size=(1, 1), stride=(1, 1))
+        )
+    """
+    if not isinstance(module, nn.Module):
+        raise checks.type_error("module", "be an nn.Module", type(module).__name__)
+    if select is not None and not callable(select):
+        raise checks.type_error(
+            "select", "be a function of a name and a layer", type(select).__name__
+        )
+    for name in operator:
+        if name not in _ARGUMENTS:
+            rule = f"be among {', '.join(_ARGUMENTS)}"
+            raise checks.type_error("keyword arguments", rule, repr(name))
+    if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
+        rule = "be converted before it is wrapped for distributed training"
+        raise checks.value_error("module", rule, type(module).__name__)
+
+    candidates = {name: part for name, part in module.named_modules() if _is_candidate(part)}
+    if not candidates:
+        raise checks.value_error("module", "have an nn.Conv2d layer", type(module).__name__)
+    chosen = {
+        name: conv for name, conv in candidates.items() if select is None or select(name, conv)
+    }
+    if not chosen:
+        rule = f"choose one of the module's {len(candidates)} nn.Conv2d layers or more"
+        raise checks.value_error("select", rule, "none")
+    layers = {conv: _decoupled(name, conv, operator) for name, conv in chosen.items()}
+
+    if isinstance(module, nn.Conv2d):
+        return layers[module]
+    for parent in list(module.modules()):
+        # Not named_children(): it leaves out the second place of a shared layer.
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Conv2d) and child in layers:
+                parent.register_module(name, layers[child])
+    return module
+
+
+def _is_candidate(part: nn.Module) -> bool:
+    # A parametrised layer, and only that, has a class made for it.
+    kind = type(part).__mro__[1] if parametrize.is_parametrized(part) else type(part)
+    return kind in (nn.Conv2d, nn.LazyConv2d)
+
+
+def _why_not(conv: nn.Conv2d) -> str | None:
+    """Return what a layer would have to be to be converted, or None if it can be."""
+    if isinstance(conv, nn.LazyConv2d):
+        return "have its shape: run the network once first"
+    if parametrize.is_parametrized(conv) or conv._parameters.get("weight") is None:
+        return "own its weight: remove weight norm, spectral norm, pruning or the like first"
+    if any(getattr(conv, hooks) for hooks in _STATE_HOOKS):
+        return "have no hooks on its state dict: remove them first"
+    return None
+
+
+def _decoupled(name: str, conv: Any, operator: dict[str, Any]) -> DecoupledConv2d:
+    reason = _why_not(conv)
+    if reason is not None:
+        argument = f"layer '{name}'" if name else "module"
+        raise checks.value_error(argument, reason, type(conv).__name__)
+    # On the CPU, then moved: only that generator's state has to be restored.
+    with torch.random.fork_rng(devices=()):
+        layer = DecoupledConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="cpu",
+            dtype=conv.weight.dtype,
+            **operator,
+        )
+    layer.to(conv.weight.device)
+    layer.weight, layer.bias = conv.weight, conv.bias
+    for hooks in _HOOKS:
+        setattr(layer, hooks, getattr(conv, hooks))
+    return layer.train(conv.training)
