@@ -112,8 +112,11 @@ def read(path: Path) -> list[Record]:
                 raise TypeError("row and results must be objects")
             for result in record.results.values():
                 timing = result.get("timing")
-                if timing is not None and not float(timing["median"]) > 0:
-                    raise ValueError("a median must be above 0")
+                if timing is None:
+                    continue
+                low, median, high = (float(timing[name]) for name in ("low", "median", "high"))
+                if not 0 < low <= median <= high:
+                    raise ValueError("a timing must have 0 < low <= median <= high")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"{path}:{number}: not a result row ({error}), skipped", file=sys.stderr)
             continue

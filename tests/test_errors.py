@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 import dcconv
 from dcconv import DecoupledConv2d, backends
@@ -429,6 +431,67 @@ CHOICES = [
     ),
 ]
 
+PLAIN_LAYER = nn.Conv2d(3, 4, 1)
+
+# What a caller could have meant: every keyword of the module that is not nn.Conv2d's.
+OPERATOR_KEYWORDS = ", ".join(
+    name
+    for name, parameter in inspect.signature(dcconv.DecoupledConv2d).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def wrapped_for_ranks() -> nn.Module:
+    """Return a wrapper of distributed training without any process group."""
+    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    return wrapper
+
+
+def converting(*arguments: Any, **keywords: Any) -> Callable[[], object]:
+    return lambda: dcconv.convert(*arguments, **keywords)
+
+
+CONVERSIONS = [
+    refusal(converting(3), "t", "module", "be an nn.Module", "int"),
+    refusal(
+        converting(PLAIN_LAYER, select="a"),
+        "t",
+        "select",
+        "be a function of a name and a layer",
+        "str",
+    ),
+    refusal(
+        converting(PLAIN_LAYER, stride=2),
+        "t",
+        "keyword arguments",
+        f"be among {OPERATOR_KEYWORDS}",
+        "'stride'",
+    ),
+    refusal(
+        converting(wrapped_for_ranks()),
+        "v",
+        "module",
+        "be converted before it is wrapped for distributed training",
+        "DistributedDataParallel",
+    ),
+    refusal(converting(nn.Linear(2, 2)), "v", "module", "have an nn.Conv2d layer", "Linear"),
+    refusal(
+        converting(PLAIN_LAYER, select=lambda name, layer: False),
+        "v",
+        "select",
+        "choose one of the module's 1 nn.Conv2d layers or more",
+        "none",
+    ),
+    refusal(
+        converting(nn.Sequential(nn.LazyConv2d(4, 3))),
+        "v",
+        "layer '0'",
+        "have its shape: run the network once first",
+        "LazyConv2d",
+    ),
+]
+
 REFUSALS = [
     *NAMES,
     *NUMBERS,
@@ -441,6 +504,7 @@ REFUSALS = [
     *COMBINATIONS,
     *UTILITIES,
     *CHOICES,
+    *CONVERSIONS,
 ]
 
 
