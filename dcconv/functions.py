@@ -174,9 +174,10 @@ def capped_asin(c: Tensor, delta: float) -> Tensor:
     # Autograd divides the slope of atan2 by sqrt((1 - c)(1 + c)); asin's uses 1 - c * c, which
     # cancels near 1.
     angle = torch.atan2(inside, torch.sqrt((1.0 - inside) * (1.0 + inside)))
-    # One branch is selected, not a difference formed: slopes of 1e6 would cancel.
+    # One branch is selected, not a difference formed: slopes of 1e6 would cancel. Equality belongs
+    # to the outer one: clamp has no slope where c is the bound as c's dtype rounds it.
     beyond = torch.asin(c.detach().clamp(-1.0, 1.0)) + (c - c.detach()) * delta**-0.5
-    return torch.where(c.abs() > bound, beyond, angle)
+    return torch.where(c.abs() >= bound, beyond, angle)
 
 
 @angular("(2 / pi) * asin(c)", invertible=True)

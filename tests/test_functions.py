@@ -303,6 +303,18 @@ def test_asin_slope_keeps_float32_accuracy() -> None:
         check("value", capped_asin(c, delta), c.double().asin(), c.asin(), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_asin_slope_at_the_rounded_bound_of_its_cap(dtype: torch.dtype, sign: float) -> None:
+    """Clamp has no slope there, and neither branch may be lost between two comparisons."""
+    delta = ANGLE_DELTA[dtype]
+    bound = torch.tensor([sign * (1 - delta) ** 0.5], dtype=dtype)
+    nearby = torch.cat((bound, bound.nextafter(0 * bound), bound.nextafter(2 * bound)))
+    slopes = slope(lambda c: capped_asin(c, delta), nearby).double()
+    wanted = ((1 - nearby.double()) * (1 + nearby.double())).clamp(min=delta).rsqrt()
+    assert bool(((slopes / wanted - 1).abs() < 1e-3).all()), (slopes, wanted)
+
+
 def test_asin_has_every_further_derivative() -> None:
     c = column(-1.0, -0.5, 0.0, 0.8, 1.0, 1.2).requires_grad_()
     (first,) = torch.autograd.grad(capped_asin(c, DELTA).sum(), c, create_graph=True)

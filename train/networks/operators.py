@@ -1,14 +1,11 @@
-"""Operator names and the small network that is trained with each of them."""
+"""What a network convolves with, by name: plain convolution or a decoupled operator."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dcconv import DecoupledConv2d
 from dcconv.checks import type_error, value_error
@@ -16,10 +13,13 @@ from dcconv.functions import angulars, magnitudes, weightings
 
 _NO_ACTIVATION = "_no_activation"
 
+# mix adds alpha * b and beta * log(1 + b) with equal shares; elsewhere the layer's own default.
+_BETA = {"mix": 1.0}
+
 
 @dataclass(frozen=True)
 class Operator:
-    """What a network uses as its convolution, and whether ReLU follows its normalisation.
+    """What a network uses as its convolution, and whether an activation follows its normalisation.
 
     ``magnitude`` None means ``nn.Conv2d``.
     """
@@ -39,19 +39,39 @@ class Operator:
             text += f", {self.weighting} weighting"
         return text if self.activation else text + ", no activation"
 
-    def conv2d(self, channels: int, filters: int, norm_momentum: float) -> nn.Module:
-        """Return a 3 x 3 convolution that keeps the image size."""
+    @property
+    def projectable(self) -> bool:
+        """Whether filters may be projected: a weighted operator's magnitude depends on them."""
+        return self.magnitude is not None and self.weighting == "none"
+
+    def conv2d(
+        self,
+        channels: int,
+        filters: int,
+        norm_momentum: float = 0.1,
+        *,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: int | str = "same",
+        norm_init: str = "first",
+        sync_norm: bool = False,
+    ) -> nn.Module:
+        """Return a convolution without bias; for ``nn.Conv2d``, ``same`` needs stride 1."""
         if self.magnitude is None:
-            return nn.Conv2d(channels, filters, 3, padding=1, bias=False)
+            return nn.Conv2d(channels, filters, kernel, stride, padding, bias=False)
         return DecoupledConv2d(
             channels,
             filters,
-            3,
-            padding=1,
+            kernel,
+            stride,
+            padding,
             magnitude=self.magnitude,
             angular=self.angular,
             weighting=self.weighting,
+            beta=_BETA.get(self.magnitude, 0.5),
             norm_momentum=norm_momentum,
+            norm_init=norm_init,
+            sync_norm=sync_norm,
         )
 
 
@@ -100,60 +120,3 @@ def find_operator(name: object) -> Operator:
     close = difflib.get_close_matches(name, operators, n=1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     raise value_error("operators", rule, repr(name) + hint)
-
-
-def small_network(
-    operator: Operator,
-    image_size: int,
-    classes: int,
-    widths: Sequence[int] = (32, 64, 64),
-    norm_momentum: float = 0.1,
-) -> nn.Sequential:
-    """Build the network for small grey images: 3 x 3 convolutions, then a linear classifier.
-
-    Every convolution is the operator's, followed by batch normalisation and, unless the operator
-    goes without, ReLU; 2 x 2 maximum pooling follows every convolution but the first.
-
-    Args:
-        operator: what the convolutions are; the rest is the same for all.
-        image_size: rows and columns of the input, pixels.
-        classes: number of outputs.
-        widths: number of filters of each convolution.
-        norm_momentum: of the decoupled layers' mean patch norm.
-
-    Returns:
-        A network from [n, 1, image_size, image_size] to [n, classes].
-
-    Example:
-        >>> import torch
-        >>> network = small_network(find_operator("ball_cosine"), 8, 10)
-        >>> network(torch.zeros(2, 1, 8, 8)).shape
-        torch.Size([2, 10])
-    """
-    layers: list[nn.Module] = []
-    for index, (channels, filters) in enumerate(pairwise((1, *widths))):
-        layers += [operator.conv2d(channels, filters, norm_momentum), nn.BatchNorm2d(filters)]
-        if operator.activation:
-            layers.append(nn.ReLU())
-        if index:
-            layers.append(nn.MaxPool2d(2))
-            image_size //= 2
-    layers += [nn.Flatten(), nn.Linear(widths[-1] * image_size**2, classes)]
-    return nn.Sequential(*layers)
-
-
-@torch.no_grad()
-def start_statistics(network: nn.Module, images: Tensor) -> None:
-    """Start every moving average of a network from one batch instead of from a constant.
-
-    Batch normalisation starts its running variance at 1. The outputs of bounded operators vary
-    far less, and evaluation would stay off by that factor until the average has forgotten the 1.
-    """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    network.train()
-    network(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
