@@ -1,188 +1,231 @@
-"""What a run shows at its end: one row per operator, as a table and as a figure."""
+"""Compare training runs: ``python -m train.report RUN [RUN ...]`` prints a table, draws curves.
+
+A run is a folder that the engine wrote. Every figure comes from its ``metrics.jsonl``; what the
+training was, from ``config.yaml`` and ``results.json``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
+import os
 import statistics
-from collections import defaultdict
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from train.networks import find_operator
+from dcconv.checks import value_error
+from train.engine.config import read_yaml
+from train.engine.folder import CONFIG, METRICS, RESULTS, write_file
+from train.engine.logs import EVALUATE, TRAIN, read_metrics
 
-# Okabe and Ito's colours without the yellow, which is too light for a line on white; markers and
-# dashes tell operators apart where colour does not.
+# Okabe and Ito's colours without the yellow, which is too light for a line on white.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#777777")
-_MARKERS = "osD^vP*X<>"
-_DASHES = ("-", "--", "-.")
+_DASHES = ("-", "--", "-.", ":")
+NOTHING = "–"  # noqa: RUF001  (what a table shows where there is no figure)
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One epoch of one training: mean training loss, test accuracy (%), seconds so far."""
+class Run:
+    """What a report knows of one run: its records in order, and what was stored beside them."""
 
-    operator: str
-    seed: int
-    epoch: int
-    loss: float
-    accuracy: float
-    seconds: float
+    name: str
+    records: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    results: dict[str, Any]
 
+    def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps that have a figure, and the figures."""
+        found = [r for r in self.records if r["kind"] == kind and r.get(name) is not None]
+        return [r["step"] for r in found], [float(r[name]) for r in found]
 
-@dataclass(frozen=True)
-class Row:
-    """One operator over its finished trainings; accuracies in %, kept memory in bytes."""
-
-    operator: str
-    parameters: int
-    kept_bytes: int
-    seeds: tuple[int, ...]
-    accuracies: tuple[float, ...]
-    accuracy_mean: float
-    accuracy_deviation: float | None
-    seconds_mean: float
+    def median(self, name: str) -> float | None:
+        """Return the median over the log's lines: the first line, with its warm-up, counts once."""
+        _, values = self.series(TRAIN, name)
+        return statistics.median(values) if values else None
 
 
-def make_row(operator: str, parameters: int, kept_bytes: int, last_epochs: Sequence[Epoch]) -> Row:
-    """Summarise an operator by the last epoch of each of its trainings.
+def read_run(path: Path, warn: Callable[[str], None]) -> Run:
+    """Read a run's folder; damaged lines of its log are reported and skipped.
 
-    The deviation is the sample standard deviation, None for a single seed.
+    Raises:
+        ValueError: it is no folder with a readable log.
     """
-    accuracies = tuple(last.accuracy for last in last_epochs)
-    return Row(
-        operator,
-        parameters,
-        kept_bytes,
-        tuple(last.seed for last in last_epochs),
-        accuracies,
-        statistics.fmean(accuracies),
-        statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        statistics.fmean(last.seconds for last in last_epochs),
-    )
+    if not path.is_dir():
+        raise value_error("run", "be the folder of a run", repr(str(path)))
+    records = read_metrics(path / METRICS, warn)
+    config = read_yaml(path / CONFIG, "run") if (path / CONFIG).exists() else {}
+    results: Any = {}
+    if (path / RESULTS).exists():
+        try:
+            results = json.loads((path / RESULTS).read_text())
+        except ValueError as error:
+            warn(str(value_error("run", f"have a readable {RESULTS}", f"'{path}' ({error})")))
+        if not isinstance(results, dict):
+            warn(str(value_error("run", f"have a mapping in {RESULTS}", f"'{path}'")))
+            results = {}
+    return Run(path.resolve().name, tuple(records), config, results)
 
 
-def accuracy_text(row: Row) -> str:
-    """Return the mean accuracy with its deviation, where there is one."""
-    deviation = row.accuracy_deviation
-    return f"{row.accuracy_mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+def _number(value: Any, text: str) -> str:
+    return NOTHING if not isinstance(value, (int, float)) else text.format(value)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the final table."""
-    result = Table(title="test accuracy: mean and standard deviation over seeds; time per training")
-    result.add_column("operator", no_wrap=True)
-    for title in ("seeds", "accuracy %", "seconds", "kept MiB"):
-        result.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        result.add_row(
-            row.operator,
-            str(len(row.seeds)),
-            accuracy_text(row),
-            f"{row.seconds_mean:.1f}",
-            f"{row.kept_bytes / 2**20:.2f}",
-        )
+def _scaled(value: float | None, scale: float) -> float | None:
+    return None if value is None else value * scale
+
+
+def _cells(run: Run) -> list[str]:
+    """Return a run's row, in the order of ``_TITLES``."""
+    _, accuracies = run.series(EVALUATE, "accuracy")
+    steps = [record["step"] for record in run.records]
+    _, peaks = run.series(TRAIN, "peak_bytes")
+    operator = run.results.get("operator") or run.config.get("operator")
+    return [
+        run.name,
+        str(operator or NOTHING),
+        _number(run.results.get("parameters"), "{:,}"),
+        _number(accuracies[-1] if accuracies else None, "{:.2f}"),
+        _number(max(accuracies, default=None), "{:.2f}"),
+        _number(max(steps, default=None), "{:,}"),
+        _number(run.median("images_per_second"), "{:,.4g}"),
+        _number(_scaled(run.median("step_seconds"), 1e3), "{:,.4g}"),
+        _number(_scaled(max(peaks, default=None), 2**-20), "{:,.0f}"),
+        _number(_scaled(run.median("waiting_share"), 100), "{:.2f}"),
+    ]
+
+
+_TITLES = (
+    "run",
+    "operator",
+    "parameters",
+    "final %",
+    "best %",
+    "steps",
+    "images/s",
+    "ms/step",
+    "peak MiB",
+    "waiting %",
+)
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """Return one row per run: final and best accuracy, and medians of the log's figures."""
+    result = Table(title="accuracy on the evaluation set; medians over the log", box=box.SIMPLE)
+    for index, title in enumerate(_TITLES):
+        result.add_column(title, justify="left" if index < 2 else "right", overflow="fold")
+    for run in runs:
+        result.add_row(*_cells(run))
     return result
 
 
-def _by_epoch(epochs: Sequence[Epoch], field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return epoch numbers and one row of values per seed, [seeds, epochs]."""
-    seeds: dict[int, list[float]] = defaultdict(list)
-    for epoch in epochs:
-        seeds[epoch.seed].append(getattr(epoch, field))
-    values = np.array(list(seeds.values()))
-    return np.arange(1, values.shape[1] + 1), values
+def markdown(runs: Sequence[Run]) -> str:
+    """Return the same table as Markdown."""
+    lines = [
+        " | ".join(_TITLES),
+        " | ".join("---" if index < 2 else "---:" for index in range(len(_TITLES))),
+        *(" | ".join(cell.replace("|", "\\|") for cell in _cells(run)) for run in runs),
+    ]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _DASHES[index % len(_DASHES)],
-    }
+def _draw(axes: Axes, runs: Sequence[Run], kind: str, name: str) -> None:
+    for index, run in enumerate(runs):
+        steps, values = run.series(kind, name)
+        axes.plot(
+            steps,
+            values,
+            label=run.name,
+            color=_COLOURS[index % len(_COLOURS)],
+            linestyle=_DASHES[index // len(_COLOURS) % len(_DASHES)],
+            marker="o" if len(steps) < 30 else None,
+            markersize=3.5,
+            linewidth=1.5,
+        )
 
 
-def _draw_curve(axes: Axes, x: np.ndarray, values: np.ndarray, index: int) -> None:
-    style = _style(index)
-    axes.plot(
-        x, values.mean(axis=0), linewidth=1.6, markersize=4.5, markevery=(index % 3, 3), **style
-    )
-    axes.fill_between(
-        x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.10, linewidth=0
-    )
-
-
-def draw_curves(rows: Sequence[Row], epochs: Sequence[Epoch], test_images: int) -> bytes:
-    """Draw training loss and test error by epoch, and the final accuracies, as a PNG.
-
-    Args:
-        rows: the operators to show, in order.
-        epochs: every epoch of their finished trainings; others are left out.
-        test_images: size of the test set: an error of none is drawn at half an image.
-    """
-    height = max(4.6, 1.6 + 0.36 * len(rows))
+def draw_curves(runs: Sequence[Run]) -> bytes:
+    """Draw training loss and evaluation accuracy by step, one line per run, as a PNG."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(14.5, height), layout="constrained")
+        figure = Figure(figsize=(12, 4.8 + 0.2 * len(runs)), layout="constrained")
         FigureCanvasAgg(figure)
-        loss_axes, error_axes, final_axes = figure.subplots(1, 3, width_ratios=(1, 1, 0.85))
-        for index, row in enumerate(rows):
-            mine = [e for e in epochs if e.operator == row.operator and e.seed in row.seeds]
-            _draw_curve(loss_axes, *_by_epoch(mine, "loss"), index)
-            x, accuracies = _by_epoch(mine, "accuracy")
-            _draw_curve(error_axes, x, np.maximum(100 - accuracies, 50 / test_images), index)
-            style = _style(index) | {"linestyle": "none"}
-            final_axes.plot(
-                row.accuracies, [index] * len(row.accuracies), markersize=5, alpha=0.45, **style
-            )
-            final_axes.errorbar(
-                row.accuracy_mean,
-                index,
-                xerr=row.accuracy_deviation or 0,
-                markersize=9,
-                capsize=4,
-                elinewidth=1.6,
-                **style,
-            )
-        for axes in (loss_axes, error_axes, final_axes):
+        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        _draw(loss_axes, runs, TRAIN, "loss")
+        _draw(accuracy_axes, runs, EVALUATE, "accuracy")
+        loss_axes.set(title="Training loss", xlabel="step", ylabel="loss")
+        accuracy_axes.set(title="Accuracy", xlabel="step", ylabel="right images (%)")
+        losses = [value for run in runs for value in run.series(TRAIN, "loss")[1]]
+        # Decades help where there are some.
+        if losses and 0 < 5 * min(losses) < max(losses):
+            loss_axes.set_yscale("log")
+            loss_axes.yaxis.set_major_formatter("{x:g}")
+        for axes in (loss_axes, accuracy_axes):
+            axes.grid(color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)
-        for axes, title, label in (
-            (loss_axes, "Training loss", "cross entropy"),
-            (error_axes, "Test error", "wrong test images (%)"),
-        ):
-            axes.set(title=title, xlabel="epoch", ylabel=label)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(which="major", color="#dddddd", linewidth=0.8)
-            axes.grid(which="minor", color="#eeeeee", linewidth=0.5)
-            # Where every training has diverged there is nothing that a logarithm could show.
-            if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-                axes.yaxis.set_minor_formatter("{x:g}")
-        final_axes.set(
-            title="Final test accuracy",
-            xlabel="right test images (%)",
-            yticks=range(len(rows)),
-            yticklabels=[find_operator(row.operator).label.replace(", ", ",\n") for row in rows],
-        )
-        final_axes.set_ylim(len(rows) - 0.4, -0.6)
-        final_axes.xaxis.set_major_locator(MaxNLocator(5))
-        final_axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-        seeds = max((len(row.seeds) for row in rows), default=0)
-        figure.suptitle(
-            f"Left and middle: mean over {seeds} seed{'' if seeds == 1 else 's'}, shaded from "
-            "lowest to highest, marked as on the right. "
-            "Right: mean and standard deviation (large), each seed (small).",
-            fontsize=10,
-        )
+        handles, labels = loss_axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.report", description="Compare training runs: table and curves."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="receives the curves, a PNG (default: curves.png, in the run's folder if it is one)",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m train.report`` and return its exit status."""
+    given = _parse(arguments)
+
+    def warn(text: str) -> None:
+        sys.stderr.write(text + "\n")
+
+    paths = [Path(run) for run in given.runs]
+    default = paths[0] / "curves.png" if len(paths) == 1 else Path("curves.png")
+    out = Path(given.out) if given.out is not None else default
+    try:
+        runs = [read_run(path, warn) for path in paths]
+        try:
+            write_file(out, draw_curves(runs))
+        except OSError as error:
+            got = f"'{out}' ({error.strerror})"
+            raise value_error("out", "be a file that can be written", got) from error
+    except ValueError as error:
+        if not str(error).startswith("dcconv: "):
+            raise
+        warn(str(error))
+        return 2
+    if given.markdown:
+        sys.stdout.write(markdown(runs))
+        return 0
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table(runs))
+    console.print(f"Curves in {os.fspath(out)}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The engine under all runners: configuration, checkpoints, logs and the training loop."""

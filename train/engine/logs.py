@@ -1,0 +1,101 @@
+"""The log of a run: one line of JSON per record, and the same as TensorBoard scalars.
+
+Records are ``{"kind": "train" | "evaluate", "step": steps done, name: number, ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dcconv.checks import value_error
+from train.engine.folder import METRICS, TENSORBOARD, json_line, write_file
+
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+
+def read_metrics(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return the records of a log in order; ``warn`` is told of every line that is none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise value_error(
+            "run", f"have a readable {METRICS}", f"'{path}' ({error.strerror})"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not _is_record(record):
+            got = repr(line[:40].decode(errors="replace"))
+            warn(str(value_error(f"{path}:{number}", "be a record of the log", got)))
+            continue
+        records.append(record)
+    return records
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("kind"), str)
+        and isinstance(value.get("step"), int)
+        and all(
+            item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
+            for name, item in value.items()
+            if name != "kind"
+        )
+    )
+
+
+class RunLog:
+    """Appends to the log of a run; what an interrupted run wrote after its checkpoint goes first.
+
+    Args:
+        folder: of the run.
+        step: of the checkpoint that the run starts from; later records are dropped.
+        warn: receives one sentence per damaged line, which is dropped too.
+    """
+
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+        path = folder / METRICS
+        if path.exists():
+            kept = [record for record in read_metrics(path, warn) if record["step"] <= step]
+            write_file(path, "".join(map(json_line, kept)).encode())
+        purge = step + 1 if step else None
+        self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Write one record."""
+        self._file.write(json_line({"kind": kind, "step": step, **values}))
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Write the distribution of values, for TensorBoard."""
+        self._events.add_histogram(name, values, step)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Write what is left and close the files."""
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
