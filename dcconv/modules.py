@@ -23,6 +23,23 @@ K_OFFSET = 0.05
 _STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over the ranks of the default process group, differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> Tensor:
+        # Every rank's result depends on this rank's tensor.
+        grad_local = grad_total.clone()
+        dist.all_reduce(grad_local)
+        return grad_local
+
+
 class DecoupledConv2d(nn.Module):
     """Decoupled convolution with the arguments of ``nn.Conv2d``.
 
@@ -270,8 +287,6 @@ class DecoupledConv2d(nn.Module):
 
     def _synchronised_mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean norm over all ranks, differentiable, and whether there was any patch."""
-        import torch.distributed.nn.functional as dist_functional
-
         b = patch_norm(
             x,
             self.kernel_size,
@@ -286,7 +301,7 @@ class DecoupledConv2d(nn.Module):
         if not self.norm_mean_grad:
             b = b.detach()
         local = torch.stack((b.sum(), b.new_tensor(float(b.numel()))))
-        total = dist_functional.all_reduce(local)
+        total: Tensor = _SumOverRanks.apply(local)
         return total[0] / total[1].clamp(min=1.0), total[1].detach() > 0
 
     def _update_norm_mean(self, mean: Tensor, seen: Tensor | None = None) -> None:

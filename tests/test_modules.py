@@ -579,13 +579,16 @@ def sync_worker(rank: int, folder: str) -> None:
             for flag in (True, False):
                 results = sync_results(flag, part)
                 torch.save(results, Path(folder) / f"rank{rank}-{cut}-{flag}.pt")
+        # One graph, collectives in both directions included.
+        compiled = sync_results(True, slice(0, 3) if rank == 0 else slice(3, None), compiled=True)
+        torch.save(compiled, Path(folder) / f"rank{rank}-3-compiled.pt")
         # A rank that leaves first cuts the other's last collective, and that one aborts.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def sync_results(norm_mean_grad: bool, part: slice) -> dict[str, Tensor]:
+def sync_results(norm_mean_grad: bool, part: slice, compiled: bool = False) -> dict[str, Tensor]:
     torch.manual_seed(4)
     layer = DecoupledConv2d(
         3,
@@ -600,7 +603,8 @@ def sync_results(norm_mean_grad: bool, part: slice) -> dict[str, Tensor]:
     scale = torch.arange(1.0, 6.0).reshape(-1, 1, 1, 1)
     x = (images(5, 3, 4, 4, dtype=torch.float64) * scale)[part].clone().requires_grad_()
     cotangent = images(5, 4, 4, 4, seed=8, dtype=torch.float64)[part]
-    y = layer(x)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    y = call(x)
     (y * cotangent).sum().backward()
     assert layer.radius_raw is not None and layer.radius_raw.grad is not None
     assert x.grad is not None and layer.weight.grad is not None
@@ -619,8 +623,8 @@ def sync_results(norm_mean_grad: bool, part: slice) -> dict[str, Tensor]:
 )
 def test_two_synchronised_processes_equal_one_big_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(sync_worker, (str(tmp_path),), nprocs=2)
-    for cut, flag in ((3, True), (3, False), (5, True), (5, False)):
-        want = sync_results(flag, slice(None))
+    for cut, flag in ((3, True), (3, False), (5, True), (5, False), (3, "compiled")):
+        want = sync_results(bool(flag), slice(None))
         parts = [
             torch.load(tmp_path / f"rank{rank}-{cut}-{flag}.pt", weights_only=True)
             for rank in range(2)
