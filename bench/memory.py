@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import Inputs
 from bench.providers import Function, forward
+from train.memory import kept_storages
 
 # The profiler's own library reports its start and stop on stderr otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -27,10 +28,9 @@ class Kept:
 
 
 def kept(call: Callable[[], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> Kept:
-    """Run a forward and count what it saves for backward.
+    """Run a forward and count what its result keeps for backward, without ``parameters``.
 
-    Every tensor that reaches ``save_for_backward`` counts with its whole storage, once, however
-    many views of it are saved. Storages of ``parameters`` do not count.
+    How storages count says :func:`train.memory.kept_storages`.
 
     Example:
         >>> x = torch.ones(4, requires_grad=True)
@@ -39,21 +39,10 @@ def kept(call: Callable[[], Tensor], x: Tensor, parameters: Iterable[Tensor]) ->
         >>> kept(lambda: x.square(), x, ())
         Kept(total=16, x=16)
     """
-    # The storages themselves are held, so that no address is used twice while counting.
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        storages[storage.data_ptr()] = storage
-        return t.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = call()
-    excluded = {p.untyped_storage().data_ptr() for p in parameters}
-    own = x.untyped_storage().data_ptr()
-    sizes = {at: s.nbytes() for at, s in storages.items() if at not in excluded}
-    del y
-    return Kept(total=sum(sizes.values()), x=sizes.get(own, 0))
+    sizes = kept_storages(call)
+    for parameter in parameters:
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    return Kept(total=sum(sizes.values()), x=sizes.get(x.untyped_storage().data_ptr(), 0))
 
 
 def layer_kept(function: Function, inputs: Inputs) -> Kept:

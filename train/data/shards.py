@@ -47,7 +47,7 @@ from train.data.images import (
     transform_with_seed,
 )
 from train.data.stream import AUGMENT, ORDER, check_share, check_state, derive_seed
-from train.runs import write_file
+from train.engine.folder import write_file
 
 SIZES = "sizes.json"
 IMAGE_KEYS = ("jpg", "jpeg", "png")
