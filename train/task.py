@@ -72,7 +72,7 @@ class RecipeRun(EngineOptions, Generic[AnyRecipe]):
         """Return the recipe that the options describe."""
         base = find_recipe(self.recipes, self.preset)
         values = asdict(self)
-        if self.network != base.network and self.block4 == base.block4:
+        if values["network"] != base.network and values["block4"] == base.block4:
             # It came with the preset's network.
             values["block4"] = None
         recipe: AnyRecipe = unflat(self.kind, values, name=self.preset, classes=self.classes)

@@ -20,7 +20,7 @@ from dcconv.optim import decoupled_layers
 from train.networks.statistics import estimate_statistics
 
 # Where checkpoints keep the network, and what wrappers put before the names of its tensors.
-_FOLDED_INTO = ("task", "network", "model", "state_dict")
+_FOLDED_INTO = ("network", "model", "state_dict", "task")
 _PREFIXES = ("module.", "_orig_mod.")
 
 

@@ -83,6 +83,8 @@ class Optimizer:
         checks.number("lr", self.lr, "be a finite number above 0", 0.0)
         for argument in ("eps", "momentum", "weight_decay"):
             checks.number(argument, getattr(self, argument), _FINITE, 0.0, closed=True)
+        if len(self.betas) != 2:
+            raise checks.value_error("betas", "be two numbers", self.betas)
         for beta in (*self.betas, self.momentum):
             if not 0 <= beta < 1:
                 raise checks.value_error("betas and momentum", "be in [0, 1)", beta)
