@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-COMMANDS = ("ops", "networks", "functions", "scaling", "report", "compare", "keep")
+COMMANDS = ("ops", "networks", "functions", "scaling", "engine", "report", "compare", "keep")
 
 REFUSED, INTERRUPTED = 2, 130
 

@@ -6,8 +6,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from bench.cases import Case
+from bench.layers import Layer
 from bench.options import BACKWARD, BOTH, DTYPES, FORWARD
 from bench.timing import Protocol, Stopwatch
 
@@ -48,7 +50,7 @@ def cost(case: Case, which: str) -> Cost:
 
 
 class Ceilings(NamedTuple):
-    """What the machine reaches: bytes per second of a copy, FLOP per second of a matrix product."""
+    """What the machine reaches: bytes per second of a copy, FLOP per second of products."""
 
     copy_rate: float
     matrix_rate: float
@@ -61,13 +63,16 @@ class Ceilings(NamedTuple):
 # Bytes of the array that is copied, far beyond any last-level cache, and the side of the matrices.
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 _MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+_DEEP = {"cpu": Layer(32, 384, 8, 384, 3), "cuda": Layer(128, 512, 28, 512, 3)}
 
 
 def measure_ceilings(dtype: str, device: str, quick: bool = False) -> Ceilings:
     """Measure the copy rate and the matrix rate of a dtype on this machine.
 
-    The copy reads and writes one large array; the product is of two square matrices. Both are the
-    best of the rounds: a ceiling is what the machine can do, not what it does when disturbed.
+    The copy reads and writes one large array. The matrix rate is that of a product of two square
+    matrices or of a deep 3x3 convolution, whichever is higher: libraries have different kernels for
+    the two, and on some processors the convolution's are better. All are the best of the rounds: a
+    ceiling is what the machine can do, not what it does when disturbed.
     """
     kind = DTYPES[dtype]
     source = torch.ones(_COPY_BYTES[device] // kind.itemsize, dtype=kind, device=device)
@@ -75,14 +80,25 @@ def measure_ceilings(dtype: str, device: str, quick: bool = False) -> Ceilings:
     side = _MATRIX_SIDE[device] // (2 if quick else 1)
     left = torch.randn(side, side, device=device).to(kind)
     right = torch.randn(side, side, device=device).to(kind)
+    deep = _DEEP[device]
+    x = torch.randn(deep.x_shape, device=device).to(kind, memory_format=torch.channels_last)
+    weight = torch.randn(deep.weight_shape, device=device)
+    weight = weight.to(kind, memory_format=torch.channels_last)
     watch = Stopwatch(device)
     rounds = 3 if quick else 7
     timings = watch.interleave(
-        {"copy": lambda: target.copy_(source), "matrix": lambda: left @ right},
+        {
+            "copy": lambda: target.copy_(source),
+            "matrix": lambda: left @ right,
+            "convolution": lambda: F.conv2d(x, weight, padding=deep.padding),
+        },
         Protocol(rounds, 0.0, warmup=2),
     )
+    # Counted as in cost(): products with padding are products.
+    products = 2 * math.prod(deep.y_shape) * deep.patch_size
     moved = 2 * source.numel() * kind.itemsize
     return Ceilings(
         copy_rate=moved / timings["copy"].low * 1e3,
-        matrix_rate=2 * side**3 / timings["matrix"].low * 1e3,
+        matrix_rate=max(2 * side**3 / timings["matrix"].low, products / timings["convolution"].low)
+        * 1e3,
     )

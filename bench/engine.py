@@ -1,4 +1,4 @@
-"""What the training engine costs beside a bare loop: ``python -m bench.engine``.
+"""What the training engine costs beside a bare loop.
 
 Both loops do the steps of the CIFAR runner's official recipe (ResNet-32, forward, loss, backward,
 optimiser, projection) with the same network. The bare loop repeats one batch that lies ready; the
@@ -18,10 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -170,14 +168,9 @@ def table_of(found: dict[str, Costs]) -> Table:
     return table
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    own = argparse.ArgumentParser(
-        prog="python -m bench.engine",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = own.add_argument
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this sub-command."""
+    add = parser.add_argument
     add("--steps", type=int, default=20, metavar="N", help="of each loop in a round (20)")
     add("--rounds", type=int, default=5, metavar="N", help="of both loops (5)")
     add("--widths", type=int, nargs=3, default=(96, 192, 384), metavar="N", help="of ResNet-32")
@@ -186,46 +179,35 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     add("--threads", type=int, metavar="N", help="of PyTorch (all cores)")
     add("--quick", action="store_true", help="a tiny network for a few steps: does it run at all?")
-    return own
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m bench.engine`` and return its exit status."""
-    given = parser().parse_args(arguments)
+def run(given: argparse.Namespace, console: Console) -> int:
+    """Measure and print."""
     images = IMAGES
     if given.quick:
         given.widths, given.batch_size, given.steps, given.rounds = (4, 6, 8), 8, 6, 2
         images = 64
-    try:
-        integer("--rounds", given.rounds, 1)
-        integer("--steps", given.steps, WARMUP + 2)
-        options = from_mapping(
-            cifar.CifarRun,
-            presets(cifar_recipes)["tanh_cos"]
-            | {
-                "steps": given.steps,
-                "widths": given.widths,
-                "batch_size": given.batch_size,
-                "operator": given.operator,
-                "device": given.device,
-                "threads": given.threads,
-                "evaluate_every": 0,
-                "save_every": 0,
-                "log_every": min(LOG_EVERY, given.steps // 2),
-            },
-        )
-        device = choose_device(options.device)
-    except (ValueError, TypeError) as error:
-        if not str(error).startswith("dcconv: "):
-            raise
-        sys.stderr.write(f"{error}\n")
-        return 2
+    integer("--rounds", given.rounds, 1)
+    integer("--steps", given.steps, WARMUP + 2)
+    options = from_mapping(
+        cifar.CifarRun,
+        presets(cifar_recipes)["tanh_cos"]
+        | {
+            "steps": given.steps,
+            "widths": given.widths,
+            "batch_size": given.batch_size,
+            "operator": given.operator,
+            "device": given.device,
+            "threads": given.threads,
+            "evaluate_every": 0,
+            "save_every": 0,
+            "log_every": min(LOG_EVERY, given.steps // 2),
+        },
+    )
+    device = choose_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 100
-    console.print(environment(device.type).sentence, soft_wrap=True)
+    console.print(environment(device.type).sentence, soft_wrap=True, highlight=False)
     data = random_cifar(images)
     found = {
         name: measure(replace(options, operator=name), data, device, given.rounds)
@@ -233,7 +215,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     console.print(table_of(found))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

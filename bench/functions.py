@@ -79,7 +79,8 @@ LEGEND = (
 )
 COST_LEGEND = (
     "Nanoseconds per output element; fits: whether the output fits into L2. Spread: the largest "
-    "distance of the 20th and 80th percentile over the median; * above 10 %."
+    "distance of the 20th and 80th percentile over the median; * noisy: a median uncertain by more "
+    "than 10 %."
 )
 
 Array = NDArray[Any]

@@ -41,7 +41,7 @@ from bench.memory import kept, peak_bytes
 from bench.options import DTYPES, LAYOUTS
 from bench.records import Record
 from bench.tables import Grid, notes, number, print_grid, time_cell
-from bench.timing import NOISY_SPREAD, Protocol, Stopwatch
+from bench.timing import NOISY, Protocol, Stopwatch, uncertainty
 from dcconv import backends
 from dcconv.checks import integer, value_error
 from dcconv.numerics import ACCURACY_FLOOR, PEER_FACTOR
@@ -560,7 +560,7 @@ def grid(records: list[Record], worst: bool = False) -> Grid:
         names += [f"{row['batch']} x {row['image_size']} px", row["pass"]]
         for provider, result in record.results.items():
             timing = result.get("timing")
-            noisy = timing and timing["high"] - timing["low"] > NOISY_SPREAD * timing["median"]
+            noisy = timing and uncertainty(**timing) > NOISY
             cells.append(
                 [
                     *names,

@@ -21,7 +21,7 @@ from bench.options import BOTH, DTYPES, FORWARD, LAYOUTS, PASSES
 from bench.providers import COMPILED, COMPILED_EAGER, CONV2D, EAGER, FORMULA
 from bench.records import Record, geometric_mean
 from bench.tables import milliseconds, number, own_of, own_ratio, slower
-from bench.timing import NOISY_SPREAD
+from bench.timing import NOISY as UNCERTAIN
 from dcconv.checks import value_error
 
 #: Latest records of a device, by kind.
@@ -188,8 +188,8 @@ def noise(records: Iterable[Record]) -> str:
     if not count:
         return ""
     return (
-        f"{NOISY} noisy, {count} of {len(records)} rows: the 20th to 80th percentile of a provider "
-        f"spans more than {100 * NOISY_SPREAD:.0f} % of its median."
+        f"{NOISY} noisy, {count} of {len(records)} rows: the median of a provider is uncertain by "
+        f"more than {100 * UNCERTAIN:.0f} % (two standard errors)."
     )
 
 

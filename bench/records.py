@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import Environment
-from bench.timing import NOISY_SPREAD
+from bench.timing import NOISY, uncertainty
 
 
 @dataclass
@@ -59,8 +59,9 @@ class Record:
 
     @property
     def noisy(self) -> bool:
-        """Whether the spread is above 10 %."""
-        return self.spread is not None and self.spread > NOISY_SPREAD
+        """Whether the median of a provider is uncertain by more than 10 % (two standard errors)."""
+        timings = [r["timing"] for r in self.results.values() if r.get("timing")]
+        return any(uncertainty(**timing) > NOISY for timing in timings)
 
     @property
     def wrong(self) -> list[str]:
@@ -108,15 +109,16 @@ def read(path: Path) -> list[Record]:
         try:
             value = json.loads(line)
             record = Record(**value)
-            if not (isinstance(record.row, dict) and isinstance(record.results, dict)):
-                raise TypeError("row and results must be objects")
+            parts = (record.row, record.results, record.facts, record.environment)
+            if not (isinstance(record.kind, str) and all(isinstance(p, dict) for p in parts)):
+                raise TypeError("kind must be text and all else an object")
             for result in record.results.values():
                 timing = result.get("timing")
                 if timing is None:
                     continue
                 low, median, high = (float(timing[name]) for name in ("low", "median", "high"))
-                if not 0 < low <= median <= high:
-                    raise ValueError("a timing must have 0 < low <= median <= high")
+                if not 0 < low <= median <= high < math.inf:
+                    raise ValueError("a timing must have 0 < low <= median <= high < inf")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"{path}:{number}: not a result row ({error}), skipped", file=sys.stderr)
             continue

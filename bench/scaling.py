@@ -48,7 +48,7 @@ DEFAULT_LAYERS = ("n8-c64-h56-o64-k3", "n8-c64-h56-o256-k1")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 QUICK_FACTORS = (0.25, 0.5, 1.0)
 
-LEGEND = "Times are medians in ms; * marks a spread (20th to 80th percentile) above 10 %."
+LEGEND = "Times are medians in ms; * noisy: a median uncertain by more than 10 %."
 FIT_LEGEND = (
     "Exponent of time over the axis with its standard error, and the share of variance that the "
     "line explains; ? where the error is above 0.1 or there are two points only. work: exponents "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.providers import COMPILED, CONV2D, EAGER, PROVIDERS
+from bench.providers import COMPILED, CONV2D, EAGER, OURS, PROVIDERS
 from bench.records import Record, geometric_mean
 
 # Longest list of reasons and of rows in a sentence.
@@ -17,7 +18,8 @@ LISTED = 6
 
 LEGEND = (
     "Times are medians in ms. Spread: the largest distance of the 20th and 80th percentile among "
-    "the providers of the row, over the median; * above 10 %. /name: dcconv over that provider; "
+    "the providers of the row, over the median; * noisy: a median uncertain by more than 10 %. "
+    "/name: dcconv over it; "
     "! slower than it, ~ slower by median but within the spread."
 )
 
@@ -46,6 +48,13 @@ def number(value: float | None, digits: int = 2) -> str:
 def milliseconds(value: float) -> str:
     """Return a time with three digits or so."""
     return number(value, 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3)
+
+
+def first_own(results: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the provider of ours that a user gets: the first that does not refuse the row."""
+    ours = [name for name in results if name.startswith(OURS)]
+    runs = [n for n in ours if not str(results[n].get("note") or "").startswith("missing")]
+    return next(iter(runs or ours), None)
 
 
 def own_of(record: Record) -> str | None:
@@ -85,7 +94,7 @@ def time_cell(record: Record, provider: str) -> str:
     if median is not None:
         return milliseconds(median)
     note = str(result.get("note") or "")
-    if note.startswith("wrong"):
+    if note.startswith("wrong") and result.get("errors"):
         tensor, value = max(result["errors"].items(), key=lambda item: _sortable(item[1]))
         return f"{tensor} {'inf' if value is None else f'{value:.1e}'}"
     return note.partition(":")[0]
@@ -98,15 +107,43 @@ def _sortable(value: float | None) -> float:
 def _ordered(records: Sequence[Record], worst: bool) -> list[Record]:
     if not worst:
         return list(records)
-    return sorted(records, key=lambda record: -(own_ratio(record, CONV2D) or 0.0))
+    return sorted(records, key=lambda record: -badness(record, own_ratio(record, CONV2D)))
 
 
-def _names(record: Record) -> list[str]:
-    row = record.row
-    return [row["layer"], row["operator"], row["mode"], row["dtype"], row["pass"]]
+def badness(record: Record, ratio: float | None) -> float:
+    """Return what worst rows are sorted by: a wrong row is worse than any slow one."""
+    return math.inf if record.wrong else ratio or 0.0
 
 
-NAMES = ["layer", "operator", "mode", "dtype", "pass"]
+def differs(records: Iterable[Record], name: str) -> bool:
+    """Whether rows differ in a part of their identity."""
+    return len({str(record.row.get(name)) for record in records}) > 1
+
+
+def row_names(records: Sequence[Record]) -> list[str]:
+    """Return what tells rows apart: layout and threads only where they differ."""
+    names = ["layer", "operator", "mode", "dtype", "pass"]
+    return names + [n for n in ("layout", "threads", "graphs") if differs(records, n)]
+
+
+def _identity(record: Record, names: Sequence[str]) -> list[str]:
+    return [str(record.row.get(name)) for name in names]
+
+
+def mean_by_layer(
+    records: Iterable[Record], ratio: Callable[[Record], float | None]
+) -> float | None:
+    """Return the geometric mean over layers of the geometric mean over each layer's rows.
+
+    Some layers are measured with more operators and modes; they count no more than the others.
+    """
+    found: dict[str, list[float]] = {}
+    for record in records:
+        value = ratio(record)
+        if value is not None:
+            found.setdefault(str(record.row.get("layer")), []).append(value)
+    means = (geometric_mean(values) for values in found.values())
+    return geometric_mean([mean for mean in means if mean is not None])
 
 
 def time_grid(records: Sequence[Record], worst: bool = False) -> Grid:
@@ -115,6 +152,7 @@ def time_grid(records: Sequence[Record], worst: bool = False) -> Grid:
     providers = [name for name in PROVIDERS if name in present]
     bases = [name for name in (CONV2D, EAGER, COMPILED) if name in providers]
     marks = {"yes": " !", "maybe": " ~", "no": "", "": ""}
+    names = row_names(records)
     cells = []
     for record in _ordered(records, worst):
         ratios = [
@@ -125,10 +163,12 @@ def time_grid(records: Sequence[Record], worst: bool = False) -> Grid:
         spread = record.spread
         text = "" if spread is None else f"{100 * spread:.0f} %" + ("*" if record.noisy else "")
         cells.append(
-            _names(record) + [time_cell(record, name) for name in providers] + ratios + [text]
+            _identity(record, names)
+            + [time_cell(record, name) for name in providers]
+            + [*ratios, text]
         )
-    header = [*NAMES, *providers, *(f"/{base}" for base in bases), "spread"]
-    return Grid("Time", header, cells, len(NAMES))
+    header = [*names, *providers, *(f"/{base}" for base in bases), "spread"]
+    return Grid("Time", header, cells, len(names))
 
 
 def within(record: Record) -> str:
@@ -149,6 +189,7 @@ def within(record: Record) -> str:
 
 def rate_grid(records: Sequence[Record], worst: bool = False) -> Grid:
     """Return rates, share of the roofline and memory, one line per row."""
+    names = row_names(records)
     cells = []
     for record in _ordered(records, worst):
         own = record.results.get(own_of(record) or "", {})
@@ -160,35 +201,34 @@ def rate_grid(records: Sequence[Record], worst: bool = False) -> Grid:
             return "" if kept is None else f"{kept['total'] / unit:.2f}"
 
         cells.append(
-            _names(record)
+            _identity(record, names)
             + [number(own.get("gbps"), 1), number(own.get("tflops"), 3)]
             + [number(own.get("roofline"))]
             + [number(None if r.get("peak") is None else r["peak"] / 2**20, 1) for r in (own, base)]
             + [multiple(own, "kept"), multiple(base, "kept")]
             + [multiple(own, "chain"), multiple(base, "chain"), within(record)]
         )
-    header = [*NAMES, "GB/s", "TFLOP/s", "roofline", "peak MiB", "conv2d", "kept", "conv2d"]
-    return Grid("Rates and memory of dcconv", [*header, "chain", "conv2d", "within"], cells, 5)
+    header = [*names, "GB/s", "TFLOP/s", "roofline", "peak MiB", "conv2d", "kept", "conv2d"]
+    header += ["chain", "conv2d", "within"]
+    return Grid("Rates and memory of dcconv", header, cells, len(names))
 
 
 def mean_grid(records: Sequence[Record]) -> Grid:
-    """Return geometric means of the ratios, by class, dtype and pass."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
+    """Return geometric means of the ratios, by class and by what rows of a layer differ in."""
+    names = [n for n in row_names(records) if n not in ("layer", "operator", "mode")]
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         for name in record.facts.get("classes", ()):
-            key = (name, record.row["dtype"], record.row["pass"])
-            groups.setdefault(key, []).append(record)
+            groups.setdefault((name, *_identity(record, names)), []).append(record)
     bases = (CONV2D, EAGER, COMPILED)
-    cells = []
-    for key, chosen in groups.items():
-        ratios = [[r for record in chosen if (r := own_ratio(record, b))] for b in bases]
-        cells.append(
-            [*key, str(len(chosen))]
-            + [number(geometric_mean(found)) for found in ratios]
-            + [str(sum(slower(record, COMPILED) == "yes" for record in chosen))]
-        )
-    header = ["class", "dtype", "pass", "rows", *(f"/{b}" for b in bases), "slower than compiled"]
-    return Grid("Geometric means of dcconv over others", header, cells, 3)
+    cells = [
+        [*key, str(len(chosen))]
+        + [number(mean_by_layer(chosen, lambda r, base=base: own_ratio(r, base))) for base in bases]
+        + [str(sum(slower(record, COMPILED) == "yes" for record in chosen))]
+        for key, chosen in groups.items()
+    ]
+    header = ["class", *names, "rows", *(f"/{b}" for b in bases), "slower than compiled"]
+    return Grid("Geometric means of dcconv over others", header, cells, 1 + len(names))
 
 
 def notes(records: Sequence[Record]) -> list[str]:

@@ -16,6 +16,7 @@ ahead and no launch is waited for. ``graphs`` replays a captured CUDA graph in p
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -32,8 +33,8 @@ MAX_ROUNDS = 400
 # Cycles of the delay before a sample on CUDA, a millisecond or more: longer than a call's launches.
 DELAY_CYCLES = 2_000_000
 
-# A spread above this share of the median marks a row as noisy.
-NOISY_SPREAD = 0.10
+# A row is noisy where a median is uncertain by more than this share of itself.
+NOISY = 0.10
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ class Staged:
 
 
 Candidate = Callable[[], object] | Staged
+
+
+def uncertainty(median: float, low: float, high: float, rounds: float) -> float:
+    """Return two standard errors of a median as a share of it.
+
+    Of normal samples the 20th and 80th percentile lie 1.68 deviations apart, and the standard error
+    of a median is 1.25 deviations over the root of their number.
+
+    Example:
+        >>> round(uncertainty(1.0, 0.9, 1.1, 9), 3)
+        0.099
+    """
+    return 2 * 1.25 / 1.68 * (high - low) / (median * math.sqrt(rounds))
 
 
 def summarise(samples: list[float]) -> Timing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import engine
 
 
@@ -16,7 +17,7 @@ def same_threads():
 
 
 def test_quick_measurement_prints_both_networks(capsys):
-    assert engine.main(["--quick", "--threads", "1", "--device", "cpu"]) == 0
+    assert command.main(["engine", "--quick", "--threads", "1", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
     assert len(rows["conv"]) == len(rows["tanh_cosine"]) == 7
@@ -49,5 +50,5 @@ def test_table_has_the_medians():
     ],
 )
 def test_wrong_options_are_refused(given, sentence, capsys):
-    assert engine.main(given) == 2
+    assert command.main(["engine", *given]) == 2
     assert sentence in capsys.readouterr().err

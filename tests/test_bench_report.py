@@ -240,7 +240,7 @@ def test_operator_table_shows_ratios_losses_noise_and_verdicts() -> None:
         for operator, mode in KINDS
     ]
     records[0] = ops(layers[0], ["operator"], 1.6, 1.5)
-    records[3] = ops(layers[1], ["operator"], 1.2, 1.5, spread=0.11)
+    records[3] = ops(layers[1], ["operator"], 1.2, 1.5, spread=0.3)
     text = readme.operator_tables({"ops": [*records, ops("n8-c3-h8-o4-k3", ["stem"])]})
     assert text.startswith("**float32, fwd+bwd**\n")
     lines = text.splitlines()
