@@ -21,8 +21,8 @@ from bench import readme
 from bench.options import BOTH, PASSES
 from bench.providers import COMPILED, CONV2D, EAGER, FORMULA
 from bench.readme import Results, Setting
-from bench.records import Record, geometric_mean
-from bench.tables import own_of
+from bench.records import Record
+from bench.tables import mean_by_layer, own_of
 
 # Okabe and Ito's colours; their yellow is too light on white.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
@@ -139,7 +139,7 @@ class Ratio(NamedTuple):
 
     Attributes:
         name: of the class.
-        means: by provider, over the rows that have it.
+        means: by provider, over the layers that have it.
         layers: dcconv over F.conv2d of every layer, and whether the compiled formula is faster.
     """
 
@@ -149,13 +149,12 @@ class Ratio(NamedTuple):
 
 
 def ratios(records: Sequence[Record]) -> list[Ratio]:
-    """Return what the ratio bars show: geometric means over operators and modes."""
+    """Return what the ratio bars show: geometric means over layers, operators and modes."""
     found = []
     for name, rows in readme.by_class(records).items():
         means = {}
         for provider in (OURS, COMPILED, EAGER):
-            known = [q for r in rows if (q := r.ratio(_provider(r, provider), CONV2D)) is not None]
-            mean = geometric_mean(known)
+            mean = mean_by_layer(rows, lambda r, p=provider: r.ratio(_provider(r, p), CONV2D))
             if mean is not None:
                 means[provider] = mean
         layers = []

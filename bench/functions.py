@@ -46,7 +46,7 @@ from bench.providers import ALPHA, BETA, CONV2D, OURS, PROVIDERS, K
 from bench.providers import Function as Call
 from bench.providers import run as run_pass
 from bench.records import Record
-from bench.tables import Grid, notes, number, print_grid
+from bench.tables import Grid, badness, first_own, notes, number, print_grid
 from bench.timing import Protocol, Stopwatch
 from dcconv import backends
 from dcconv.functional import decoupled_conv2d
@@ -431,7 +431,6 @@ def measure(
     for name, timing in watch.interleave(candidates, protocol).items():
         result = results.setdefault(name, {"note": None})
         result |= {"timing": asdict(timing), "ns": timing.median * 1e6 / elements}
-    own = next((title(b) for b in options.backends if b != REFERENCE), None)
     return Record(
         kind=KIND,
         row={
@@ -444,7 +443,7 @@ def measure(
         results=results,
         facts={
             "elements": elements,
-            "own": own,
+            "own": first_own(results),
             "allowed_ulp": function.allowed_ulp(DTYPES[dtype]),
         },
     )
@@ -477,7 +476,7 @@ def cost_grid(records: Sequence[Record], worst: bool = False) -> Grid:
     names = list(dict.fromkeys(name for record in records for name in record.results))
     rows = list(records)
     if worst:
-        rows.sort(key=lambda record: -(_ns(record, record.facts["own"]) or 0.0))
+        rows.sort(key=lambda record: -badness(record, _ns(record, record.facts["own"])))
     cells = []
     for record in rows:
         row, spread = record.row, record.spread

@@ -40,7 +40,7 @@ from bench.cases import OPERATORS, Operator, find_operator
 from bench.memory import kept, peak_bytes
 from bench.options import DTYPES, LAYOUTS
 from bench.records import Record
-from bench.tables import Grid, notes, number, print_grid, time_cell
+from bench.tables import Grid, badness, first_own, notes, number, print_grid, time_cell
 from bench.timing import NOISY, Protocol, Stopwatch, uncertainty
 from dcconv import backends
 from dcconv.checks import integer, value_error
@@ -453,7 +453,7 @@ def measure(
             results=results,
             facts={
                 "title": case.network.title,
-                "own": next((name for name in providers if name.startswith(OURS)), None),
+                "own": first_own(results),
                 "convolutions": sum(isinstance(m, nn.Conv2d) for m in networks.plain.modules()),
                 "converted": sum(1 for _ in decoupled_layers(networks.converted)),
                 "parameters": sum(p.numel() for p in networks.plain.parameters()),
@@ -551,7 +551,7 @@ def grid(records: list[Record], worst: bool = False) -> Grid:
 
     def ratio(record: Record) -> float:
         own = [record.ratio(name, PLAIN) or 0.0 for name in record.results if OURS in name]
-        return max(own, default=0.0)
+        return badness(record, max(own, default=0.0))
 
     cells = []
     for record in sorted(records, key=ratio, reverse=True) if worst else records:

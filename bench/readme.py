@@ -18,9 +18,19 @@ from typing import Any, NamedTuple
 from bench.fit import fit
 from bench.layers import CLASSES, OPERATOR, layer_classes
 from bench.options import BOTH, DTYPES, FORWARD, LAYOUTS, PASSES
-from bench.providers import COMPILED, COMPILED_EAGER, CONV2D, EAGER, FORMULA
+from bench.providers import COMPILED, COMPILED_EAGER, CONV2D, EAGER, FORMULA, PROVIDERS
 from bench.records import Record, geometric_mean
-from bench.tables import milliseconds, number, own_of, own_ratio, slower
+from bench.tables import (
+    differs,
+    mean_by_layer,
+    milliseconds,
+    number,
+    own_of,
+    own_ratio,
+    row_names,
+    slower,
+    time_cell,
+)
 from bench.timing import NOISY as UNCERTAIN
 from dcconv.checks import value_error
 
@@ -49,8 +59,9 @@ TARGET_LAYOUT, TARGET_THREADS = "channels_last", 2
 
 NOISY = "†"
 
-# Rows of a list that are seen at once; the rest is there to be opened.
-OPEN_ROWS = 20
+# Rows of a list that are seen at once; the rest is there to be opened. The library wins most rows,
+# since it does less.
+OPEN_ROWS, OPEN_LOSSES = 20, 5
 
 
 class Setting(NamedTuple):
@@ -70,6 +81,11 @@ def beaten(record: Record, base: str) -> bool:
 def mean_over(records: Iterable[Record], base: str) -> float | None:
     """Return the geometric mean of dcconv's medians over a provider's."""
     return geometric_mean([ratio for r in records if (ratio := own_ratio(r, base)) is not None])
+
+
+def class_mean(records: Iterable[Record], base: str) -> float | None:
+    """Return the mean of a class: every layer counts once, whatever it is measured with."""
+    return mean_by_layer(records, lambda record: own_ratio(record, base))
 
 
 def classes_of(record: Record) -> list[str]:
@@ -274,7 +290,7 @@ def _worst(records: Sequence[Record], base: str) -> str:
     if not ratios:
         return ""
     ratio, record = max(ratios, key=lambda pair: pair[0])
-    names = ["layer"] + [n for n in ("operator", "mode") if _differs(records, n)]
+    names = ["layer"] + [n for n in ("operator", "mode") if differs(records, n)]
     return f"{ratio:.2f}{_dagger(record)} " + " ".join(str(record.row[name]) for name in names)
 
 
@@ -287,7 +303,7 @@ def class_tables(results: Results) -> str:
     for setting, chosen in groups.items():
         lines = [
             [name, str(len(by_layer(rows)))]
-            + [number(mean_over(rows, base)) for base in (CONV2D, COMPILED, EAGER)]
+            + [number(class_mean(rows, base)) for base in (CONV2D, COMPILED, EAGER)]
             + [_worst(rows, base) for base in (CONV2D, COMPILED)]
             for name, rows in by_class(chosen).items()
         ]
@@ -302,27 +318,19 @@ def losses(records: Iterable[Record], base: str) -> list[Record]:
     return sorted(found, key=lambda r: (-(own_ratio(r, base) or 0.0), r.key))
 
 
-def _differs(records: Iterable[Record], name: str) -> bool:
-    return len({str(r.row.get(name)) for r in records}) > 1
-
-
-def _row_names(records: Sequence[Record]) -> list[str]:
-    """Return what tells rows apart: layout and threads only where they differ."""
-    names = ["layer", "operator", "mode", "dtype", "pass"]
-    return names + [n for n in ("layout", "threads", "graphs") if _differs(records, n)]
-
-
-def _folded(header: Sequence[str], lines: Sequence[Sequence[str]], names: int) -> str:
-    """Return a table; what is beyond ``OPEN_ROWS`` lines is folded away below it."""
-    text = grid(header, lines[:OPEN_ROWS], names)
-    if rest := lines[OPEN_ROWS:]:
+def _folded(
+    header: Sequence[str], lines: Sequence[Sequence[str]], names: int, seen: int = OPEN_ROWS
+) -> str:
+    """Return a table; what is beyond ``seen`` lines is folded away below it."""
+    text = grid(header, lines[:seen], names)
+    if rest := lines[seen:]:
         text += f"\n\n<details><summary>{len(rest)} more rows</summary>\n\n"
         text += grid(header, rest, names) + "\n\n</details>"
     return text
 
 
 def loss_tables(results: Results) -> str:
-    """Return what dcconv loses: by class, the worst against F.conv2d, all against the formulas."""
+    """Return what dcconv loses: by class, then every row, to F.conv2d and to the formulas."""
     records = list(results.get("ops", ()))
     if not records:
         return ""
@@ -342,14 +350,14 @@ def loss_tables(results: Results) -> str:
             ],
         )
     )
-    names = _row_names(records)
+    names = row_names(records)
 
     def identity(record: Record) -> list[str]:
         return [str(record.row.get(name)) for name in names]
 
     lost = losses(records, CONV2D)
     if lost:
-        parts.append(f"The {min(5, len(lost))} largest losses to {TITLES[CONV2D]}:")
+        parts.append(f"Every row that {TITLES[CONV2D]} wins, worst first:")
         header = [*names, "times its time", "dcconv ms"]
         lines = [
             [
@@ -357,9 +365,9 @@ def loss_tables(results: Results) -> str:
                 number(own_ratio(r, CONV2D)) + _dagger(r),
                 time(r, own_of(r)),
             ]
-            for r in lost[:5]
+            for r in lost
         ]
-        parts.append(grid(header, lines, len(names)))
+        parts.append(_folded(header, lines, len(names), OPEN_LOSSES))
     same = [b for b in present if b != CONV2D]
     pairs = [(r, base) for base in same for r in losses(records, base)]
     pairs.sort(key=lambda pair: -(own_ratio(*pair) or 0.0))
@@ -380,7 +388,7 @@ def loss_tables(results: Results) -> str:
     elif same:
         titles = ", ".join(TITLES[base] for base in same)
         parts.append(f"No row is won by another way to compute the same operator ({titles}).")
-    shown = [*lost[:5], *(r for r, _ in pairs)]
+    shown = [*lost, *(r for r, _ in pairs)]
     if any(r.noisy for r in shown):
         parts.append(noise(records))
     if without := _timeless(records):
@@ -415,7 +423,7 @@ def network_tables(results: Results) -> str:
     """Return the steps of whole networks: dcconv over the plain network and over the reference."""
     records = results.get("networks", ())
     groups = settings(records, passes=False)
-    names = [n for n in ("operator",) if _differs(records, n)]
+    names = [n for n in ("operator",) if differs(records, n)]
     header = ["network", *names, "pass", "plain ms", "dcconv ms", "over plain", "over reference"]
     header += ["images/s", "peak over plain", "over reference", "kept over plain", "over reference"]
     parts = []
@@ -528,13 +536,13 @@ def scaling_groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Reco
     records = list(records)
     known = ("axis", "value", "dtype", "layout", "pass", THREADS)
     others = dict.fromkeys(name for r in records for name in r.row if name not in known)
-    names = [name for name in others if name == "layer" or _differs(records, name)]
+    names = [name for name in others if name == "layer" or differs(records, name)]
     on_threads = [r for r in records if r.row["axis"] != THREADS]
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         axis = str(record.row["axis"])
         parts = [str(record.row.get(name)) for name in names]
-        if axis != THREADS and _differs(on_threads, THREADS):
+        if axis != THREADS and differs(on_threads, THREADS):
             parts.append(f"{record.row.get(THREADS)} threads")
         found.setdefault((axis, ", ".join(parts)), []).append(record)
     return {key: sorted(rows, key=lambda r: float(r.row["value"])) for key, rows in found.items()}
@@ -589,6 +597,40 @@ def scaling_tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def row_tables(results: Results) -> str:
+    """Return every row of ``ops``: times, rates, memory and spread, a table per dtype and pass."""
+    groups = settings(results.get("ops", ()))
+    parts = []
+    for setting, chosen in groups.items():
+        present = [name for name in PROVIDERS if any(name in r.results for r in chosen)]
+        names = ["layer", "operator", "mode", *(n for n in ("graphs",) if differs(chosen, n))]
+        lines = []
+        for record in chosen:
+            own, spread = record.results.get(own_of(record) or "", {}), record.spread
+            sizes = [size(record, what, own_of(record)) for what in ("peak", "kept")]
+            lines.append(
+                [str(record.row.get(name)) for name in names]
+                + [time_cell(record, name) for name in present]
+                + [number(own_ratio(record, base)) for base in (CONV2D, EAGER, COMPILED)]
+                + [number(own.get("gbps"), 1), number(own.get("tflops"), 3)]
+                + [number(own.get("roofline"))]
+                + [number(None if value is None else value / 2**20, 1) for value in sizes]
+                + ["" if spread is None else f"{100 * spread:.0f} %{_dagger(record)}"]
+            )
+        header = [*names, *present, *(f"over {base}" for base in (CONV2D, EAGER, COMPILED))]
+        header += ["GB/s", "TFLOP/s", "roofline", "peak", "kept", "spread"]
+        parts += [f"**{title_of(setting, groups)}**", grid(header, lines, len(names))]
+        parts += filter(None, (noise(chosen),))
+    if parts:
+        parts.insert(
+            0,
+            "Times in ms; ratios, rates, share of the roofline and memory (MiB) are those of "
+            "dcconv; spread: the largest distance of the 20th and 80th percentile of a provider, "
+            "over its median.",
+        )
+    return "\n\n".join(parts)
+
+
 #: What can stand between markers, by name.
 TABLES: dict[str, Callable[[Results], str]] = {
     "ops-operator": operator_tables,
@@ -597,6 +639,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "networks": network_tables,
     "functions": function_tables,
     "scaling": scaling_tables,
+    "ops-rows": row_tables,
 }
 
 

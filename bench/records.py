@@ -119,6 +119,8 @@ def read(path: Path) -> list[Record]:
                 low, median, high = (float(timing[name]) for name in ("low", "median", "high"))
                 if not 0 < low <= median <= high < math.inf:
                     raise ValueError("a timing must have 0 < low <= median <= high < inf")
+                if not timing["rounds"] >= 1:
+                    raise ValueError("a timing must have rounds of at least 1")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"{path}:{number}: not a result row ({error}), skipped", file=sys.stderr)
             continue

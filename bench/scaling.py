@@ -33,7 +33,7 @@ from bench.options import BOTH, FORWARD, LAYOUTS, PASSES
 from bench.providers import BASELINES, CONV2D, OURS, PROVIDERS
 from bench.providers import run as run_pass
 from bench.records import Record
-from bench.tables import Grid, milliseconds, notes, number, print_grid
+from bench.tables import Grid, first_own, notes, number, print_grid, time_cell
 from bench.timing import Protocol, Stopwatch
 from dcconv.checks import value_error
 
@@ -180,7 +180,7 @@ def measure(
                     },
                     results=results,
                     facts={
-                        "own": next((name for name in results if name.startswith(OURS)), None),
+                        "own": first_own(results),
                         "flops": work.flops,
                         "bytes": work.bytes,
                     },
@@ -254,12 +254,7 @@ def time_grid(found: Sequence[Line]) -> Grid:
     cells = []
     for line in found:
         for record in line.records:
-            times = []
-            for name in providers:
-                median = record.median(name)
-                note = str(record.results.get(name, {}).get("note") or "")
-                shown = note.partition(":")[0] if median is None else milliseconds(median)
-                times.append(shown)
+            times = [time_cell(record, name) for name in providers]
             spread = record.spread
             noise = (
                 "" if spread is None else f"{100 * spread:.0f} %" + ("*" if record.noisy else "")
