@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,6 +135,10 @@ def _provider(record: Record, name: str) -> str:
     return own_of(record) or "" if name == OURS else name
 
 
+def _over_conv2d(record: Record, provider: str) -> float | None:
+    return record.ratio(_provider(record, provider), CONV2D)
+
+
 class Ratio(NamedTuple):
     """A class of a panel: geometric means over F.conv2d by provider, and its layers.
 
@@ -154,7 +159,7 @@ def ratios(records: Sequence[Record]) -> list[Ratio]:
     for name, rows in readme.by_class(records).items():
         means = {}
         for provider in (OURS, COMPILED, EAGER):
-            mean = mean_by_layer(rows, lambda r, p=provider: r.ratio(_provider(r, p), CONV2D))
+            mean = mean_by_layer(rows, functools.partial(_over_conv2d, provider=provider))
             if mean is not None:
                 means[provider] = mean
         layers = []

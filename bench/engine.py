@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -32,15 +33,12 @@ from torch import Tensor
 from bench.environment import environment
 from bench.memory import peak_bytes
 from dcconv.checks import integer
-from train import cifar
-from train.data.cifar import SIZE, Cifar
-from train.engine.config import from_mapping
-from train.engine.distributed import choose_device
-from train.engine.folder import METRICS, RunFolder
-from train.engine.logs import TRAIN
-from train.engine.loop import Trainer
-from train.recipes import cifar_recipes
-from train.task import ImageTask, presets
+
+# The other sub-commands do without the packages that training needs: imported where they are used.
+if TYPE_CHECKING:
+    from train.cifar import CifarRun
+    from train.data.cifar import Cifar
+    from train.task import ImageTask
 
 IMAGES = 50_000
 LOG_EVERY = 10
@@ -61,6 +59,8 @@ class Costs:
 
 def random_cifar(images: int) -> Cifar:
     """Return random images in the form of CIFAR-100, few of them for the test."""
+    from train.data.cifar import SIZE, Cifar
+
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,13 @@ def bare_step(task: ImageTask, batch: tuple[Tensor, Tensor], step: int) -> None:
     task.after_step(step)
 
 
-def measure(options: cifar.CifarRun, data: Cifar, device: torch.device, rounds: int) -> Costs:
+def measure(options: CifarRun, data: Cifar, device: torch.device, rounds: int) -> Costs:
     """Run both loops in turn and return what they cost."""
+    from train import cifar
+    from train.engine.folder import METRICS, RunFolder
+    from train.engine.logs import TRAIN
+    from train.engine.loop import Trainer
+
     costs = Costs()
     task = cifar.build(options, data, device)
     clock = Clock(task)
@@ -183,6 +188,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, console: Console) -> int:
     """Measure and print."""
+    from train import cifar
+    from train.engine.config import from_mapping
+    from train.engine.distributed import choose_device
+    from train.recipes import cifar_recipes
+    from train.task import presets
+
     images = IMAGES
     if given.quick:
         given.widths, given.batch_size, given.steps, given.rounds = (4, 6, 8), 8, 6, 2

@@ -7,6 +7,7 @@ return, so that a figure and the table beside it agree.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -85,7 +86,7 @@ def mean_over(records: Iterable[Record], base: str) -> float | None:
 
 def class_mean(records: Iterable[Record], base: str) -> float | None:
     """Return the mean of a class: every layer counts once, whatever it is measured with."""
-    return mean_by_layer(records, lambda record: own_ratio(record, base))
+    return mean_by_layer(records, functools.partial(own_ratio, base=base))
 
 
 def classes_of(record: Record) -> list[str]:

@@ -153,14 +153,18 @@ def measure(
             case = sweep.at(value)
             inputs = make_inputs(case, device)
             results = {name: dict(result) for name, result in checked.items()}
-            timings = watch.interleave(
-                {
-                    name: candidate(PROVIDERS[name].build(case), inputs, which)
-                    for name, result in results.items()
-                    if result["note"] is None
-                },
-                protocol,
-            )
+            try:
+                timings = watch.interleave(
+                    {
+                        name: candidate(PROVIDERS[name].build(case), inputs, which)
+                        for name, result in results.items()
+                        if result["note"] is None
+                    },
+                    protocol,
+                )
+            finally:
+                # Compiled code of one size is of no use to the next, and Dynamo refuses the ninth.
+                torch.compiler.reset()
             for name, timing in timings.items():
                 results[name]["timing"] = asdict(timing)
             work = cost(case, which)
@@ -445,15 +449,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
                         checked[sweep.case, which] = check_base(
                             sweep, which, options.providers, gate, inputs
                         )
+                    torch.compiler.reset()
                 for which in options.passes:
                     results = checked[sweep.case, which]
                     measure(sweep, which, results, watch, protocol, options.device, keep)
     except KeyboardInterrupt:
         console.print(f"Interrupted: {len(sink.records)} rows are finished.", style="yellow")
         status = INTERRUPTED
-    finally:
-        # Compiled code of one shape is of no use to the next.
-        torch.compiler.reset()
     show(console, sink.records, options.worst)
     if sink.path is not None:
         console.print(f"Appended to {sink.path}", soft_wrap=True, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -223,7 +224,7 @@ def mean_grid(records: Sequence[Record]) -> Grid:
     bases = (CONV2D, EAGER, COMPILED)
     cells = [
         [*key, str(len(chosen))]
-        + [number(mean_by_layer(chosen, lambda r, base=base: own_ratio(r, base))) for base in bases]
+        + [number(mean_by_layer(chosen, functools.partial(own_ratio, base=b))) for b in bases]
         + [str(sum(slower(record, COMPILED) == "yes" for record in chosen))]
         for key, chosen in groups.items()
     ]

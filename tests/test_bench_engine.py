@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -38,6 +42,12 @@ def test_table_has_the_medians():
     assert [cells[1] for cells in columns] == [
         *("x", "1000.0", "500.0", "-1.00", "2.00", "3", "x2.00", "x3.00")
     ]
+
+
+def test_other_commands_do_without_the_packages_of_training():
+    missing = "import sys; sys.modules |= dict.fromkeys(('yaml', 'safetensors', 'torchvision'))"
+    script = f"{missing}; from bench.__main__ import parser; parser()"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)
 
 
 @pytest.mark.parametrize(

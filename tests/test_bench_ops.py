@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ from bench.memory import peak_bytes
 from bench.options import BACKWARD, BOTH, FORWARD
 from bench.providers import BASELINES, OURS, PROVIDERS, run
 from bench.records import Record, append, latest, read
-from bench.tables import own_ratio, slower, time_cell, within
+from bench.tables import (
+    first_own,
+    mean_by_layer,
+    mean_grid,
+    own_ratio,
+    rate_grid,
+    slower,
+    time_cell,
+    time_grid,
+    within,
+)
 from bench.timing import Protocol, Staged, Stopwatch
 from dcconv import ops as compiled
 
@@ -254,6 +265,19 @@ def test_cuda_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         measured("--device", "cuda")
 
 
+def test_float32_is_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    switches: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    for switch in switches:
+        monkeypatch.setattr(switch, "allow_tf32", True)
+    parser = argparse.ArgumentParser()
+    options.add_common(parser)
+    options.complete_common(parser.parse_args(["--device", "cpu"]))
+    assert all(switch.allow_tf32 for switch in switches)
+    options.complete_common(parser.parse_args([]))
+    assert not any(switch.allow_tf32 for switch in switches)
+
+
 def test_an_interrupted_run_keeps_its_rows(
     tiny: Layer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -283,6 +307,10 @@ def test_an_interrupted_run_keeps_its_rows(
     assert [record.row["pass"] for record in read(tmp_path / "ops.jsonl")] == ["fwd"]
 
 
+def timing(**changed: float) -> dict[str, float]:
+    return {"low": 1, "median": 1, "high": 1, "rounds": 7} | changed
+
+
 def record(**results: float) -> Record:
     timings = {
         name.replace("_", "-"): {
@@ -303,6 +331,10 @@ def test_corrupt_lines_are_named_and_skipped(
         good[: len(good) // 2],
         "[]",
         json.dumps({"kind": "ops", "row": 3, "results": {}}),
+        json.dumps({"kind": "ops", "row": {}, "results": {}, "facts": None}),
+        json.dumps({"kind": 7, "row": {}, "results": {}}),
+        json.dumps({"kind": "ops", "row": {}, "results": {"a": {"timing": timing(high=math.inf)}}}),
+        json.dumps({"kind": "ops", "row": {}, "results": {"a": {"timing": timing(rounds=0)}}}),
         json.dumps({"kind": "ops", "row": {}, "results": {"a": {"timing": {"median": -1}}}}),
         json.dumps({"kind": "ops", "row": {}, "results": {"a": {"timing": {"low": 1}}}}),
         json.dumps({"kind": "ops", "row": {}, "results": {"a": 1}}),
@@ -317,6 +349,39 @@ def test_corrupt_lines_are_named_and_skipped(
     for number, line in enumerate(errors, 2):
         assert line.startswith(f"{path}:{number}: not a result row (") and line.endswith("skipped")
     assert latest(found)[0].median("conv2d") == 2.0
+
+
+def test_tables_tell_layouts_apart_and_show_wrong_rows_first() -> None:
+    rows = [record(conv2d=1.0, dcconv_cpu=ratio) for ratio in (1.0, 4.0, 2.0)]
+    for row, layer, layout in zip(rows, "aab", ("nchw", "nhwc", "nchw"), strict=True):
+        row.row = {"layer": layer, "operator": "o", "mode": "m", "dtype": "d", "pass": "fwd"}
+        row.row["layout"] = layout
+        row.facts |= {"classes": ["stem"], "x_bytes": 1, "y_bytes": 1}
+    rows[2].results["dcconv-cpu"] = {"timing": None, "note": "wrong: y off", "errors": {"y": None}}
+    grid = time_grid(rows, worst=True)
+    assert grid.header[:6] == ["layer", "operator", "mode", "dtype", "pass", "layout"]
+    shown = [(cells[0], cells[5]) for cells in grid.cells]
+    assert shown == [("b", "nchw"), ("a", "nhwc"), ("a", "nchw")]
+    assert "y inf" in grid.cells[0]
+    assert [cells[3] for cells in mean_grid(rows).cells] == ["nchw", "nhwc"]
+    assert rate_grid(rows).header[5] == "layout"
+    rows[0].row["layout"] = "nhwc"
+    assert time_grid(rows[:2]).header[5] == "conv2d"
+
+
+def test_every_layer_counts_once_in_a_mean() -> None:
+    rows = [record(conv2d=1.0, dcconv_cpu=value) for value in (2.0, 2.0, 2.0, 8.0)]
+    rows[3].row = {"layer": "b"}
+    assert mean_by_layer(rows, lambda r: own_ratio(r, "conv2d")) == pytest.approx(4.0)
+    assert mean_by_layer(rows, lambda r: own_ratio(r, "eager")) is None
+
+
+def test_own_is_the_first_that_runs() -> None:
+    refused = {"note": "missing: it runs on CUDA tensors"}
+    wrong: dict[str, Any] = {"note": "wrong: y off"}
+    assert first_own({"conv2d": {}, "dcconv-cuda": refused, "dcconv-cpu": wrong}) == "dcconv-cpu"
+    assert first_own({"conv2d": {}, "dcconv-cuda": refused}) == "dcconv-cuda"
+    assert first_own({"conv2d": {}}) is None
 
 
 def test_slower_needs_disjoint_intervals() -> None:

@@ -195,6 +195,26 @@ def test_a_wrong_provider_is_not_timed(
         assert record.timing("formula") is None and record.timing("conv2d") is not None
 
 
+def test_more_sizes_than_dynamo_compiles_of_one_function(
+    tiny: Layer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def build(case: Case) -> providers.Function:
+        function: providers.Function = torch.compile(
+            providers.formula(case), backend="eager", dynamic=False, fullgraph=True
+        )
+        return function
+
+    quick = providers.PROVIDERS["compiled"]._replace(build=build)
+    monkeypatch.setitem(providers.PROVIDERS, "compiled", quick)
+    status, _ = measured(
+        "--axes", "image,channels", "--passes", "fwd", "--providers", "compiled",
+        "--backends", "reference", "--results", str(tmp_path),
+    )  # fmt: skip
+    assert status == 0
+    records = read(tmp_path / "scaling.jsonl")
+    assert len(records) == 10 and all(r.timing("compiled") is not None for r in records)
+
+
 def test_a_refusing_backend_shows_its_sentence(tiny: Layer) -> None:
     status, text = measured("--axes", "batch", "--backends", "cuda")
     assert status == 0
