@@ -12,6 +12,8 @@ from bench.cases import Case
 from bench.layers import Layer
 from bench.options import BACKWARD, BOTH, DTYPES, FORWARD
 from bench.timing import Protocol, Stopwatch
+from dcconv.numerics import compute_dtype
+from dcconv.problem import Problem
 
 
 class Cost(NamedTuple):
@@ -25,28 +27,48 @@ def cost(case: Case, which: str) -> Cost:
     """Return the least work of a pass, the same for every provider.
 
     FLOPs, a multiplication and an addition counting one each:
-        forward: 2 n o p q (c / groups) r s of the convolution, and 2 n c h w for the squares of x;
+        forward: 2 n o p q (c / groups) r s of the convolution, and 2 for every square of x;
         backward: twice the convolution, for the gradients of x and weight.
-    What a function of c or b costs is not counted: it is a few operations per output.
+    What a function of c or b costs is not counted: it is a few operations per output. Products with
+    padding are, as is usual: where they are many (a large dilation on a small image) a library that
+    leaves them out can pass the roofline.
 
-    Bytes, every tensor once, in its dtype; the norm map in float32:
+    Bytes, every tensor once, in its dtype; the norm map in the dtype of norms:
         forward: x and weight read, y written, and where a backward follows the map written;
         backward: dy, y (or u), x, weight and the map read, dx and dweight written.
-    Numbers per filter and intermediate results are not counted: an operator in one pass has none.
+    Of x only pixels that lie in a patch are squared and read. An operator whose patch norm cancels
+    has no squares and no map, and its backward does not read y. Numbers per filter and intermediate
+    results are not counted: an operator in one pass has none.
     """
-    layer, size = case.layer, DTYPES[case.dtype].itemsize
+    layer, dtype = case.layer, DTYPES[case.dtype]
     x, weight, y = (math.prod(s) for s in (layer.x_shape, layer.weight_shape, layer.y_shape))
     n, _, p, q = layer.y_shape
-    norm_map = 4 * n * layer.groups * p * q
+    read = n * layer.c * rows_read(layer) ** 2
     convolution = 2 * y * layer.patch_size
-    forward = Cost(convolution + 2 * x, (x + weight + y) * size)
-    backward = Cost(2 * convolution, (2 * x + 2 * weight + 2 * y) * size + norm_map)
+    squares, norm_map, kept = 2 * read, n * layer.groups * p * q * compute_dtype(dtype).itemsize, y
+    if Problem(magnitude=case.operator.magnitude, angular=case.operator.angular).norm_free:
+        squares = norm_map = kept = 0
+    size = dtype.itemsize
+    forward = Cost(convolution + squares, (read + weight + y) * size)
+    backward = Cost(2 * convolution, (read + x + 2 * weight + y + kept) * size + norm_map)
     if which == FORWARD:
         return forward
     if which == BACKWARD:
         return backward
     assert which == BOTH
     return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes + norm_map)
+
+
+def rows_read(layer: Layer) -> int:
+    """Return how many rows of the input lie in a patch: where a stride leaves gaps, not all do.
+
+    Example:
+        >>> rows_read(Layer(8, 64, 56, 128, 1, stride=2)), rows_read(Layer(8, 64, 56, 128, 3, 2))
+        (28, 56)
+    """
+    first = [at * layer.stride - layer.padding for at in range(layer.y_shape[2])]
+    touched = {at + tap * layer.dilation for at in first for tap in range(layer.k)}
+    return len(touched & set(range(layer.size)))
 
 
 class Ceilings(NamedTuple):
@@ -71,8 +93,8 @@ def measure_ceilings(dtype: str, device: str, quick: bool = False) -> Ceilings:
 
     The copy reads and writes one large array. The matrix rate is that of a product of two square
     matrices or of a deep 3x3 convolution, whichever is higher: libraries have different kernels for
-    the two, and on some processors the convolution's are better. All are the best of the rounds: a
-    ceiling is what the machine can do, not what it does when disturbed.
+    the two, and on some processors the convolution's are better. All are the 20th percentile of the
+    rounds: a ceiling is what the machine can do, not what it does when disturbed.
     """
     kind = DTYPES[dtype]
     source = torch.ones(_COPY_BYTES[device] // kind.itemsize, dtype=kind, device=device)

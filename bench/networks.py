@@ -67,8 +67,8 @@ GATE_BATCH = 8
 WORST_PEER = 0.25
 
 LEGEND = (
-    "Times are medians in ms; * marks a spread (20th to 80th percentile over the median) above "
-    "10 %. Peak: the most memory of a step beyond weights, images and optimiser state. Kept: "
+    "Times are medians in ms; * noisy: a median uncertain by more than 10 %. Peak: the most memory "
+    "of a step beyond weights, images and optimiser state. Kept: "
     "between forward and backward, parameters apart. MiB."
 )
 
@@ -596,7 +596,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise value_error("--networks", rule, ", ".join(options.networks))
     cases, providers = cases_of(options, present), providers_of(options)
     sink = shared.Sink(KIND, options, console)
-    watch, protocol = shared.stopwatch(options), shared.protocol(options)
+    watch, protocol = shared.stopwatch(options, ahead=False), shared.protocol(options)
     status = 0
     progress = shared.progress_bar()
     try:

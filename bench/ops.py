@@ -53,10 +53,11 @@ from bench.providers import (
     run as run_pass,
 )
 from bench.records import Record
-from bench.tables import show
+from bench.tables import first_own, show
 from bench.timing import Candidate, Protocol, Staged, Stopwatch, Timing
 from dcconv import backends
 from dcconv.checks import integer, value_error
+from dcconv.numerics import compute_dtype
 
 KIND = "ops"
 INTERRUPTED = 130
@@ -151,6 +152,8 @@ def complete(options: argparse.Namespace) -> None:
             shared.check_names(option, value, known or OPERATORS)
     options.layouts = options.layouts or ["channels_last"]
     options.passes = options.passes or [FORWARD, BOTH]
+    if options.graphs and options.device != "cuda":
+        raise value_error("--graphs", "go with --device cuda", repr(options.device))
     if options.graphs and BACKWARD in options.passes:
         raise value_error("--graphs", "go with passes fwd and fwd+bwd", "bwd")
     if options.providers is None:
@@ -182,29 +185,38 @@ def prepare(
         result = results[name] = {"timing": None, "note": reason and f"missing: {reason}"}
         if reason is not None:
             continue
-        function = functions[name]
-        start = time.perf_counter()
         try:
-            found = run_pass(function, inputs, which)
+            result |= check(name, functions[name], inputs, gate, which)
+            if result["note"] is None:
+                result |= memory(functions[name], inputs, which)
+        # Out of memory, or a compiler that fails.
         except RuntimeError as failure:
             reason = str(failure).partition("\n")[0].removeprefix("dcconv: ")
             result["note"] = f"failed: {reason}"
-            continue
-        result["first_call"] = time.perf_counter() - start
-        if PROVIDERS[name].gated:
-            errors = gate.errors(found, which)
-            result["errors"] = errors
-            result["note"] = gate.refusal(errors, baseline=not name.startswith(OURS))
-        del found
-        if result["note"] is not None:
-            continue
-        if which != BACKWARD:
-            call = functools.partial(run_pass, function, inputs, which)
-            result["peak"] = peak_bytes(call, device)
-        if which == BOTH:
-            result["kept"] = asdict(layer_kept(function, inputs))
-            result["chain"] = asdict(chain_kept(function, inputs))
     return results
+
+
+def check(name: str, function: Function, inputs: Inputs, gate: Gate, which: str) -> dict[str, Any]:
+    """Call a provider for the first time; return how long that took, and its errors."""
+    start = time.perf_counter()
+    found = run_pass(function, inputs, which)
+    result: dict[str, Any] = {"first_call": time.perf_counter() - start}
+    if PROVIDERS[name].gated:
+        errors = result["errors"] = gate.errors(found, which)
+        result["note"] = gate.refusal(errors, baseline=not name.startswith(OURS))
+    return result
+
+
+def memory(function: Function, inputs: Inputs, which: str) -> dict[str, Any]:
+    """Return a provider's peak, and where a backward follows what it keeps."""
+    found: dict[str, Any] = {}
+    if which != BACKWARD:
+        call = functools.partial(run_pass, function, inputs, which)
+        found["peak"] = peak_bytes(call, inputs.x.device.type)
+    if which == BOTH:
+        found["kept"] = asdict(layer_kept(function, inputs))
+        found["chain"] = asdict(chain_kept(function, inputs))
+    return found
 
 
 def candidate(function: Function, inputs: Inputs, which: str) -> Candidate:
@@ -231,6 +243,7 @@ def measure(
     names = [*options.providers, *options.own]
     functions = {name: PROVIDERS[name].build(case) for name in names}
     x, y = inputs.x, inputs.cotangent
+    map_size = compute_dtype(x.dtype).itemsize
     try:
         for which in options.passes:
             results = prepare(names, functions, inputs, gate, which)
@@ -261,7 +274,7 @@ def measure(
                 results=results,
                 facts={
                     "classes": classes,
-                    "own": next(iter(options.own), None),
+                    "own": first_own(results),
                     "flops": work.flops,
                     "bytes": work.bytes,
                     "floor_ms": floor,
@@ -269,7 +282,7 @@ def measure(
                     "matrix_tflops": ceilings.matrix_rate / 1e12,
                     "x_bytes": x.numel() * x.element_size(),
                     "y_bytes": y.numel() * y.element_size(),
-                    "map_bytes": y[:, 0].numel() * case.layer.groups * torch.float32.itemsize,
+                    "map_bytes": y[:, 0].numel() * case.layer.groups * map_size,
                     "filters": case.layer.o,
                 },
             )

@@ -120,9 +120,9 @@ def protocol(options: argparse.Namespace) -> Protocol:
     return Protocol(options.rounds, options.min_time, warmup=3 if options.device == "cuda" else 1)
 
 
-def stopwatch(options: argparse.Namespace) -> Stopwatch:
+def stopwatch(options: argparse.Namespace, ahead: bool = True) -> Stopwatch:
     """Return the stopwatch of the device."""
-    return Stopwatch(options.device, graphs=getattr(options, "graphs", False))
+    return Stopwatch(options.device, getattr(options, "graphs", False), ahead)
 
 
 def willing_backends(device: str) -> list[str]:

@@ -71,17 +71,18 @@ def ours(backend: str) -> Callable[[Case], Function]:
 def _sums_of_squares(x: Tensor, case: Case) -> Tensor:
     """Return the sum of squares of every patch, [n, groups, p, q] in float32 at least."""
     layer = case.layer
+    if layer.k == 1 and layer.stride > 1:
+        x = x[:, :, :: layer.stride, :: layer.stride]
     wide = x if x.dtype == torch.float64 else x.float()
     squares = wide.square()
     if layer.groups == layer.c and layer.groups > 1:
         per_group = squares
     elif layer.groups > 1:
-        n, c, h, w = x.shape
-        per_group = squares.view(n, layer.groups, c // layer.groups, h, w).sum(dim=2)
+        per_group = squares.unflatten(1, (layer.groups, -1)).sum(dim=2)
     else:
         per_group = squares.sum(dim=1, keepdim=True)
     if layer.k == 1:
-        return per_group[:, :, :: layer.stride, :: layer.stride] if layer.stride > 1 else per_group
+        return per_group
     if layer.dilation == 1:
         return F.avg_pool2d(per_group, layer.k, layer.stride, layer.padding, divisor_override=1)
     # Pooling has no dilation: a depthwise convolution with ones on the small map.

@@ -10,7 +10,8 @@ collector is off meanwhile.
 On a CPU a sample is one call on the wall clock, without the release of its results. On CUDA it is
 the time between two events around the call; before it, a buffer of four times the L2 cache is read,
 so that nothing of the operands is left in the cache, and a delay is queued, so that the host is
-ahead and no launch is waited for. ``graphs`` replays a captured CUDA graph in place of the call.
+ahead and no launch is waited for, unless launches are to count: those of a whole network are a part
+of its step. ``graphs`` replays a captured CUDA graph in place of the call.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from torch import Tensor
 # A row stops here however short its samples are.
 MAX_ROUNDS = 400
 
-# Cycles of the delay before a sample on CUDA, a millisecond or more: longer than a call's launches.
-DELAY_CYCLES = 2_000_000
+# Cycles of the delay before a sample on CUDA, two milliseconds or more: longer than the launches of
+# a layer by plain PyTorch, forward and backward.
+DELAY_CYCLES = 4_000_000
 
 # A row is noisy where a median is uncertain by more than this share of itself.
 NOISY = 0.10
@@ -116,11 +118,13 @@ class Stopwatch:
     Args:
         device: ``cpu`` or ``cuda``.
         graphs: on CUDA, capture every candidate once and time the replay.
+        ahead: on CUDA, let the host run ahead, so that launches are not timed.
     """
 
-    def __init__(self, device: str, graphs: bool = False) -> None:
+    def __init__(self, device: str, graphs: bool = False, ahead: bool = True) -> None:
         self._device = device
         self._graphs = graphs
+        self._ahead = ahead
         self._flush: Tensor | None = None
         if device == "cuda":
             cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -143,7 +147,8 @@ class Stopwatch:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # Read, not written: nothing is left to be written back during the sample.
         self._flush.max()
-        torch.cuda._sleep(DELAY_CYCLES)
+        if self._ahead:
+            torch.cuda._sleep(DELAY_CYCLES)
         before.record()
         result = call()
         after.record()

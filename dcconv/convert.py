@@ -116,7 +116,7 @@ def convert(
         raise checks.value_error("select", rule, "none")
     layers = {conv: _decoupled(name, conv, operator) for name, conv in chosen.items()}
 
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module in layers:
         return layers[module]
     for parent in list(module.modules()):
         # Not named_children(): it leaves out the second place of a shared layer.

@@ -143,6 +143,20 @@ def test_cost_counts_what_it_says() -> None:
     both = cost(case, BOTH)
     assert both.flops == forward.flops + backward.flops
     assert both.bytes == forward.bytes + backward.bytes + norm_map
+    # A 1x1 kernel with stride 2 sees 3 x 3 of 6 x 6 pixels; float64 has a map of float64.
+    case = Case(SMALL[5], find_operator("tanh-cosine"), FIXED, "float64")
+    x, seen, weight, y = 2 * 8 * 36, 2 * 8 * 9, 4 * 4, 2 * 4 * 9
+    forward = Cost(2 * y * 4 + 2 * seen, 8 * (seen + weight + y))
+    assert cost(case, FORWARD) == forward
+    norm_map = 8 * 2 * 2 * 9
+    moved = 8 * (seen + x + 2 * weight + 2 * y) + norm_map
+    assert cost(case, BACKWARD) == Cost(4 * y * 4, moved)
+    assert cost(case, BOTH).bytes == forward.bytes + moved + norm_map
+    # Where the patch norm cancels: no squares, no map, no y in backward.
+    free = case._replace(operator=find_operator("linear-cosine"), mode="no-rho")
+    assert cost(free, FORWARD) == Cost(2 * y * 4, forward.bytes)
+    assert cost(free, BACKWARD) == Cost(4 * y * 4, 8 * (seen + x + 2 * weight + y))
+    assert cost(free, BOTH).bytes == forward.bytes + 8 * (seen + x + 2 * weight + y)
     assert Ceilings(2e9, 1e9).floor(Cost(3_000_000, 4_000_000)) == pytest.approx(3.0)
     assert Ceilings(1e9, 1e9).floor(Cost(3_000_000, 4_000_000)) == pytest.approx(4.0)
 
@@ -211,6 +225,33 @@ def test_a_wrong_row_shows_its_error_and_fails(
     assert time_cell(record, "formula").startswith(planted) and time_cell(record, "formula") in text
 
 
+def test_what_fails_has_its_sentence_and_the_others_go_on(
+    tiny: Layer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def kept(function: providers.Function, inputs: Any) -> Any:
+        if function.__qualname__.startswith("formula"):
+            raise torch.OutOfMemoryError("no memory\nfor this")
+        return chain_kept(function, inputs)
+
+    chain_kept = ops.chain_kept
+    monkeypatch.setattr(ops, "chain_kept", kept)
+    status, text = measured("--operators", "tanh-cosine", "--modes", "fixed", "--passes", "fwd+bwd",
+                            "--providers", "conv2d,formula", "--backends", "reference",
+                            "--results", str(tmp_path))  # fmt: skip
+    assert status == 0 and "formula: failed: no memory (" in text
+    (record,) = read(tmp_path / "ops.jsonl")
+    assert record.timing("formula") is None and record.timing("conv2d") is not None
+
+
+@needs_library
+def test_float64_keeps_a_map_of_float64(tiny: Layer, tmp_path: Path) -> None:
+    measured("--operators", "tanh-cosine", "--modes", "fixed", "--passes", "fwd+bwd",
+             "--dtype", "float64", "--providers", "conv2d", "--results", str(tmp_path))  # fmt: skip
+    (record,) = read(tmp_path / "ops.jsonl")
+    assert record.facts["map_bytes"] == 8 * 2 * 6 * 6
+    assert within(record) == "yes"
+
+
 def test_a_refusing_backend_prints_its_sentence(tiny: Layer) -> None:
     status, text = measured(
         "--operators",
@@ -243,7 +284,7 @@ def test_a_refusing_backend_prints_its_sentence(tiny: Layer) -> None:
         (["--layout", "nhwc"], "--layout must be .*channels_last"),
         (["--batch", "0"], "--batch must be"),
         (["--rounds", "0"], "--rounds must be"),
-        (["--graphs", "--passes", "bwd"], "--graphs must go with passes"),
+        (["--graphs"], "--graphs must go with --device cuda, got 'cpu'"),
         (["--layers", ","], "--layers must name one or more"),
         (["--operators", "linear-cosine", "--modes", "batch"], "--modes must fit"),
     ],
@@ -267,15 +308,26 @@ def test_cuda_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_float32_is_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    switches: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    for switch in switches:
-        monkeypatch.setattr(switch, "allow_tf32", True)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     parser = argparse.ArgumentParser()
     options.add_common(parser)
-    options.complete_common(parser.parse_args(["--device", "cpu"]))
-    assert all(switch.allow_tf32 for switch in switches)
-    options.complete_common(parser.parse_args([]))
-    assert not any(switch.allow_tf32 for switch in switches)
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = True
+        options.complete_common(parser.parse_args(["--device", "cpu"]))
+        assert cudnn.allow_tf32 and matmul.allow_tf32
+        options.complete_common(parser.parse_args([]))
+        assert not (cudnn.allow_tf32 or matmul.allow_tf32)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_graphs_are_of_whole_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parser = argparse.ArgumentParser()
+    ops.add_arguments(parser)
+    with pytest.raises(ValueError, match=r"--graphs must go with passes fwd and fwd\+bwd, got bwd"):
+        ops.complete(parser.parse_args(["--graphs", "--passes", "fwd,bwd"]))
 
 
 def test_an_interrupted_run_keeps_its_rows(
@@ -417,6 +469,57 @@ def test_staged_calls_time_their_second_half_only(monkeypatch: pytest.MonkeyPatc
     assert watch.sample(Staged(prepare, call)) == 1.0
     timings = watch.interleave({"a": Staged(prepare, call)}, Protocol(3, 0.0, warmup=1))
     assert timings["a"].median == 1000.0 and timings["a"].rounds == 3
+
+
+class Gpu:
+    """Notes what a stopwatch asks of CUDA; a call takes three milliseconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.asked.append("record")
+
+            def synchronize(self) -> None:
+                gpu.asked.append("synchronize")
+
+            def elapsed_time(self, other: Any) -> float:
+                return 3.0
+
+        class Flush:
+            def max(self) -> None:
+                gpu.asked.append("flush")
+
+        def zeros(size: int, **_: Any) -> Flush:
+            gpu.asked.append(f"{size} bytes")
+            return Flush()
+
+        def properties(device: int) -> argparse.Namespace:
+            return argparse.Namespace(L2_cache_size=1000)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.asked.append("delay"))
+        monkeypatch.setattr(torch, "zeros", zeros)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_sample_on_a_gpu_is_flushed_delayed_and_between_events(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    gpu = Gpu(monkeypatch)
+    watch = Stopwatch("cuda", ahead=ahead)
+    staged = Staged(lambda: gpu.asked.append("prepare"), lambda _: gpu.asked.append("call"))
+    assert watch.sample(staged) == pytest.approx(0.003)
+    wanted = ["4000 bytes", "prepare", "flush", "delay", "record", "call", "record", "synchronize"]
+    assert gpu.asked == [step for step in wanted if ahead or step != "delay"]
+    timings = watch.interleave({"a": lambda: None}, Protocol(3, 0.0, warmup=1))
+    assert timings["a"].median == pytest.approx(3.0)
 
 
 def test_peak_sees_temporaries_and_not_what_was_there() -> None:

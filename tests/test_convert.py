@@ -139,6 +139,17 @@ def test_subclasses_and_other_convolutions_stay() -> None:
     assert isinstance(network[-1], DecoupledConv2d)
 
 
+def test_layer_inside_a_subclass_is_converted() -> None:
+    class Gated(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 4, 1)
+            self.gate = nn.Conv2d(3, 4, 1)
+
+    network = Gated()
+    assert dcconv.convert(network) is network
+    assert isinstance(network.gate, DecoupledConv2d)
+
+
 def test_lazy_layer_is_converted_once_it_has_its_shape() -> None:
     network = nn.Sequential(nn.LazyConv2d(4, 3))
     message = "dcconv: layer '0' must have its shape: run the network once first, got LazyConv2d"
