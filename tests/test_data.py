@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -37,7 +38,6 @@ from train.data.augment import (
     Augment,
     OfficialTransform,
     modern_transform,
-    official_augment,
     resize_corner,
 )
 from train.data.cifar import load_cifar
@@ -358,7 +358,7 @@ def augment_one(image: np.ndarray, augment: Augment, draw: list[int]) -> np.ndar
 @pytest.mark.parametrize(
     "augment",
     [
-        official_augment(),
+        Augment(),
         Augment(padding=3, mode="reflect", mean=(120.0, 110.0, 100.0), std=(60.0, 61.0, 62.0)),
         Augment(padding=2, mode="zeros", flip=False, cutout=3),
         Augment(padding=0, cutout=4),
@@ -378,7 +378,7 @@ def test_augment_equals_the_steps_one_by_one(augment, dtype):
 
 
 def test_official_augment_is_that_of_the_specification():
-    augment = official_augment()
+    augment = Augment()
     images = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
     normal = augment.normalise(images).flatten().tolist()
     assert normal == [-127.5 / 128, -0.5 / 128, 0.5 / 128, 127.5 / 128]
@@ -589,7 +589,7 @@ def test_stream_refuses_wrong_arguments(options, message):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_evaluation_shows_each_image_to_one_rank(world_size):
     images, labels = numbered(23)
-    augment = official_augment()
+    augment = Augment()
     seen = []
     for rank in range(world_size):
         batches = TensorBatches(
@@ -719,13 +719,22 @@ def test_damaged_image_stops_with_its_name(image_folder, kind, name, workers):
 
 
 def interrupting(image: torch.Tensor) -> torch.Tensor:
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
     return image.float()
 
 
-def test_interrupt_does_not_end_workers(image_folder):
+def test_signals_of_others_do_not_end_workers(image_folder):
     stream = image_stream(image_folder, interrupting, batch_size=15, workers=1)
     assert len(stream.next()[1]) == 15
+    # But they end when the process says so that they work for.
+    (worker,) = stream._batches._workers
+    deadline = time.monotonic() + 60
+    while worker.is_alive() and time.monotonic() < deadline:
+        # Again, as two signals at once are one.
+        worker.terminate()
+        worker.join(timeout=0.1)
+    assert worker.exitcode == 0
     stream.close()
 
 

@@ -382,6 +382,18 @@ def test_layer_is_found_where_chance_decides(tmp_path, capsys):
     assert "is the output of layer '2' (Chance)\n" in capsys.readouterr().err
 
 
+def test_search_for_a_nan_can_be_stopped(tmp_path, capsys):
+    task = TinyTask()
+    task.before[6] = poison(task, "0.weight")
+    task.before[2] = lambda: kill(signal.SIGTERM)() if task.steps.count(2) == 2 else None
+    given = {"evaluate_every": 0, "save_every": 0, "log_every": 8}
+    status, trainer, text = train(tmp_path, task.before, task, **given)
+    assert status == 1 and trainer.step == 3
+    assert "Something is not finite; repeating steps 1 to 8 to find what" in text
+    error = capsys.readouterr().err
+    assert " by step 8; SIGTERM ended the search for where it began\n" in error
+
+
 def test_nan_that_does_not_come_again_is_not_blamed_on_anything(tmp_path, capsys):
     task = TinyTask()
     spoil = poison(task, "0.weight")
@@ -826,6 +838,16 @@ def test_launch_stores_everything_and_resumes(tmp_path, capsys):
     assert losses[0]["lr"] != losses[1]["lr"]
 
 
+def test_folder_without_a_checkpoint_stays_as_it_was(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("mine")
+    options = options_of(resume=str(tmp_path))
+    assert loop.launch(options, lambda device: TinyTask(), program="p", name="x") == 2
+    error = capsys.readouterr().err
+    assert error == f"dcconv: resume must be a run with a checkpoint, got '{tmp_path}'\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
 def test_launch_speaks_of_refusals_and_shows_mistakes(tmp_path, capsys):
     def refuse(device):
         raise ValueError("dcconv: data must be there, got nothing")
@@ -858,7 +880,6 @@ def test_one_process_is_its_own_group():
     assert torch.equal(distributed.sums(x), x) and torch.equal(distributed.means(x), x)
     assert distributed.largest(3) == 3 and distributed.broadcast("a") == "a"
     assert distributed.gather({"a": 1}) == [{"a": 1}]
-    distributed.barrier()
 
 
 def test_close_match_is_silent_about_strangers():

@@ -213,6 +213,15 @@ def test_block4_belongs_to_one_network(folders, tmp_path, capsys):
     assert error == "dcconv: block4 must be left out for network 'resnet18', got False"
 
 
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [(["--trivial"], "trivial must be False"), (["--erase", "0.5"], "erase must be 0")],
+)
+def test_official_images_are_not_changed_otherwise(given, rule, folders, tmp_path, capsys):
+    error = refusal(capsys, *arguments(folders, tmp_path, *given))
+    assert f"dcconv: {rule} with official_images, got" in error
+
+
 def test_corrupt_image_is_named_or_skipped(tmp_path, capsys, caplog):
     data = data_files.write_image_folder(tmp_path / "data", classes=3, train=4)
     victim = data / "train" / "class001" / "0002.png"
@@ -239,6 +248,31 @@ def test_truncated_shard_is_named_or_skipped(tmp_path, capsys, caplog):
     assert f"dcconv: shard '{victim}' must be a whole tar archive, got" in error
     assert train(data, tmp_path / "b", *more, "--skip-corrupt") == 0
     assert any(str(victim) in record.getMessage() for record in caplog.records)
+
+
+def test_sigterm_to_all_processes_saves(folders, tmp_path):
+    command = [sys.executable, "-m", "train.imagenet"]
+    command += arguments(folders, tmp_path, "--workers", 2, "--steps", 100_000, "--log-every", 1)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    try:
+        wait_for(process, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
+        # As torchrun does: also to the processes that decode images.
+        os.killpg(process.pid, signal.SIGTERM)
+        output, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, error
+    step = saved_step(tmp_path)
+    assert step >= 2 and f"Stopped by SIGTERM after step {step}." in output
 
 
 # Two processes.

@@ -212,6 +212,14 @@ def test_plain_layers_pad_as_tensorflow_at_stride_two(kernel, size, edges):
     torch.testing.assert_close(decoupled(x), F.conv2d(padded, unit, stride=2))
 
 
+def test_plain_layers_keep_no_padded_copy_at_stride_one():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    layer = SameConv2d(3, 4, 3)
+    y = layer(x)
+    torch.testing.assert_close(y, F.conv2d(x, layer.weight, padding=1))
+    assert y.grad_fn._saved_input.data_ptr() == x.data_ptr()
+
+
 def test_pool_pads_at_the_end_and_padding_never_wins():
     x = -torch.rand(1, 2, 8, 8) - 1
     y = SameMaxPool2d(3, 2)(x)

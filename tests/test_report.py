@@ -55,7 +55,9 @@ def test_row_has_final_best_and_medians(run, capsys):
         "steps": "4",
         "images/s": "200",
         "ms/step": "20",
+        "x conv": report.NOTHING,
         "peak MiB": "4",
+        "peak x conv": report.NOTHING,
         "waiting %": "0.20",
     }
     assert rule.count("---") == len(names)
@@ -72,9 +74,28 @@ def test_table_has_every_run_and_nothing_where_nothing_is_known(run, tmp_path, c
     (first,) = [text for text in output.splitlines() if "first" in text]
     (second,) = [text for text in output.splitlines() if "second" in text]
     assert first.split()[:5] == ["first", "tanh_cosine", "12,345", "70.25", "75.50"]
-    assert second.split() == ["second", *[report.NOTHING] * 4, "1", "100", "10", "1", "0.10"]
+    nothing = report.NOTHING
+    figures = ["1", "100", "10", nothing, "1", nothing, "0.10"]
+    assert second.split() == ["second", *[nothing] * 4, *figures]
     assert f"Curves in {out}" in output
     assert out.read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_time_and_memory_are_multiples_of_the_plain_network(run, tmp_path, capsys):
+    for name, records, config in (
+        ("wider", [line(3, 2.0)], "operator: conv\nwidths: [9]\n"),
+        ("plain", [line(1, 2.0), line(2, 2.0)], "operator: conv\n"),
+    ):
+        (write_run(tmp_path / name, records) / "config.yaml").write_text(config)
+    paths = [str(tmp_path / name) for name in ("wider", "first", "plain")]
+    assert report.main([*paths, "--markdown", "--out", str(tmp_path / "x.png")]) == 0
+    header, _, *rows = [
+        [cell.strip() for cell in text.strip("|").split("|")]
+        for text in capsys.readouterr().out.splitlines()
+    ]
+    found = [(row[header.index("x conv")], row[header.index("peak x conv")]) for row in rows]
+    # Steps of 30, 20 and 15 ms, peaks of 3, 4 and 2 MiB.
+    assert found == [("1.00", "1.00"), ("1.33", "2.00"), ("1.00", "1.00")]
 
 
 def test_series_leave_out_what_has_no_figure(run):

@@ -276,6 +276,13 @@ def test_adversarial_loss_weighs_both_halves_of_one_batch():
     torch.testing.assert_close(loss, F.cross_entropy(task.network(adversarial), classes))
 
 
+def test_step_of_accumulated_batches_has_as_many_images():
+    assert len(digits("conv", batch_size=16).stream.next()[1]) == 16
+    assert len(digits("conv", batch_size=16, accumulate=2).stream.next()[1]) == 8
+    with pytest.raises(ValueError, match="batch_size must be a multiple of processes times acc"):
+        digits("conv", batch_size=16, accumulate=3)
+
+
 def test_adversarial_training_helps_against_the_attack():
     scores = []
     for name in ("natural", "fgsm"):

@@ -33,6 +33,11 @@ from train.engine.logs import EVALUATE, TRAIN, read_metrics
 # Okabe and Ito's colours without the yellow, which is too light for a line on white.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#777777")
 _DASHES = ("-", "--", "-.", ":")
+# What two runs must have in common for their times to be compared, besides the operator.
+_COSTLY = (
+    *("network", "widths", "classes", "batch_size", "accumulate", "world_size"),
+    *("device", "threads", "amp", "channels_last", "compile"),
+)
 NOTHING = "–"  # noqa: RUF001  (what a table shows where there is no figure)
 
 
@@ -49,6 +54,10 @@ class Run:
         """Return the steps that have a figure, and the figures."""
         found = [r for r in self.records if r["kind"] == kind and r.get(name) is not None]
         return [r["step"] for r in found], [float(r[name]) for r in found]
+
+    def fact(self, name: str) -> Any:
+        """Return what the results say of the run, else what its configuration does."""
+        return self.results.get(name) or self.config.get(name)
 
     def median(self, name: str) -> float | None:
         """Return the median over the log's lines: the first line, with its warm-up, counts once."""
@@ -86,12 +95,32 @@ def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else value * scale
 
 
-def _cells(run: Run) -> list[str]:
+def _peak(run: Run) -> float | None:
+    return max(run.series(TRAIN, "peak_bytes")[1], default=None)
+
+
+def _plain(run: Run, runs: Sequence[Run]) -> Run | None:
+    """Return the first run of ``nn.Conv2d`` that differs from a run in nothing that costs time."""
+
+    def kind(other: Run) -> list[Any]:
+        return [other.fact(name) for name in _COSTLY]
+
+    return next((r for r in runs if r.fact("operator") == "conv" and kind(r) == kind(run)), None)
+
+
+def _ratio(value: float | None, plain: float | None) -> float | None:
+    return None if value is None or not plain else value / plain
+
+
+def _cells(run: Run, runs: Sequence[Run]) -> list[str]:
     """Return a run's row, in the order of ``_TITLES``."""
     _, accuracies = run.series(EVALUATE, "accuracy")
     steps = [record["step"] for record in run.records]
-    _, peaks = run.series(TRAIN, "peak_bytes")
-    operator = run.results.get("operator") or run.config.get("operator")
+    operator = run.fact("operator")
+    plain = _plain(run, runs)
+    seconds, peak = run.median("step_seconds"), _peak(run)
+    plain_seconds = None if plain is None else plain.median("step_seconds")
+    plain_peak = None if plain is None else _peak(plain)
     return [
         run.name,
         str(operator or NOTHING),
@@ -100,8 +129,10 @@ def _cells(run: Run) -> list[str]:
         _number(max(accuracies, default=None), "{:.2f}"),
         _number(max(steps, default=None), "{:,}"),
         _number(run.median("images_per_second"), "{:,.4g}"),
-        _number(_scaled(run.median("step_seconds"), 1e3), "{:,.4g}"),
-        _number(_scaled(max(peaks, default=None), 2**-20), "{:,.0f}"),
+        _number(_scaled(seconds, 1e3), "{:,.4g}"),
+        _number(_ratio(seconds, plain_seconds), "{:.2f}"),
+        _number(_scaled(peak, 2**-20), "{:,.0f}"),
+        _number(_ratio(peak, plain_peak), "{:.2f}"),
         _number(_scaled(run.median("waiting_share"), 100), "{:.2f}"),
     ]
 
@@ -115,18 +146,24 @@ _TITLES = (
     "steps",
     "images/s",
     "ms/step",
+    "x conv",
     "peak MiB",
+    "peak x conv",
     "waiting %",
 )
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """Return one row per run: final and best accuracy, and medians of the log's figures."""
+    """Return one row per run: final and best accuracy, and medians of the log's figures.
+
+    Step time and memory are also given as multiples of a run with plain convolution, where there
+    is one of the same network, batch and precision on the same device.
+    """
     result = Table(title="accuracy on the evaluation set; medians over the log", box=box.SIMPLE)
     for index, title in enumerate(_TITLES):
         result.add_column(title, justify="left" if index < 2 else "right", overflow="fold")
     for run in runs:
-        result.add_row(*_cells(run))
+        result.add_row(*_cells(run, runs))
     return result
 
 
@@ -135,7 +172,7 @@ def markdown(runs: Sequence[Run]) -> str:
     lines = [
         " | ".join(_TITLES),
         " | ".join("---" if index < 2 else "---:" for index in range(len(_TITLES))),
-        *(" | ".join(cell.replace("|", "\\|") for cell in _cells(run)) for run in runs),
+        *(" | ".join(cell.replace("|", "\\|") for cell in _cells(run, runs)) for run in runs),
     ]
     return "".join(f"| {line} |\n" for line in lines)
 

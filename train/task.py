@@ -17,6 +17,8 @@ from train.engine import distributed
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import EngineOptions, option
 from train.engine.folder import RunFolder
+from train.engine.loop import AMP_DTYPES
+from train.engine.signals import StopRequestedError, stop_requested
 from train.networks.pretrained import load_plain, start_from_plain
 from train.recipes import (
     CifarRecipe,
@@ -36,8 +38,6 @@ from train.recipes.flat import flat, unflat
 
 AnyRecipe = TypeVar("AnyRecipe", CifarRecipe, ImageNetRecipe)
 AnyRun = TypeVar("AnyRun", bound="RecipeRun[Any]")
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Images that statistics are estimated from when a plain network is taken over.
 ESTIMATION_IMAGES = 5000
@@ -167,8 +167,13 @@ class ImageTask:
         self.batches = batches
         self.device = device
         self.network: nn.Module = build(recipe, sync_norm=sync_norm).to(device)
+        if recipe.channels_last:
+            # Before it is copied: averages of another format are slow to update and to evaluate.
+            self.network.to(memory_format=torch.channels_last)
         self.forward_network = self.network
         self.optimizer = start(self.network, recipe)
+        groups = self.optimizer.param_groups
+        self._constants = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.average = average_of(self.network, recipe)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,8 +195,11 @@ class ImageTask:
         """Return accuracies (%) and the cross entropy over all test images of all processes.
 
         The averaged weights are evaluated where the recipe keeps them.
+
+        Raises:
+            StopRequestedError: a signal asked a process to stop.
         """
-        network: nn.Module = self.network if self.average is None else self.average.module
+        network: nn.Module = self.network if self.average is None else self.average
         network.eval()
         if distributed.world_size() > 1:
             # Each process has averaged statistics of its own batches; rank 0's are what is saved.
@@ -200,6 +208,9 @@ class ImageTask:
         amp = AMP_DTYPES.get(self.recipe.amp)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for images, labels in self.batches:
+            # What torchrun or a scheduler leaves of time is for the checkpoint.
+            if stop_requested():
+                break
             if self.recipe.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, amp, enabled=amp is not None):
@@ -209,6 +220,8 @@ class ImageTask:
             fit = F.cross_entropy(logits, labels, reduction="sum")
             counts = (best[:, 0].sum(), best.sum(), fit, labels.numel())
             sums += torch.stack([torch.as_tensor(c, device=self.device).double() for c in counts])
+        if distributed.largest(int(stop_requested())):
+            raise StopRequestedError
         right, right5, fit, images_seen = distributed.sums(sums).tolist()
         if not images_seen:
             raise checks.value_error("data", "hold a test image that can be read", "none")
@@ -223,11 +236,14 @@ class ImageTask:
         return {} if self.average is None else {"average": self.average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the averaged weights back.
+        """Take the averaged weights back, and let the recipe's constants rule the optimiser.
 
         Raises:
             ValueError: the checkpoint and the recipe do not both have them, or lack them.
         """
+        # The optimiser has read those of the checkpoint; a run that goes on may have others.
+        for group, constants in zip(self.optimizer.param_groups, self._constants, strict=True):
+            group.update(constants)
         if ("average" in state) != (self.average is not None):
             got = "a checkpoint with them" if "average" in state else "a checkpoint without them"
             raise checks.value_error("ema", "keep averaged weights as the resumed run did", got)

@@ -116,11 +116,6 @@ def _within(values: Tensor, low: int, high: int) -> Tensor:
     return (values >= low) & (values < high)
 
 
-def official_augment() -> Augment:
-    """Return what the official CIFAR training does: four symmetric pixels, crop and flip."""
-    return Augment()
-
-
 def resize_corner(image: Tensor, height: int, width: int) -> Tensor:
     """Resize an image [c, h, w] bilinearly with sampling points that start at the corner.
 

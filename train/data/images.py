@@ -9,7 +9,9 @@ for.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -120,9 +122,22 @@ def to_device(tensors: tuple[Tensor, Tensor], device: torch.device) -> tuple[Ten
     return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _leave_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; only the main one decides what happens then.
+def _leave_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the process that trains, and end only when that one says so.
+
+    Terminals, torchrun and schedulers signal every process of a group. A worker that died of it
+    would take the training down before the step is saved.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
@@ -130,7 +145,7 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
-        "worker_init_fn": _leave_interrupts,
+        "worker_init_fn": _leave_signals,
     }
     # The loader draws a seed for its workers; from this generator, the global one stays untouched.
     options["generator"] = torch.Generator().manual_seed(0)

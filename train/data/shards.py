@@ -413,17 +413,18 @@ class ShardStream:
             lanes = _Lanes(self, self._transform)
             options = loader_options(self.workers, self.device)
             self._chunks = iter(DataLoader(lanes, batch_size=None, **options))
-        chunks = []
+        parts = []
         for _ in range(self.lanes // self.world_size):
             chunk = next(self._chunks)
             self._reports.add(chunk.failures)
-            chunks.append(chunk)
-        images = torch.cat([chunk.images for chunk in chunks])
-        labels = torch.cat([chunk.labels for chunk in chunks])
+            # Joined on the device: what joins pinned tensors is not pinned.
+            parts.append(to_device((chunk.images, chunk.labels), self.device))
+        images = torch.cat([part for part, _ in parts])
+        labels = torch.cat([part for _, part in parts])
         if len(labels) < self.batch_size:
             raise value_error("data", "hold a sample that can be read", "none")
         self.position += self.chunk
-        return to_device((images, labels), self.device)
+        return images, labels
 
     def _identity(self) -> dict[str, Any]:
         return {

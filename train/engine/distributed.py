@@ -173,9 +173,3 @@ def broadcast(value: Any) -> Any:
     )
     dist.broadcast(shared, 0)
     return _from_bytes(shared.cpu())
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if world_size() > 1:
-        dist.barrier()

@@ -88,11 +88,6 @@ class RunLog:
         """Write the distribution of values, for TensorBoard."""
         self._events.add_histogram(name, values, step)
 
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
-        self._file.flush()
-        self._events.flush()
-
     def close(self) -> None:
         """Write what is left and close the files."""
         try:

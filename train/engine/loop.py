@@ -34,7 +34,7 @@ from train.engine.nonfinite import (
 )
 from train.engine.progress import TrainProgress, rate
 from train.engine.rng import rng_state, seed_all, set_rng_state
-from train.engine.signals import StopSignals, exit_status
+from train.engine.signals import StopRequestedError, StopSignals, exit_status
 
 FINISHED = 0
 FAILED = 1
@@ -45,7 +45,7 @@ SCORE = "accuracy"
 # Seconds between two agreements of the processes on whether to stop.
 AGREEMENT_PERIOD = 0.5
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Task(Protocol):
@@ -73,7 +73,8 @@ class Task(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Return figures of the current weights: ``accuracy`` in % and what else there is.
 
-        The network is in evaluation mode, and in training mode again afterwards.
+        The network is in evaluation mode, and in training mode again afterwards. It may raise
+        ``StopRequestedError``, on every process; it is called again when the run goes on.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,6 +165,8 @@ class Trainer:
         self.main = distributed.is_main()
         self.step = 0
         self.checkpoints = Checkpoints(folder.checkpoints, options.keep_last, self._say)
+        if options.resume is not None and self.checkpoints.last_step is None:
+            raise value_error("resume", "be a run with a checkpoint", repr(options.resume))
         self.signals = StopSignals()
         self._interval = _Interval()
         self._log: RunLog | None = None
@@ -191,7 +194,7 @@ class Trainer:
             wrapped = torch.compile(wrapped)
         self.task.forward_network = wrapped
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
-        self._amp_dtype = _DTYPES.get(options.amp)
+        self._amp_dtype = AMP_DTYPES.get(options.amp)
 
     def _say(self, text: str) -> None:
         if not self.main:
@@ -218,6 +221,7 @@ class Trainer:
             "step": self.step,
             "network": self.task.network.state_dict(),
             "optimizer": self.task.optimizer.state_dict(),
+            "optimizer_kind": type(self.task.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "task": self.task.state_dict(),
             "pending": self._pending,
@@ -229,6 +233,10 @@ class Trainer:
         self.step = state["step"]
         try:
             self.task.network.load_state_dict(state["network"])
+            own_kind = type(self.task.optimizer).__name__
+            kind = state.get("optimizer_kind", own_kind)
+            if kind != own_kind:
+                raise ValueError(f"its optimiser is {kind}, not {own_kind}")
             self.task.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
@@ -393,8 +401,10 @@ class Trainer:
         """Evaluate and log; return the score where it is the best so far."""
         network = self.task.network
         network.eval()
-        values = self.task.evaluate()
-        network.train()
+        try:
+            values = self.task.evaluate()
+        finally:
+            network.train()
         self._evaluation = {name: float(value) for name, value in values.items()}
         if self._log is not None:
             with writing(self.step):
@@ -417,8 +427,8 @@ class Trainer:
             for name, values in found.items():
                 self._log.histogram(name, values, self.step)
 
-    def _between(self, stop: int) -> None:
-        """Do what is due after a step: log, evaluate, save.
+    def _between(self, stop: int) -> int:
+        """Do what is due after a step: log, evaluate, save; return the signal to stop at, else 0.
 
         An evaluation that a signal leaves no time for is pending in the checkpoint, and is done
         first when the run goes on.
@@ -431,18 +441,37 @@ class Trainer:
         histogram = self._due(options.histogram_every)
         save = self._due(options.save_every) or last
         if not (evaluate or histogram or save or stop):
-            return
+            return 0
         self._synchronise()
         before = time.perf_counter()
         self._require_finite()
         if histogram:
             self._write_histograms()
+        score = None
+        if evaluate and not stop:
+            try:
+                score = self._evaluate()
+            except StopRequestedError:
+                stop = distributed.largest(self.signals.received)
         self._pending = bool(stop) and evaluate
-        score = self._evaluate() if evaluate and not stop else None
         if save or stop or score is not None:
             self._save(score)
             self._write_results("running")
         self._interval.start += time.perf_counter() - before
+        return stop
+
+    def _make_up(self) -> int:
+        """Do the evaluation that a signal put off; return the signal that does so again, else 0."""
+        options = self.options
+        if self._pending and (self._due(options.evaluate_every) or self.step == options.steps):
+            try:
+                score = self._evaluate()
+            except StopRequestedError:
+                return distributed.largest(self.signals.received)
+            self._pending = False
+            self._save(score)
+        self._pending = False
+        return 0
 
     def _write_results(self, status: str, reason: str | None = None) -> None:
         if not self.main:
@@ -511,8 +540,6 @@ class Trainer:
         options = self.options
         resumed = self._load()
         start = self.step
-        if resumed is None and options.resume is not None:
-            raise value_error("resume", "be a run with a checkpoint", repr(options.resume))
         if start > options.steps:
             raise value_error("steps", f"be at least the {start} that are done", options.steps)
         if self.main:
@@ -527,14 +554,11 @@ class Trainer:
                 self._save()
             else:
                 self._say(f"Resumed at step {start}")
-            if self._pending:
-                self._pending = False
-                last = start == options.steps
-                if self._due(options.evaluate_every) or last:
-                    self._save(self._evaluate())
+            stop = self._make_up()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            stop = self._loop()
+            if not stop:
+                stop = self._loop()
         if stop:
             self._write_results("interrupted", signal.Signals(stop).name)
             if self.main:
@@ -553,8 +577,7 @@ class Trainer:
         self._interval.restart_clock(time.perf_counter())
         while self.step < options.steps:
             self._step()
-            stop = self._stop_signal()
-            self._between(stop)
+            stop = self._between(self._stop_signal())
             if stop:
                 return stop
             if progress is not None:
@@ -603,14 +626,20 @@ class Trainer:
         noticed = self.step
         last = self._load()
         start = self.step
+        self._say(f"Something is not finite; repeating steps {start + 1} to {noticed} to find what")
         self._interval.restart_clock(0.0)
-        finding = ""
+        finding, stop = "", 0
         try:
-            while last is not None and self.step < noticed:
-                self._step(watch=True)
+            with self.signals:
+                while last is not None and self.step < noticed and not stop:
+                    self._step(watch=True)
+                    stop = distributed.largest(self.signals.received)
         except _FoundError as found:
             finding = str(found)
         sentence = str(value_error("loss", "be finite", value))
+        if stop:
+            name = signal.Signals(stop).name
+            return f"{sentence} by step {noticed}; {name} ended the search for where it began"
         if not finding:
             state = first_state(self.task.network)
             finding = f"{state} of the network" if state else ""

@@ -6,9 +6,13 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequestedError(Exception):
+    """What takes long was left off, on every process, because a signal asks to stop."""
 
 
 class StopSignals:
@@ -17,6 +21,8 @@ class StopSignals:
     Under torchrun a second one is not the user's: its agent forwards every signal that also
     reached the process directly, and has its own deadline after which it kills.
     """
+
+    entered: ClassVar[list[StopSignals]] = []
 
     def __init__(self) -> None:
         self.received = 0
@@ -34,6 +40,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
+        self.entered.append(self)
         return self
 
     def __exit__(
@@ -42,9 +49,15 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.entered.remove(self)
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
+
+
+def stop_requested() -> bool:
+    """Whether the innermost ``StopSignals`` has noted a signal."""
+    return bool(StopSignals.entered) and bool(StopSignals.entered[-1].received)
 
 
 def exit_status(number: int) -> int:

@@ -45,8 +45,13 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.weight.shape[2:], self.stride
-        padded = pad_same(x, (kernel[0], kernel[1]), (stride[0], stride[1]))
-        return F.conv2d(padded, self.weight, None, self.stride)
+        top, bottom = same_padding(x.shape[-2], kernel[0], stride[0], 1)
+        left, right = same_padding(x.shape[-1], kernel[1], stride[1], 1)
+        # The convolution pads by itself where it can: a padded copy costs time and is kept.
+        if top != bottom or left != right:
+            x = F.pad(x, (left, right, top, bottom))
+            top = left = 0
+        return F.conv2d(x, self.weight, None, stride, (top, left))
 
 
 class SameMaxPool2d(nn.Module):

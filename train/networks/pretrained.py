@@ -50,6 +50,7 @@ def load_plain(path: str | Path) -> dict[str, Tensor]:
         zipfile.BadZipFile,
         RuntimeError,
         EOFError,
+        OSError,
         ValueError,
     ) as error:
         reason = str(error).partition("\n")[0]

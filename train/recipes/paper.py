@@ -30,16 +30,6 @@ class Cell:
         """What ``--preset`` calls it."""
         return self.recipe.name
 
-    @property
-    def error_text(self) -> str:
-        """The error as the paper prints it."""
-        return "N/C" if self.error is None else f"{self.error:.2f}"
-
-    @property
-    def command(self) -> str:
-        """The command that trains it."""
-        return f"python -m train.cifar --preset {self.name}"
-
 
 MAGNITUDES = {
     "sphere": "sphere",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dcconv
 from dcconv import checks
@@ -137,6 +137,12 @@ class ImageNetAugment:
     trivial: bool = False
     erase: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.official and self.trivial:
+            raise checks.value_error("trivial", "be False with official_images", True)
+        if self.official and self.erase:
+            raise checks.value_error("erase", "be 0 with official_images", self.erase)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CifarRecipe(Recipe):
@@ -194,15 +200,29 @@ def start(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return make_optimizer(network, recipe.optimizer)
 
 
-def average_of(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
+def average_of(network: nn.Module, recipe: Recipe) -> nn.Module | None:
     """Return the moving average of the weights, a copy to evaluate, if the recipe keeps one.
 
     It also averages the moving statistics. :func:`after_step` updates it.
     """
-    if not recipe.ema:
-        return None
-    average = get_ema_multi_avg_fn(recipe.ema)
-    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    return deepcopy(network).requires_grad_(False) if recipe.ema else None
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move averaged weights and statistics to ``decay`` of themselves and the rest of the network.
+
+    Counters are copied. ``torch.optim.swa_utils.AveragedModel`` counts its updates on the CPU, and
+    every one of them makes the CPU wait for the GPU.
+    """
+    averaged = (*average.parameters(), *average.buffers())
+    current = (*network.parameters(), *network.buffers())
+    pairs = list(zip(averaged, current, strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    torch._foreach_lerp_([old for old, _ in floats], [new for _, new in floats], 1.0 - decay)
+    if counters:
+        torch._foreach_copy_([old for old, _ in counters], [new for _, new in counters])
 
 
 def before_step(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
@@ -211,10 +231,11 @@ def before_step(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> 
 
 
 def after_step(
-    network: nn.Module, recipe: Recipe, step: int, average: AveragedModel | None = None
+    network: nn.Module, recipe: Recipe, step: int, average: nn.Module | None = None
 ) -> None:
     """Project the filters if it is their turn, then update the averaged weights."""
     if recipe.project_every and step and step % recipe.project_every == 0:
         dcconv.project_weights(network)
     if average is not None:
-        average.update_parameters(network)
+        # The first update forgets the weights that training began with.
+        update_average(average, network, recipe.ema if step else 0.0)

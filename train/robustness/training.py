@@ -19,6 +19,7 @@ from train.networks import build_network, find_operator, small_network, start_st
 from train.recipes.schedules import make_optimizer, set_step
 from train.robustness.attacks import Attack, perturb
 from train.robustness.options import RobustnessRun
+from train.task import share_of_batch
 
 # Pixels of CIFAR from 0 to 255 come out as integers; the networks see them from 0 to 1.
 TO_SHARE = Augment(mean=(0.0,), std=(255.0,))
@@ -51,6 +52,7 @@ class Problem:
 
 def digits_problem(options: RobustnessRun, seed: int, device: torch.device) -> Problem:
     """Return the digits, split by the seed."""
+    share = share_of_batch(options.batch_size, options.accumulate)
     split = Split(*(part.to(device) for part in load_split(seed, options.test_share)))
     if options.batch_size > len(split.train_images):
         rule = f"be at most the number of training images, {len(split.train_images)}"
@@ -60,7 +62,7 @@ def digits_problem(options: RobustnessRun, seed: int, device: torch.device) -> P
         return small_network(find_operator(operator), IMAGE_SIZE, CLASSES).to(device)
 
     return Problem(
-        lambda seed: DigitsStream(split, options.batch_size, seed, options.shift),
+        lambda seed: DigitsStream(split, share, seed, options.shift),
         build,
         split.test_images,
         split.test_classes,
@@ -70,12 +72,13 @@ def digits_problem(options: RobustnessRun, seed: int, device: torch.device) -> P
 
 def cifar_problem(options: RobustnessRun, data: Cifar, device: torch.device) -> Problem:
     """Return CIFAR-10, padded, cropped and flipped as in the official training."""
+    share = share_of_batch(options.batch_size, options.accumulate)
 
     def stream(seed: int) -> Stream:
         return TensorStream(
             data.train_images,
             data.train_labels,
-            batch_size=options.batch_size,
+            batch_size=share,
             seed=seed,
             augment=TO_SHARE,
             device=device,
