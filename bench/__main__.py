@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from bench.options import INTERRUPTED
+
 COMMANDS = ("ops", "networks", "functions", "scaling", "engine", "report", "compare", "keep")
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED = 2
 
 # The tables of all providers need this many columns. Where there are fewer, lines wrap: rich would
 # shorten numbers.

@@ -41,7 +41,7 @@ from bench import options as shared
 from bench.accuracy import Gate, error
 from bench.cases import FIXED, NO_RHO, Case, Inputs, Operator, make_inputs
 from bench.layers import Layer
-from bench.options import BOTH, DTYPES, FORWARD
+from bench.options import BOTH, DTYPES, FORWARD, INTERRUPTED
 from bench.providers import ALPHA, BETA, CONV2D, OURS, PROVIDERS, K
 from bench.providers import Function as Call
 from bench.providers import run as run_pass
@@ -54,7 +54,6 @@ from dcconv.functions import angulars, magnitudes, weighted_magnitude, weighting
 from dcconv.numerics import ACCURACY_FLOOR, ANGLE_DELTA, PEER_CAP, PEER_FACTOR, compute_dtype
 
 KIND = "functions"
-INTERRUPTED = 130
 
 REFERENCE = "reference"
 VALUE = "value"

@@ -38,7 +38,7 @@ from bench import options as shared
 from bench.accuracy import error
 from bench.cases import OPERATORS, Operator, find_operator
 from bench.memory import kept, peak_bytes
-from bench.options import DTYPES, LAYOUTS
+from bench.options import DTYPES, INTERRUPTED, LAYOUTS
 from bench.records import Record
 from bench.tables import Grid, badness, first_own, notes, number, print_grid, time_cell
 from bench.timing import NOISY, Protocol, Stopwatch, uncertainty
@@ -48,7 +48,6 @@ from dcconv.numerics import ACCURACY_FLOOR, PEER_FACTOR
 from dcconv.optim import decoupled_layers
 
 KIND = "networks"
-INTERRUPTED = 130
 QUICK_ROUNDS = 3
 QUICK_NETWORKS = ("resnet18", "resnet32", "convnext")
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -40,7 +39,7 @@ from bench.layers import (
     layer_classes,
 )
 from bench.memory import chain_kept, layer_kept, peak_bytes
-from bench.options import BACKWARD, BOTH, FORWARD, LAYOUTS, PASSES
+from bench.options import BACKWARD, BOTH, FORWARD, INTERRUPTED, LAYOUTS, PASSES
 from bench.providers import (
     BASELINES,
     OURS,
@@ -60,7 +59,6 @@ from dcconv.checks import integer, value_error
 from dcconv.numerics import compute_dtype
 
 KIND = "ops"
-INTERRUPTED = 130
 
 QUICK_LAYERS = ("n8-c64-h56-o64-k3", "n8-c64-h56-o256-k1")
 
@@ -312,8 +310,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
     in_classes = distinct_layers(options.batch)
     status = 0
     ceilings: dict[str, Ceilings] = {}
-    # A machine without a GPU is no news in a benchmark, and sampling profilers of PyTorch talk.
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.profiler")
     progress = shared.progress_bar()
     try:
         with progress:

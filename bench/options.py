@@ -23,6 +23,9 @@ from bench.timing import Protocol, Stopwatch
 from dcconv import backends
 from dcconv.checks import choice, integer, number, value_error
 
+#: Exit status of an interrupted run, whose finished rows are kept.
+INTERRUPTED = 130
+
 DEVICES = ("cpu", "cuda")
 
 DTYPES: dict[str, torch.dtype] = {

@@ -29,7 +29,7 @@ from bench.cost import cost
 from bench.fit import Fit, fit, speed_ups
 from bench.layers import DEFAULT_BATCH, Layer
 from bench.ops import candidate, choose_layers, refusal
-from bench.options import BOTH, FORWARD, LAYOUTS, PASSES
+from bench.options import BOTH, FORWARD, INTERRUPTED, LAYOUTS, PASSES
 from bench.providers import BASELINES, CONV2D, OURS, PROVIDERS
 from bench.providers import run as run_pass
 from bench.records import Record
@@ -38,7 +38,6 @@ from bench.timing import Protocol, Stopwatch
 from dcconv.checks import value_error
 
 KIND = "scaling"
-INTERRUPTED = 130
 
 BATCH, IMAGE, CHANNELS, THREADS = AXES = ("batch", "image", "channels", "threads")
 

@@ -5,7 +5,7 @@ Norm-free operators (linear x cosine) need neither. The compiled backends follow
 reference keeps whatever autograd keeps.
 
 Errors of grad_x against float64 (the accuracy rule's error), y kept / u kept, measured by
-``python -m bench.keep`` on [4, 32, 14, 14] -> 32, 3x3, tanh:
+``python -m bench keep`` on [4, 32, 14, 14] -> 32, 3x3, tanh:
 
 | angular         | auto  | float64         | float32         | bfloat16        | float16         |
 |-----------------|-------|-----------------|-----------------|-----------------|-----------------|
