@@ -59,6 +59,7 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
       "-> Tensor"
   );
   dcconv::define_passes(m);
+  dcconv::define_one_pass(m);
   m.def("magnitudes() -> str[]");
   m.def("angulars() -> str[]");
   m.def("cpu_isa() -> str");

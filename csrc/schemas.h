@@ -1,4 +1,4 @@
-// Schemas of the passes of plan A, for every library that implements them.
+// Schemas of the passes of plans A and B, for every library that implements them.
 #pragma once
 
 #include <string>
@@ -69,6 +69,44 @@ void define_passes(Library& library) {
   define(
       "window_norm_grad(Tensor grad_b, Tensor x, Tensor b, SymInt[] kernel_size, " + geometry +
       ") -> Tensor grad_x"
+  );
+}
+
+// The kernels of plan B, composed in dcconv/plan_b.py: the whole forward, or the whole gradient of
+// the input, in one pass. kernel: "implicit_gemm", "depthwise" or "stem" (forward only). tile:
+// which of the kernel's tile configurations, -1 for its own rule.
+template <class Library>
+void define_one_pass(Library& library) {
+  const std::string geometry =
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode";
+  const std::string op =
+      "str magnitude, str angular, str weighting, float alpha, float beta, float power, "
+      "float delta";
+  const auto define = [&](const std::string& schema) { library.def(schema.c_str()); };
+
+  define("filter_norm(Tensor weight, float eps) -> Tensor a");
+  // map: absent where the kernel sums the squares itself (1x1, depthwise, stem), else the norms b
+  // with map_is_norm or the sums of squares per input pixel. norm_map: b, [0] when map already is b
+  // or without keep_norm. dot: u, [0] without keep_dot.
+  define(
+      "conv2d_one_pass(Tensor x, Tensor weight, Tensor a, Tensor? map, Tensor? bias, "
+      "Tensor? radius, Tensor? mean, Tensor? k, " +
+      geometry + ", " + op +
+      ", float eps, bool map_is_norm, bool keep_norm, bool keep_dot, str kernel, int tile, "
+      "bool channels_last) -> (Tensor y, Tensor norm_map, Tensor dot)"
+  );
+  // grad_x = transposed convolution of grad_u + x times the transposed window sums of
+  // t + sigma / b; implicit_gemm at stride 1 only.
+  define(
+      "conv2d_one_pass_grad_input(Tensor grad_u, Tensor weight, Tensor x, Tensor t, "
+      "Tensor norm_map, Tensor? sigma, " +
+      geometry + ", str kernel, int tile, bool channels_last) -> Tensor grad_x"
+  );
+  // The library's gradient of the weight, [o, c / groups, r, s], by a kernel of our own: parts in
+  // `rows` partial sums, added in a fixed order.
+  define(
+      "depthwise_grad_weight(Tensor grad_u, Tensor x, SymInt[] kernel_size, " + geometry +
+      ", SymInt rows, bool weight_channels_last, bool channels_last) -> Tensor grad_weight"
   );
 }
 

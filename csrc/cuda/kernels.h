@@ -170,6 +170,58 @@ struct GradInputParams {
   void* grad_x;       // T; may be library_grad when not padded
 };
 
+// x and w -> u, b and y = h(a, b) g(u / (a b)) + bias, in one kernel.
+struct OnePassParams {
+  int64_t n;
+  int c, o, groups;
+  Window window;
+  bool channels_last;
+  Operator op;
+  double eps;
+  FilterOperands filters;
+  const void* bias;  // T [o], or null
+  const void* x;     // T
+  const void*
+      weight;  // T, [o, r, s, c / groups] for channels-last kernels, else [o, c / groups, r, s]
+  const void* map;  // A: b if map_is_norm, else sums of squares over input pixels; or null
+  bool map_is_norm;
+  void* y;     // T
+  void* dot;   // T: u, or null
+  void* norm;  // A: b, or null
+  int tile;    // configuration, -1 for the rule
+};
+
+// du and x -> dx = transposed convolution of du + x * (transposed window sum of taps).
+struct OnePassGradInputParams {
+  int64_t n;
+  int c, o, groups;
+  Window window;
+  bool channels_last;
+  const void* grad_u;  // T
+  const void* weight;  // T, as in OnePassParams
+  const void* x;       // T
+  Tap tap;
+  const void* t;      // A, map over outputs
+  const void* norm;   // A: b, unless tap is plain
+  const void* sigma;  // A [], for with_mean
+  void* grad_x;       // T
+  int tile;
+};
+
+// du and x -> dw, by partial sums of blocks that a second kernel adds in a fixed order.
+struct DepthwiseGradWeightParams {
+  int64_t n;
+  int c, o;
+  Window window;
+  bool channels_last;
+  const void* grad_u;  // T
+  const void* x;       // T
+  void* parts;         // A [rows, r s, o]
+  int64_t rows;
+  bool weight_channels_last;
+  void* grad_weight;  // T [o, 1, r, s] or [o, r, s, 1]
+};
+
 void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream);
 int64_t window_norm_blocks(const WindowNormParams& p);
 void window_norm(Dtype dtype, const WindowNormParams& p, Stream stream);
@@ -179,6 +231,12 @@ void grad_dot(Dtype dtype, const GradDotParams& p, Stream stream);
 void column_sums(Dtype dtype, const ColumnSumsParams& p, Stream stream);
 void filter_grad(Dtype dtype, const FilterGradParams& p, Stream stream);
 void grad_input(Dtype dtype, const GradInputParams& p, Stream stream);
+void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream);
+void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream);
+void depthwise(Dtype dtype, const OnePassParams& p, Stream stream);
+void depthwise_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream);
+void depthwise_grad_weight(Dtype dtype, const DepthwiseGradWeightParams& p, Stream stream);
+void stem(Dtype dtype, const OnePassParams& p, Stream stream);
 
 }  // namespace cuda
 }  // namespace dcconv

@@ -11,7 +11,10 @@ from builds import ROOT, Build
 CUDA = ROOT / "csrc/cuda"
 
 #: What holds the kernels: every dtype and pass, and the choice between them.
-KERNELS = (CUDA / "dispatch.cu", *sorted((CUDA / "instances").glob("*.cu")))
+KERNELS = (
+    *(CUDA / f"{name}.cu" for name in ("dispatch", "implicit_gemm", "depthwise", "stem")),
+    *sorted((CUDA / "instances").glob("*.cu")),
+)
 
 
 def _flags(contract: str = "off") -> list[str]:
@@ -39,7 +42,11 @@ def ops_library() -> Path:
         f'-DDCCONV_TORCH="{torch.__version__}"',
     ]
     sources = dict.fromkeys(KERNELS, flags)
-    for source in (CUDA / "ops.cu", Path(__file__).parent / "launches.cpp"):
+    for source in (
+        CUDA / "ops.cu",
+        CUDA / "ops_one_pass.cu",
+        Path(__file__).parent / "launches.cpp",
+    ):
         sources[source] = [*flags, *torch_flags]
     libraries = [f"-L{folder}" for folder in library_paths()]
     return builds.compile_library(

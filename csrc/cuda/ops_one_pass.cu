@@ -1,0 +1,254 @@
+// The kernels of plan B as ops (dcconv/plan_b.py): guards, and the choice of the kernel by name.
+// Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
+
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/op_support.h"
+#include "schemas.h"
+
+namespace dcconv {
+namespace cuda {
+namespace {
+
+Tensor filter_norm_op(Tensor weight, double eps) {
+  const OnDevice device(weight);
+  const Dtype dtype = dtype_of(weight);
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && (is_dense(weight, false) || is_dense(weight, true)),
+      "dcconv: weight must be 4-d and dense"
+  );
+  Tensor a = empty(weight, {weight.size(0)}, compute_type(dtype));
+  FilterNormParams p{};
+  p.o = weight.size(0);
+  p.size = weight.numel() / std::max<int64_t>(p.o, 1);
+  p.weight = weight.const_data_ptr();
+  p.a = a.mutable_data_ptr();
+  p.eps = eps;
+  p.alpha = 1;
+  filter_norm(dtype, p, device.stream());
+  return a;
+}
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const Geometry& geometry) {
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
+          weight.size(1) * geometry.groups == x.size(1),
+      "dcconv: weight does not fit x"
+  );
+  return geometry.shape(
+      x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), {weight.size(2), weight.size(3)}
+  );
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_one_pass(
+    Tensor x,
+    Tensor weight,
+    Tensor a,
+    MaybeTensor map,
+    MaybeTensor bias_in,
+    MaybeTensor radius_in,
+    MaybeTensor mean,
+    MaybeTensor k_in,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting,
+    double alpha,
+    double beta,
+    double power,
+    double delta,
+    double eps,
+    bool map_is_norm,
+    bool keep_norm,
+    bool keep_dot,
+    std::string kernel,
+    int64_t tile,
+    bool channels_last
+) {
+  const OnDevice device(x);
+  check_devices(x, {weight, a, map, bias_in, radius_in, mean, k_in});
+  const Dtype dtype = dtype_of(x);
+  const ScalarType compute = compute_type(dtype);
+  check_dense(x, x, channels_last, "x");
+  check_dense(weight, x, channels_last, "weight");
+  const Geometry geometry{stride, padding, dilation, groups, padding_mode};
+  const ConvShape shape = shape_of(x, weight, geometry);
+  const int64_t outputs = shape.positions() * groups;
+  STD_TORCH_CHECK(map.has_value() || !map_is_norm, "dcconv: map_is_norm must come with a map");
+  if (map.has_value())
+    check_map(*map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
+  const MaybeTensor bias = dense_parameter(bias_in);
+  STD_TORCH_CHECK(
+      !bias.has_value() || (bias->numel() == shape.o && bias->scalar_type() == x.scalar_type()),
+      "dcconv: bias must be one value per filter"
+  );
+  const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
+  const Ints sizes{shape.n, shape.o, shape.rows.output, shape.columns.output};
+  Tensor y = empty(x, sizes, x.scalar_type(), channels_last);
+  Tensor dot =
+      keep_dot ? empty(x, sizes, x.scalar_type(), channels_last) : absent(x, x.scalar_type());
+  const bool writes_norm = keep_norm && !map_is_norm;
+  Tensor norm = empty(x, {writes_norm ? outputs : 0}, compute);
+  OnePassParams p{};
+  p.n = shape.n;
+  p.c = to_int(shape.c);
+  p.o = to_int(shape.o);
+  p.groups = to_int(groups);
+  p.window = window_of(shape);
+  p.channels_last = channels_last;
+  p.op = operator_of(magnitude, angular, weighting, alpha, beta, power, delta);
+  p.eps = eps;
+  p.filters = filter_operands(shape.o, a, radius, mean, k, dtype);
+  p.bias = data(bias);
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.map = data(map);
+  p.map_is_norm = map_is_norm;
+  p.y = y.mutable_data_ptr();
+  p.dot = keep_dot ? dot.mutable_data_ptr() : nullptr;
+  p.norm = writes_norm ? norm.mutable_data_ptr() : nullptr;
+  p.tile = static_cast<int>(tile);
+  if (kernel == "implicit_gemm") {
+    implicit_gemm(dtype, p, device.stream());
+  } else if (kernel == "depthwise") {
+    depthwise(dtype, p, device.stream());
+  } else {
+    STD_TORCH_CHECK(kernel == "stem", "dcconv: unknown kernel ", kernel);
+    stem(dtype, p, device.stream());
+  }
+  return {y, norm, dot};
+}
+
+Tensor conv2d_one_pass_grad_input(
+    Tensor grad_u,
+    Tensor weight,
+    Tensor x,
+    Tensor t,
+    Tensor norm_map,
+    MaybeTensor sigma,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string kernel,
+    int64_t tile,
+    bool channels_last
+) {
+  const OnDevice device(x);
+  check_devices(x, {grad_u, weight, t, norm_map, sigma});
+  const Dtype dtype = dtype_of(x);
+  check_dense(x, x, channels_last, "x");
+  check_dense(weight, x, channels_last, "weight");
+  check_dense(grad_u, x, channels_last, "grad_u");
+  const Geometry geometry{stride, padding, dilation, groups, padding_mode};
+  const ConvShape shape = shape_of(x, weight, geometry);
+  const int64_t outputs = shape.positions() * groups;
+  STD_TORCH_CHECK(
+      grad_u.numel() == shape.positions() * shape.o && grad_u.size(1) == shape.o,
+      "dcconv: grad_u does not fit the geometry"
+  );
+  check_map(t, outputs, dtype, "t");
+  if (sigma.has_value())
+    check_map(norm_map, outputs, dtype, "norm_map");
+  STD_TORCH_CHECK(
+      parameter_stride(sigma, 1, dtype, "sigma") == 0, "dcconv: sigma must be one value"
+  );
+  const Ints sizes(x.sizes().begin(), x.sizes().end());
+  Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
+  OnePassGradInputParams p{};
+  p.n = shape.n;
+  p.c = to_int(shape.c);
+  p.o = to_int(shape.o);
+  p.groups = to_int(groups);
+  p.window = window_of(shape);
+  p.channels_last = channels_last;
+  p.grad_u = grad_u.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.tap = sigma.has_value() ? Tap::with_mean : Tap::plain;
+  p.t = t.const_data_ptr();
+  p.norm = norm_map.const_data_ptr();
+  p.sigma = data(sigma);
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.tile = static_cast<int>(tile);
+  if (kernel == "implicit_gemm") {
+    implicit_gemm_grad_input(dtype, p, device.stream());
+  } else {
+    STD_TORCH_CHECK(kernel == "depthwise", "dcconv: unknown kernel ", kernel);
+    depthwise_grad_input(dtype, p, device.stream());
+  }
+  return grad_x;
+}
+
+Tensor depthwise_grad_weight_op(
+    Tensor grad_u,
+    Tensor x,
+    Ints kernel_size,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    int64_t rows,
+    bool weight_channels_last,
+    bool channels_last
+) {
+  const OnDevice device(x);
+  check_devices(x, {grad_u});
+  const Dtype dtype = dtype_of(x);
+  check_dense(x, x, channels_last, "x");
+  check_dense(grad_u, x, channels_last, "grad_u");
+  STD_TORCH_CHECK(
+      groups == x.size(1) && rows > 0, "dcconv: a depthwise call has one channel a group"
+  );
+  const Geometry geometry{stride, padding, dilation, groups, padding_mode};
+  const ConvShape shape =
+      geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), grad_u.size(1), kernel_size);
+  STD_TORCH_CHECK(
+      grad_u.numel() == shape.positions() * shape.o, "dcconv: grad_u does not fit the geometry"
+  );
+  Tensor grad_weight =
+      empty(x, {shape.o, 1, kernel_size[0], kernel_size[1]}, x.scalar_type(), weight_channels_last);
+  Tensor parts = empty(x, {rows, kernel_size[0] * kernel_size[1], shape.o}, compute_type(dtype));
+  DepthwiseGradWeightParams p{};
+  p.n = shape.n;
+  p.c = to_int(shape.c);
+  p.o = to_int(shape.o);
+  p.window = window_of(shape);
+  p.channels_last = channels_last;
+  p.grad_u = grad_u.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.parts = parts.mutable_data_ptr();
+  p.rows = rows;
+  p.weight_channels_last = weight_channels_last;
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  depthwise_grad_weight(dtype, p, device.stream());
+  return grad_weight;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace dcconv
+
+#if defined(DCCONV_SIMT)
+STABLE_TORCH_LIBRARY_FRAGMENT(dcconv_simt, m) {
+  dcconv::define_one_pass(m);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcconv_simt, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(dcconv, CUDA, m) {
+#endif
+  m.impl("filter_norm", TORCH_BOX(&dcconv::cuda::filter_norm_op));
+  m.impl("conv2d_one_pass", TORCH_BOX(&dcconv::cuda::conv2d_one_pass));
+  m.impl("conv2d_one_pass_grad_input", TORCH_BOX(&dcconv::cuda::conv2d_one_pass_grad_input));
+  m.impl("depthwise_grad_weight", TORCH_BOX(&dcconv::cuda::depthwise_grad_weight_op));
+}
