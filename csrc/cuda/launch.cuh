@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
@@ -19,7 +21,7 @@ struct Grid {
   int64_t y = 1;
 };
 
-// Shared memory that every launch may have.
+// Shared memory that every launch may have; more is asked for, up to what the device has.
 constexpr std::size_t kSharedLimit = 48 << 10;
 
 constexpr int64_t kMaxGridX = 2147483647;
@@ -34,6 +36,62 @@ inline int multiprocessors() {
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     throw std::runtime_error("dcconv: the CUDA device does not report its multiprocessors");
   return count;
+#endif
+}
+
+// Shared memory of the largest block that the device runs.
+inline std::size_t largest_shared() {
+#if defined(DCCONV_SIMT)
+  return simt::kMaxSharedBytes;
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
+    throw std::runtime_error("dcconv: the CUDA device does not report its shared memory");
+  return static_cast<std::size_t>(bytes);
+#endif
+}
+
+// Lets the kernel be launched with so much shared memory on the current device; false where the
+// device has less.
+inline bool allow_shared(const void* kernel, std::size_t bytes) {
+  if (bytes <= kSharedLimit)
+    return true;
+  if (bytes > largest_shared())
+    return false;
+#if defined(DCCONV_SIMT)
+  (void)kernel;
+  simt::allow_shared(bytes);
+  return true;
+#else
+  struct Allowed {
+    const void* kernel;
+    int device;
+    std::size_t bytes;
+  };
+  static std::mutex mutex;
+  static std::vector<Allowed> all;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess)
+    throw std::runtime_error("dcconv: there is no current CUDA device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = std::find_if(all.begin(), all.end(), [&](const Allowed& allowed) {
+    return allowed.kernel == kernel && allowed.device == device;
+  });
+  if (known != all.end() && known->bytes >= bytes)
+    return true;
+  if (cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)
+      ) != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report it
+    return false;
+  }
+  if (known != all.end())
+    known->bytes = bytes;
+  else
+    all.push_back({kernel, device, bytes});
+  return true;
 #endif
 }
 
@@ -60,6 +118,8 @@ void launch(
   std::ostringstream problem;
   if (grid.x > kMaxGridX || grid.y > kMaxGridY) {
     problem << "too many blocks";
+  } else if (!allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes)) {
+    problem << "the device has " << largest_shared() << " bytes";
   } else {
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1);
 #if defined(DCCONV_SIMT)

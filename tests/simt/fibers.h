@@ -54,6 +54,11 @@ public:
     return piece.memory.get();
   }
 
+  // Where a piece that the thread has taken begins.
+  static void* piece(Thread& self, unsigned number, std::size_t /*offset*/) {
+    return of(self).pieces[number].memory.get();
+  }
+
 private:
   struct Fiber {
     Context context;
@@ -172,6 +177,7 @@ private:
     __sanitizer_finish_switch_fiber(nullptr, &engine.scheduler_stack, &engine.scheduler_bytes);
 #endif
     engine.launch->call(engine.launch->kernel);
+    check_copies_landed(thread);
     thread.exit();
     ++engine.exited;
     engine.suspend(thread);

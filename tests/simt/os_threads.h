@@ -166,6 +166,11 @@ public:
     return of(self).shared.get() + offset;
   }
 
+  // Where a piece that the thread has taken begins.
+  static void* piece(Thread& self, unsigned /*number*/, std::size_t offset) {
+    return of(self).shared.get() + offset;
+  }
+
 private:
   struct Gate {
     std::mutex mutex;
@@ -217,6 +222,7 @@ private:
       dawdle(self);
       current = &self;
       launch->call(launch->kernel);
+      check_copies_landed(self);
       current = nullptr;
       leave(self);
       std::unique_lock<std::mutex> lock(end.mutex);

@@ -10,8 +10,10 @@
 #include <string>
 #include <type_traits>
 
+#include "async_copy.h"
 #include "collectives.h"
 #include "state.h"
+#include "tensor_core.h"
 
 namespace simt {
 

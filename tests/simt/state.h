@@ -10,6 +10,7 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <vector>
 
 struct dim3 {
   unsigned x, y, z;
@@ -81,6 +82,17 @@ private:
 struct Warp;
 struct Block;
 
+// An asynchronous copy that has not landed.
+struct Copy {
+  void* shared;
+  const void* global;
+  unsigned bytes;
+  bool valid;  // zeros otherwise
+  std::uint64_t group;
+  bool is_read = false;
+  unsigned char data[16] = {};
+};
+
 struct Thread {
   dim3 index{0, 0, 0};
   unsigned lane = 0;
@@ -90,15 +102,20 @@ struct Thread {
   unsigned pieces = 0;
   std::size_t taken = 0;
   unsigned parity = 0;
+  Random random{0};
+  std::vector<Copy> copies;      // in the order of their groups
+  std::uint64_t copy_group = 0;  // that the next copy belongs to
   // What the thread waits at, null while it runs. Another thread may be describing this one.
   std::atomic<const char*> waits_at{nullptr};
   std::atomic<int> width{0};
   std::atomic<bool> exited{false};
 
-  void restart() {
+  void restart(std::uint64_t seed) {
     pieces = 0;
     taken = 0;
     parity = 0;
+    random.state = seed;
+    copy_group = 0;
     run();
     exited.store(false, std::memory_order_relaxed);
   }
@@ -146,8 +163,9 @@ struct Block {
 
   void restart(dim3 at) {
     index = at;
+    Random seeds{launch->seed ^ (std::uint64_t{at.z} << 48 ^ std::uint64_t{at.y} << 32 ^ at.x)};
     for (unsigned i = 0; i < count(); ++i)
-      threads[i].restart();
+      threads[i].restart(seeds.next());
     for (std::atomic<std::size_t>& size : sizes)
       size.store(SIZE_MAX, std::memory_order_relaxed);
   }
@@ -211,6 +229,14 @@ inline std::string doing(const Block& block) {
 
 [[noreturn]] inline void fail(const Thread& thread, const std::string& what) {
   fail(*thread.block, "thread " + std::to_string(thread.index.x) + ": " + what);
+}
+
+inline void check_copies_landed(const Thread& thread) {
+  if (!thread.copies.empty())
+    fail(
+        thread,
+        "exits while " + std::to_string(thread.copies.size()) + " of its copies are under way"
+    );
 }
 
 [[noreturn]] inline void fail_divergent(const Warp& warp) {

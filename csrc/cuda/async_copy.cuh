@@ -1,0 +1,63 @@
+// Copies from global to shared memory that run beside the threads that issue them (cp.async).
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace dcconv {
+namespace cuda {
+
+#if !defined(DCCONV_SIMT)
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+#endif
+
+// Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes; zeros instead, and global
+// memory is not read, where !valid. 16 bytes go past the L1 cache. What shared memory holds is
+// undefined from here until the thread's wait_async, and unseen by other threads until a barrier
+// after it.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+#if defined(DCCONV_SIMT)
+  simt::copy_async(shared, global, Bytes, valid);
+#else
+  const uint32_t to = shared_address(shared);
+  const std::size_t from = __cvta_generic_to_global(global);
+  const int bytes = valid ? Bytes : 0;
+  if constexpr (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(to), "l"(from), "n"(Bytes), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Makes a group of the copies that the thread has issued since the last one.
+__device__ __forceinline__ void commit_async() {
+#if defined(DCCONV_SIMT)
+  simt::commit_async();
+#else
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// Waits for the thread's own groups, but for the last Pending of them; groups may be empty. Every
+// copy has to be waited for before its thread exits.
+template <int Pending>
+__device__ __forceinline__ void wait_async() {
+  static_assert(Pending >= 0, "a number of groups");
+#if defined(DCCONV_SIMT)
+  simt::wait_async(Pending);
+#else
+  asm volatile("cp.async.wait_group %0;" : : "n"(Pending) : "memory");
+#endif
+}
+
+}  // namespace cuda
+}  // namespace dcconv
