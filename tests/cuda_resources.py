@@ -9,7 +9,8 @@ Read from the library itself with cuobjdump, so that no compiler output has to b
 has a stack frame: bytes, arrays that are indexed at run time and spilled registers together.
 ``load`` and ``store`` are the bits of the widest access to global memory, of the first
 architecture. Kernels on ``double`` may use the stack, because CUDA's own trigonometry does;
-others must not.
+others must not. Kernels named ``implicit_gemm`` must use tensor cores, asynchronous copies and
+ldmatrix, and must keep everything else in registers.
 
 Registers differ between releases of nvcc, and so the table names its release.
 """
@@ -40,6 +41,13 @@ SYSTEM_SHARED = 1024
 #: Bytes of the types that kernels are instantiated for.
 SIZES = {"bfloat16": 2, "float16": 2, "float": 4, "double": 8}
 
+#: What the names of tensor-core kernels contain.
+TENSOR_CORE = "implicit_gemm"
+
+#: Machine instructions that such kernels must have, with what they come from, and must not have.
+REQUIRED = {"HMMA": "mma.sync", "LDGSTS": "cp.async", "LDSM": "ldmatrix"}
+FORBIDDEN = frozenset({"LDL", "STL"})
+
 
 class Usage(NamedTuple):
     """What one kernel uses on one architecture: registers a thread, bytes of the rest."""
@@ -69,6 +77,7 @@ class Resources(NamedTuple):
         archs: the targets whose machine code it has, in order.
         usage: by kernel and architecture.
         widths: by kernel, on ``archs[0]``.
+        instructions: those of ``REQUIRED`` and ``FORBIDDEN`` by kernel, on ``archs[0]``.
     """
 
     release: str
@@ -76,6 +85,7 @@ class Resources(NamedTuple):
     archs: list[str]
     usage: dict[str, dict[str, Usage]]
     widths: dict[str, Widths]
+    instructions: dict[str, frozenset[str]]
 
 
 class MissingToolError(RuntimeError):
@@ -222,8 +232,9 @@ def parse_widths(sass: str) -> dict[str, Widths]:
         if start := re.match(r"\s*Function : (\S+)", line):
             symbol = start[1]
             found[symbol] = Widths(0, 0)
-        # LDG and STG know that an address is global, LD and ST find out at run time.
-        elif access := re.search(r"\s(LDG|STG|LD|ST)\.([A-Z0-9_.]+)\s", line):
+        # LDG and STG know that an address is global, LD and ST find out at run time; LDGSTS goes
+        # from global to shared memory.
+        elif access := re.search(r"\s(LDG|LDGSTS|STG|LD|ST)\.([A-Z0-9_.]+)\s", line):
             bits = [int(part) for part in access[2].split(".") if part in ("64", "128", "256")]
             bits = bits or [8 if re.search(r"\.[US]8\b", line) else 16] * (
                 re.search(r"\.[US](8|16)\b", line) is not None
@@ -234,6 +245,49 @@ def parse_widths(sass: str) -> dict[str, Widths]:
             else:
                 found[symbol] = old._replace(store=max(old.store, width))
     return found
+
+
+def parse_instructions(sass: str) -> dict[str, frozenset[str]]:
+    """Return which of ``REQUIRED`` and ``FORBIDDEN`` every symbol in the output of -sass has."""
+    found: dict[str, frozenset[str]] = {}
+    symbol = ""
+    for line in sass.splitlines():
+        if start := re.match(r"\s*Function : (\S+)", line):
+            symbol = start[1]
+            found[symbol] = frozenset()
+        # An address, perhaps a predicate, the instruction with its modifiers.
+        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)\b", line):
+            found[symbol] |= {code[1]} & (REQUIRED.keys() | FORBIDDEN)
+    return found
+
+
+def worse(one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
+    """Return what two kernels of one name both have, and what either must not have."""
+    return (one & other) | ((one | other) & FORBIDDEN)
+
+
+def broken_tensor_core_rules(kernel: str, instructions: frozenset[str]) -> list[str]:
+    """Return one sentence per instruction that a kernel of this name must have, or must not.
+
+    Example:
+        >>> broken_tensor_core_rules("implicit_gemm<float16>", frozenset({"HMMA", "LDGSTS"}))
+        ['implicit_gemm<float16> must use ldmatrix, got no LDSM']
+        >>> broken_tensor_core_rules("filter_norm<float16>", frozenset())
+        []
+    """
+    if TENSOR_CORE not in kernel:
+        return []
+    return [
+        *(
+            f"{kernel} must use {source}, got no {instruction}"
+            for instruction, source in REQUIRED.items()
+            if instruction not in instructions
+        ),
+        *(
+            f"{kernel} must not use local memory, got {instruction}"
+            for instruction in sorted(FORBIDDEN & instructions)
+        ),
+    ]
 
 
 def _release(library: Path) -> str:
@@ -274,11 +328,19 @@ def read(library: Path) -> Resources:
         # The same template in two files, or two kernels with one short name: keep the worse.
         kernel[arch] = Usage(*map(max, used, kernel.get(arch, used)))
     widths: dict[str, Widths] = {}
-    for symbol, found in parse_widths(_dump(library, "-sass", "-arch", archs[0])).items():
+    sass = _dump(library, "-sass", "-arch", archs[0])
+    for symbol, found in parse_widths(sass).items():
         if symbol in names:
             widths[names[symbol]] = Widths(*map(max, found, widths.get(names[symbol], found)))
+    instructions: dict[str, frozenset[str]] = {}
+    for symbol, some in parse_instructions(sass).items():
+        if symbol in names:
+            name = names[symbol]
+            instructions[name] = worse(some, instructions.get(name, some))
     ptx = re.findall(r"PTX file +\d+: \S*?\.(sm_\w+)\.ptx", _dump(library, "-lptx"))
-    return Resources(_release(library), sorted(set(ptx), key=_order), archs, usage, widths)
+    return Resources(
+        _release(library), sorted(set(ptx), key=_order), archs, usage, widths, instructions
+    )
 
 
 def table(found: Resources) -> str:
@@ -306,7 +368,7 @@ def columns(text: str, wanted: Sequence[str]) -> str:
 
 
 def broken_rules(found: Resources) -> list[str]:
-    """Return one sentence per stack frame, and per kernel without the wide accesses it names."""
+    """Return one sentence per stack frame, and per kernel without what its name promises."""
     wrong = []
     for kernel, by_arch in sorted(found.usage.items()):
         if not may_use_stack(kernel):
@@ -319,6 +381,7 @@ def broken_rules(found: Resources) -> list[str]:
         widest = max(found.widths.get(kernel, Widths(0, 0)))
         if promised == 128 and widest < promised:
             wrong.append(f"{kernel} must access memory {promised} bits at a time, got {widest}")
+        wrong += broken_tensor_core_rules(kernel, found.instructions.get(kernel, frozenset()))
     return wrong
 
 

@@ -21,13 +21,33 @@ cuda_home = setup.find_cuda_home(os.environ, setup.usual_cuda_homes())
 needs_tools = pytest.mark.skipif(missing_tools is not None, reason=str(missing_tools))
 needs_nvcc = pytest.mark.skipif(cuda_home is None, reason="no CUDA toolkit was found")
 
-# A kernel without faults; one whose 64 live values cannot be in 32 registers; an array indexed at
-# run time; CUDA's own sine of a double; 16-byte accesses promised and not made.
+# Tensor cores with all that belongs to them; the same without ldmatrix and with an array indexed at
+# run time. A kernel without faults; one whose 64 live values cannot be in 32 registers; an array
+# indexed at run time; CUDA's own sine of a double; 16-byte accesses promised and not made.
 SOURCE = """
 #include <cuda_bf16.h>
 
+#include "cuda/tensor_core.cuh"
+
 namespace dcconv {
 namespace {
+
+template <class T, bool all>
+__global__ void implicit_gemm_kernel(const uint4* x, float* y, int n) {
+  __shared__ uint4 rows[32];
+  cuda::copy_async<16>(rows + threadIdx.x, x + threadIdx.x, n > 3);
+  cuda::commit_async();
+  cuda::wait_async<0>();
+  __syncwarp();
+  uint32_t a[4] = {1, 2, 3, rows[n].x}, b[2] = {4, 5};
+  if (all) cuda::load_matrix_x4(a, rows + threadIdx.x);
+  float d[4] = {};
+  cuda::mma(d, a, b, T{});
+  float v[16];
+  for (int i = 0; i < 16; ++i) v[i] = d[i % 4] + y[i];
+  if (!all) v[n] = 1.0f;
+  for (int i = 0; i < 16; ++i) y[threadIdx.x * 16 + i] = v[all ? i : (i + n) % 16];
+}
 
 template <class T, int V, bool both>
 __global__ void copy_kernel(const T* x, T* y) {
@@ -71,6 +91,8 @@ __global__ void sine_kernel(const double* x, double* y) { y[threadIdx.x] = sin(x
 }  // namespace dcconv
 
 extern "C" const void* every_kernel[] = {
+    (const void*)dcconv::implicit_gemm_kernel<dcconv::BFloat16, true>,
+    (const void*)dcconv::implicit_gemm_kernel<dcconv::Half, false>,
     (const void*)dcconv::copy_kernel<__nv_bfloat16, 8, true>,
     (const void*)dcconv::copy_kernel<float, 4, false>,
     (const void*)dcconv::spill_kernel,
@@ -86,7 +108,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "kernels.cu").write_text(SOURCE)
     codes = ("80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90")
-    command = [str(cuda_home / "bin/nvcc"), "-shared", "-Xcompiler=-fPIC", "-o", "kernels.so"]
+    command = [str(cuda_home / "bin/nvcc"), "-shared", "-std=c++17", "-Xcompiler=-fPIC"]
+    command += [f"-I{gate.ROOT / 'csrc'}", "-o", "kernels.so"]
     command += [f"-gencode=arch=compute_{code}" for code in codes]
     subprocess.run([*command, "kernels.cu"], cwd=folder, check=True, capture_output=True)
     return folder / "kernels.so"
@@ -131,6 +154,75 @@ def test_access_widths_come_from_the_machine_code(found: gate.Resources) -> None
 
 @needs_tools
 @needs_nvcc
+def test_tensor_core_kernels_are_held_to_their_instructions(found: gate.Resources) -> None:
+    assert found.instructions["implicit_gemm<bfloat16, true>"] == gate.REQUIRED.keys()
+    assert found.widths["implicit_gemm<bfloat16, true>"].load == 128
+    problems = [p for p in gate.broken_rules(found) if p.startswith("implicit_gemm<")]
+    name = "implicit_gemm<float16, false>"
+    assert {p for p in problems if "stack" not in p} == {
+        f"{name} must use ldmatrix, got no LDSM",
+        f"{name} must not use local memory, got LDL",
+        f"{name} must not use local memory, got STL",
+    }
+
+
+SASS = """
+	code for sm_80
+		Function : gemm
+	.headerflags	@"EF_CUDA_SM80"
+        /*0000*/  IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;  /* 0x00000a00ff017624 */
+  /* 0x000fe400078e00ff */
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R13], [R10.64], P0 ;  /* 0x000000000a0d7fae */
+        /*0020*/  LDGDEPBAR ;  /* 0x00000000000079af */
+        /*0030*/  LDSM.16.MT88.4 R12, [R5+0x8000] ;  /* 0x000000000505783b */
+        /*0040*/  HMMA.16816.F32.BF16 R4, R8, R12, R4 ;  /* 0x0000000c0804723c */
+        /*0050*/  STG.E desc[UR4][R2.64], R4 ;  /* 0x0000000402007986 */
+		Function : other
+        /*0000*/  EXIT ;  /* 0x000000000000794d */
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "problem"),
+    [
+        ("HMMA.16816.F32.BF16", "FFMA", "must use mma.sync, got no HMMA"),
+        ("LDGSTS.E.BYPASS.128", "LDG.E.128", "must use cp.async, got no LDGSTS"),
+        ("LDSM.16.MT88.4", "LDS.128", "must use ldmatrix, got no LDSM"),
+        ("LDGDEPBAR", "STL.64 [R1], R2", "must not use local memory, got STL"),
+        ("LDGDEPBAR", "@P1 LDL R2, [R1]", "must not use local memory, got LDL"),
+    ],
+)
+def test_each_instruction_of_a_tensor_core_kernel_counts(
+    line: str, change: str, problem: str
+) -> None:
+    def problems(sass: str) -> list[str]:
+        found = gate.parse_instructions(sass)
+        assert found["other"] == frozenset()
+        name = "implicit_gemm<float16, 8>"
+        usage = {name: {"sm_80": gate.Usage(90, 0, 0)}}
+        widths = {name: gate.Widths(128, 128)}
+        resources = GOOD._replace(usage=usage, widths=widths, instructions={name: found["gemm"]})
+        return gate.broken_rules(resources)
+
+    assert problems(SASS) == []
+    assert SASS.count(line) == 1
+    assert problems(SASS.replace(line, change)) == [f"implicit_gemm<float16, 8> {problem}"]
+
+
+def test_kernels_of_one_name_are_judged_by_the_worse() -> None:
+    good = frozenset(gate.REQUIRED)
+    assert gate.worse(good, good) == good
+    assert gate.worse(good, good - {"LDSM"} | {"STL"}) == good - {"LDSM"} | {"STL"}
+
+
+def test_tensor_core_kernel_without_machine_code_breaks_the_rule() -> None:
+    usage = {"implicit_gemm<float16>": {"sm_80": gate.Usage(90, 0, 0)}}
+    found = GOOD._replace(usage=usage, instructions={})
+    assert len(gate.broken_rules(found)) == len(gate.REQUIRED)
+
+
+@needs_tools
+@needs_nvcc
 def test_release_is_that_of_the_compiler(found: gate.Resources) -> None:
     release = re.search(r"V([\d.]+)", setup.ask_nvcc(cuda_home, "--version"))
     assert release is not None and found.release == release[1]
@@ -167,7 +259,7 @@ USAGE = {
     "norm<double, 2>": {"sm_80": gate.Usage(64, 0, 40), "sm_90a": gate.Usage(60, 0, 40)},
 }
 WIDTHS = {"norm<bfloat16, 8>": gate.Widths(128, 32), "norm<double, 2>": gate.Widths(128, 64)}
-GOOD = gate.Resources("13.0.88", ["sm_120"], ["sm_80", "sm_90a"], USAGE, WIDTHS)
+GOOD = gate.Resources("13.0.88", ["sm_120"], ["sm_80", "sm_90a"], USAGE, WIDTHS, {})
 
 
 def test_table_of_good_kernels() -> None:
