@@ -18,6 +18,7 @@ constexpr int kThreads = 128;
 enum class Fault {
   kNone,
   kNoBarrier,     // between the threads that copy and those that read
+  kEarlyCopy,     // before that barrier, over what others still read
   kWeakWait,      // for one group too few
   kWrongStage,    // reads the stage after the one that landed
   kWrongSwizzle,  // reads where nobody swizzled
@@ -88,10 +89,12 @@ __global__ void __launch_bounds__(kThreads) pipelined_gemm_kernel(Params p) {
   for (int tile = 0; tile < tiles; ++tile) {
     wait_async<kStages - 2 + (kFault == Fault::kWeakWait)>();
     // Every thread's copies of this tile are there, and nobody reads the tile before it any more.
-    if (kFault != Fault::kNoBarrier)
+    if (kFault != Fault::kNoBarrier && kFault != Fault::kEarlyCopy)
       __syncthreads();
     if (tile + kStages - 1 < tiles)
       copy_tile(tile + kStages - 1);
+    if (kFault == Fault::kEarlyCopy)
+      __syncthreads();
     commit_async();
     const int stage = (tile + (kFault == Fault::kWrongStage)) % kStages;
     const T* a = a_stages + stage * kTile * kDepth;

@@ -182,7 +182,7 @@ void changed_source() {
 
 // A buffer that a copy goes to while another thread still reads it.
 void overwritten() {
-  const std::vector<float> x(64, 1);
+  const std::vector<float> x(64, 2);
   std::vector<float> y = poisoned<float>(64);
   run(
       [&] {
@@ -395,6 +395,7 @@ const std::map<std::string, std::function<void()>> commands = {
     {"load_matrix", load_matrix},
     {"tensor_core", tensor_core},
     {"no_barrier", faulty<Fault::kNoBarrier>},
+    {"early_copy", faulty<Fault::kEarlyCopy>},
     {"weak_wait", faulty<Fault::kWeakWait>},
     {"wrong_stage", faulty<Fault::kWrongStage>},
     {"wrong_swizzle", faulty<Fault::kWrongSwizzle>},
