@@ -85,15 +85,16 @@ __device__ __forceinline__ void filter_magnitudes(
   });
 }
 
-// One vector: position operands inverse_b and b_or_h, filter operands of filters first + j step.
-template <class G, class T, class A, int V>
+// One vector of u, stored or in compute dtype: position operands inverse_b and b_or_h, filter
+// operands of filters first + j step.
+template <class G, class T, class U, class A, int V>
 __device__ __forceinline__ Vector<T, V> epilogue_vector(
     const EpilogueArgs& args,
     const Constants<A>& constants,
     const FilterValues<A, V>& filters,
     int64_t first,
     int step,
-    const Vector<T, V>& u,
+    const Vector<U, V>& u,
     const A (&inverse_b)[V],
     const A (&b_or_h)[V]
 ) {
@@ -130,9 +131,10 @@ __device__ __forceinline__ Vector<T, V> epilogue_vector(
   return y;
 }
 
-// b of one position and group, written out where it is new.
+// b of one position and group, written out where it is new and `writes`.
 template <class A>
-__device__ __forceinline__ A norm_of(const EpilogueArgs& args, int64_t position, int group) {
+__device__ __forceinline__ A
+norm_of(const EpilogueArgs& args, int64_t position, int group, bool writes = true) {
   const EpilogueParams& p = args.p;
   const A* map = static_cast<const A*>(p.map);
   const int64_t outputs = int64_t(p.window.rows.output) * p.window.columns.output;
@@ -147,7 +149,7 @@ __device__ __forceinline__ A norm_of(const EpilogueArgs& args, int64_t position,
     return map[offset];
   const MapPlane input = map_plane(at.image, group, inputs, p.groups, p.channels_last);
   const A b = sqrt_of(window_sum(p.window, map, input, at.y, at.x) + A(p.eps));
-  if (p.norm != nullptr)
+  if (p.norm != nullptr && writes)
     static_cast<A*>(p.norm)[offset] = b;
   return b;
 }
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) epilogue_channels_last_kernel(Epi
         }
         store_vector(
             y + offset + int64_t(row) * p.o,
-            epilogue_vector<G>(
+            epilogue_vector<G, T>(
                 args, constants, filters, channel, 1, current, row_inverse, row_value
             )
         );
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 2) epilogue_contiguous_kernel(Epilog
         filters.load(p.filters, filter, 0);
         store_vector(
             y + c * outputs,
-            epilogue_vector<G>(args, constants, filters, filter, 0, current, own_inverse, own_value)
+            epilogue_vector<G, T>(args, constants, filters, filter, 0, current, own_inverse, own_value)
         );
         current = next;
         next = after;

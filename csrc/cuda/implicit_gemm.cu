@@ -1,18 +1,80 @@
-// The implicit GEMM by dtype.
+// The implicit GEMM by dtype and tile, and what it does not take.
 
+#include <sstream>
 #include <stdexcept>
 
-#include "cuda/kernels.h"
+#include "cuda/implicit_gemm/tile.cuh"
+#include "cuda/typed.h"
 
 namespace dcconv {
 namespace cuda {
+namespace {
 
-void implicit_gemm(Dtype, const OnePassParams&, Stream) {
-  throw std::runtime_error("dcconv: kernel implicit_gemm is not there");
+void check(bool holds, const char* rule) {
+  if (holds)
+    return;
+  std::ostringstream text;
+  text << "dcconv: kernel implicit_gemm needs " << rule;
+  throw std::runtime_error(text.str());
 }
 
-void implicit_gemm_grad_input(Dtype, const OnePassGradInputParams&, Stream) {
-  throw std::runtime_error("dcconv: kernel implicit_gemm_grad_input is not there");
+// What forward and gradient have in common.
+template <class Params>
+void check_problem(Dtype dtype, const Params& p) {
+  check(dtype == Dtype::bf16 || dtype == Dtype::f16, "bfloat16 or float16");
+  check(p.channels_last, "channels_last tensors");
+  check(
+      p.c / p.groups % 8 == 0 && p.o / p.groups % 8 == 0,
+      "multiples of 8 input channels and filters in each group"
+  );
+  for (const WindowAxis& axis : {p.window.rows, p.window.columns}) {
+    check(axis.mode == PaddingMode::zeros, "zero padding");
+    check(int64_t(axis.kernel) * axis.dilation < 1 << 30, "a window below 2^30 pixels");
+  }
+  check(p.tile >= -1 && p.tile < kGemmTiles, "a tile that exists");
+}
+
+int chosen(int tile, int64_t rows, int columns, int groups) {
+  return tile >= 0 ? tile : gemm_tile(rows, columns, groups, 2 * multiprocessors());
+}
+
+}  // namespace
+
+void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
+  check_problem(dtype, p);
+  const WindowAxis& rows = p.window.rows;
+  const WindowAxis& columns = p.window.columns;
+  const bool padded = rows.before > 0 || rows.after > 0 || columns.before > 0 || columns.after > 0;
+  check(
+      p.map != nullptr || (rows.kernel == 1 && columns.kernel == 1 && !padded),
+      "a map of norms or sums of squares unless the window is 1x1 without padding"
+  );
+  check(
+      aligned16(p.x) && aligned16(p.weight) && aligned16(p.y) && aligned16(p.dot),
+      "tensors aligned to 16 bytes"
+  );
+  const int tile =
+      chosen(p.tile, p.n * rows.output * columns.output, p.o / p.groups, p.groups);
+  if (dtype == Dtype::bf16)
+    implicit_gemm_typed<BFloat16>(p, tile, stream);
+  else
+    implicit_gemm_typed<Half>(p, tile, stream);
+}
+
+void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream) {
+  check_problem(dtype, p);
+  const WindowAxis& rows = p.window.rows;
+  const WindowAxis& columns = p.window.columns;
+  check(rows.stride == 1 && columns.stride == 1, "stride 1 for the gradient of x");
+  check(
+      aligned16(p.x) && aligned16(p.weight) && aligned16(p.grad_u) && aligned16(p.grad_x),
+      "tensors aligned to 16 bytes"
+  );
+  const int tile = chosen(p.tile, p.n * rows.input * columns.input, p.c / p.groups, p.groups);
+  if (dtype == Dtype::bf16)
+    implicit_gemm_grad_input_typed<BFloat16>(p, tile, stream);
+  else
+    implicit_gemm_grad_input_typed<Half>(p, tile, stream);
 }
 
 }  // namespace cuda

@@ -20,6 +20,10 @@ template <class T>
 void filter_grad_typed(const FilterGradParams& p, Stream stream);
 template <class T>
 void grad_input_typed(const GradInputParams& p, Stream stream);
+template <class T>
+void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream);
+template <class T>
+void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, Stream stream);
 
 // A: compute dtype
 template <class A>

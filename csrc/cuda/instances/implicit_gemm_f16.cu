@@ -1,0 +1,9 @@
+#include "cuda/implicit_gemm/forward.cuh"
+#include "cuda/implicit_gemm/gradient.cuh"
+
+template void dcconv::cuda::implicit_gemm_typed<dcconv::Half>(
+    const dcconv::cuda::OnePassParams&, int, dcconv::cuda::Stream
+);
+template void dcconv::cuda::implicit_gemm_grad_input_typed<dcconv::Half>(
+    const dcconv::cuda::OnePassGradInputParams&, int, dcconv::cuda::Stream
+);
