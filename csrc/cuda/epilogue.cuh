@@ -289,7 +289,9 @@ __global__ void __launch_bounds__(kThreads, 2) epilogue_contiguous_kernel(Epilog
         filters.load(p.filters, filter, 0);
         store_vector(
             y + c * outputs,
-            epilogue_vector<G, T>(args, constants, filters, filter, 0, current, own_inverse, own_value)
+            epilogue_vector<G, T>(
+                args, constants, filters, filter, 0, current, own_inverse, own_value
+            )
         );
         current = next;
         next = after;

@@ -3,7 +3,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cuda/implicit_gemm/tile.cuh"
+#include "cuda/implicit_gemm/problem.cuh"
 #include "cuda/typed.h"
 
 namespace dcconv {
@@ -20,7 +20,7 @@ void check(bool holds, const char* rule) {
 
 // What forward and gradient have in common.
 template <class Params>
-void check_problem(Dtype dtype, const Params& p) {
+void check_call(Dtype dtype, const Params& p) {
   check(dtype == Dtype::bf16 || dtype == Dtype::f16, "bfloat16 or float16");
   check(p.channels_last, "channels_last tensors");
   check(
@@ -34,14 +34,16 @@ void check_problem(Dtype dtype, const Params& p) {
   check(p.tile >= -1 && p.tile < kGemmTiles, "a tile that exists");
 }
 
-int chosen(int tile, int64_t rows, int columns, int groups) {
-  return tile >= 0 ? tile : gemm_tile(rows, columns, groups, 2 * multiprocessors());
+// The number of the tile.
+int prepared(const GemmProblem& p, int64_t outputs, int tile) {
+  check(p.rows == 0 || offsets_fit(p, outputs), "an image and a weight of less than 2^31 pieces");
+  return tile >= 0 ? tile : gemm_tile(p.rows, p.columns, p.groups, 2 * multiprocessors());
 }
 
 }  // namespace
 
 void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
-  check_problem(dtype, p);
+  check_call(dtype, p);
   const WindowAxis& rows = p.window.rows;
   const WindowAxis& columns = p.window.columns;
   const bool padded = rows.before > 0 || rows.after > 0 || columns.before > 0 || columns.after > 0;
@@ -53,8 +55,8 @@ void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
       aligned16(p.x) && aligned16(p.weight) && aligned16(p.y) && aligned16(p.dot),
       "tensors aligned to 16 bytes"
   );
-  const int tile =
-      chosen(p.tile, p.n * rows.output * columns.output, p.o / p.groups, p.groups);
+  const int64_t outputs = int64_t(rows.output) * columns.output;
+  const int tile = prepared(forward_problem(p), outputs, p.tile);
   if (dtype == Dtype::bf16)
     implicit_gemm_typed<BFloat16>(p, tile, stream);
   else
@@ -62,7 +64,7 @@ void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
 }
 
 void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream) {
-  check_problem(dtype, p);
+  check_call(dtype, p);
   const WindowAxis& rows = p.window.rows;
   const WindowAxis& columns = p.window.columns;
   check(rows.stride == 1 && columns.stride == 1, "stride 1 for the gradient of x");
@@ -70,7 +72,8 @@ void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stre
       aligned16(p.x) && aligned16(p.weight) && aligned16(p.grad_u) && aligned16(p.grad_x),
       "tensors aligned to 16 bytes"
   );
-  const int tile = chosen(p.tile, p.n * rows.input * columns.input, p.c / p.groups, p.groups);
+  const int64_t inputs = int64_t(rows.input) * columns.input;
+  const int tile = prepared(gradient_problem(p), inputs, p.tile);
   if (dtype == Dtype::bf16)
     implicit_gemm_grad_input_typed<BFloat16>(p, tile, stream);
   else

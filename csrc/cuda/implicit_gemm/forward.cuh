@@ -1,5 +1,6 @@
-// x and w -> u -> y = h(a, b) g(u / (a b)) + bias in one kernel. b comes from its map, from the sums
-// of squares per input pixel, or, for 1x1 windows, from the tiles of x that the main loop reads.
+// x and w -> u -> y = h(a, b) g(u / (a b)) + bias in one kernel. b comes from its map, from the
+// sums of squares per input pixel, or, for 1x1 windows, from the tiles of x that the main loop
+// reads.
 #pragma once
 
 #include "cuda/epilogue.cuh"
@@ -17,16 +18,14 @@ struct GemmForwardArgs {
 
 // What a row of the tile needs of its norm: 1 / b, and h or b.
 template <class Tile>
-__device__ __forceinline__ void store_row_operands(
-    const GemmForwardArgs& args, int row, float b, float* inverse_b, float* b_or_h
-) {
+__device__ __forceinline__ void
+store_row_operands(const GemmForwardArgs& args, int row, float b, float* inverse_b, float* b_or_h) {
   const EpilogueParams& p = args.epilogue.p;
   inverse_b[row] = 1.0f / b;
-  b_or_h[row] = args.epilogue.per_position
-                    ? position_magnitude(
-                          p.op, constants_of<float>(p.op), b, radius_of<float>(p.filters, 0)
-                      )
-                    : b;
+  b_or_h[row] =
+      args.epilogue.per_position
+          ? position_magnitude(p.op, constants_of<float>(p.op), b, radius_of<float>(p.filters, 0))
+          : b;
 }
 
 // y (and u) of the tile, 16 bytes at a time.
@@ -75,8 +74,8 @@ __device__ __forceinline__ void store_outputs(
 }
 
 template <class T, class Tile, bool Squares>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    implicit_gemm_kernel(GemmForwardArgs args) {
+__global__ void
+__launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwardArgs args) {
   const EpilogueParams& p = args.epilogue.p;
   SharedMemory shared;
   unsigned char* stages = shared.take<unsigned char>(Tile::kBytes);
@@ -90,8 +89,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if constexpr (!Squares) {
 #pragma unroll 1
       for (int row = thread; row < place.rows; row += Tile::kThreads) {
-        const float b =
-            norm_of<float>(args.epilogue, place.first_row + row, place.group, first);
+        const float b = norm_of<float>(args.epilogue, place.first_row + row, place.group, first);
         store_row_operands<Tile>(args, row, b, inverse_b, b_or_h);
       }
     }

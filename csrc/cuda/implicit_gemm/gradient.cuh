@@ -15,8 +15,9 @@ struct GemmGradientArgs {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    implicit_gemm_grad_input_kernel(GemmGradientArgs args) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_grad_input_kernel(
+    GemmGradientArgs args
+) {
   constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
   const GradInputParams& p = args.pass.p;
   SharedMemory shared;
@@ -28,9 +29,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   loop.run(args.problem, place, stages, [&] {
 #pragma unroll 1
     for (int row = thread; row < place.rows; row += Tile::kThreads)
-      scales[row] = transposed_norm<float>(
-          args.pass, args.pass.pixel_of(place.first_row + row), place.group
-      );
+      scales[row] =
+          transposed_norm<float>(args.pass, args.pass.pixel_of(place.first_row + row), place.group);
   });
   // The product takes the place of the stages.
   __syncthreads();
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int vector = thread % kVectors, column = place.first_column + vector * kPiece;
   if (column >= args.problem.columns)
     return;
-  const int64_t first = place.first_row * p.c + int64_t(place.group) * args.problem.columns + column;
+  const int64_t first =
+      place.first_row * p.c + int64_t(place.group) * args.problem.columns + column;
   const T* x = static_cast<const T*>(p.x) + first;
   T* grad_x = static_cast<T*>(p.grad_x) + first;
 #pragma unroll 2
@@ -87,10 +88,7 @@ void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, S
         implicit_gemm_grad_input_kernel<T, Tile>,
         Grid{args.grid.blocks},
         Tile::kThreads,
-        SharedBytes()
-            .take<unsigned char>(Tile::kBytes)
-            .template take<float>(Tile::kRows)
-            .total(),
+        SharedBytes().take<unsigned char>(Tile::kBytes).template take<float>(Tile::kRows).total(),
         stream,
         args
     );

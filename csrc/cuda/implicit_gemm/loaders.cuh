@@ -8,9 +8,6 @@
 namespace dcconv {
 namespace cuda {
 
-// Elements of a 16-byte piece: storage types have 16 bits here.
-constexpr int kPiece = 8;
-
 // A step of the depth: a tap and Depth channels from `channel` on.
 template <int Depth>
 struct GemmStep {
@@ -34,8 +31,10 @@ struct GemmStep {
 // Rows outside of the product begin so far from the image that no tap reaches it.
 constexpr int kNowhere = -(1 << 30);
 
-// Pixels as [rows, depth]: the same piece of every kStride-th row per thread.
-template <class T, class Tile>
+// Pixels as [rows, depth]: the same piece of every kStride-th row per thread. Offsets are in pieces
+// from the tile's first image on; offsets_fit bounds them. OneTap: a 1x1 window without
+// padding.
+template <class T, class Tile, bool OneTap>
 class PixelLoader {
 public:
   static constexpr int kPieces = Tile::kDepth / kPiece;
@@ -44,48 +43,55 @@ public:
   static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kRows, "one swizzle per thread");
 
   __device__ __forceinline__ PixelLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
-      : channel_(static_cast<int>(threadIdx.x) % kPieces * kPiece) {
-    const int row = static_cast<int>(threadIdx.x) / kPieces;
-    place_ = swizzled<kPieces>(row, channel_ / kPiece) * 16;
+      : piece_(static_cast<int>(threadIdx.x) % kPieces) {
+    const int first = static_cast<int>(threadIdx.x) / kPieces;
+    const int width = p.groups * p.depth / kPiece;  // of a pixel
+    place_ = swizzled<kPieces>(first, piece_) * 16;
+    const int64_t first_image = p.pixel_of(place.first_row).image;
+    image_ = static_cast<const T*>(p.pixels) +
+             first_image * p.vertical.size * p.horizontal.size * width * kPiece;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int own = row + i * kStride;
+      const int row = first + i * kStride;
       y_[i] = x_[i] = kNowhere;
-      offset_[i] = 0;
-      if (own < place.rows) {
-        const Pixel at = p.pixel_of(place.first_row + own);
+      offset_[i] = -1;
+      if (row < place.rows) {
+        const Pixel at = p.pixel_of(place.first_row + row);
+        const int image = static_cast<int>(at.image - first_image);
         y_[i] = at.y * p.vertical.stride + p.vertical.origin;
         x_[i] = at.x * p.horizontal.stride + p.horizontal.origin;
-        const int64_t pixel = (at.image * p.vertical.size + y_[i]) * p.horizontal.size + x_[i];
-        offset_[i] = (pixel * p.groups + place.group) * p.depth + channel_;
+        const int pixel = (image * p.vertical.size + y_[i]) * p.horizontal.size + x_[i];
+        offset_[i] = pixel * width + place.group * (p.depth / kPiece) + piece_;
       }
     }
   }
 
   __device__ __forceinline__ void
   load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
-    const T* pixels = static_cast<const T*>(p.pixels);
-    const bool in_depth = step.channel + channel_ < p.depth;
-    const int64_t offset =
-        (int64_t(step.y) * p.horizontal.size + step.x) * p.groups * p.depth + step.channel;
+    const bool in_depth = step.channel + piece_ * kPiece < p.depth;
+    const int width = p.groups * p.depth / kPiece;
+    const int offset = (step.y * p.horizontal.size + step.x) * width + step.channel / kPiece;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const bool valid =
-          in_depth &&
-          static_cast<unsigned>(y_[i] + step.y) < static_cast<unsigned>(p.vertical.size) &&
-          static_cast<unsigned>(x_[i] + step.x) < static_cast<unsigned>(p.horizontal.size);
+      bool valid = in_depth;
+      if constexpr (OneTap)
+        valid = valid && offset_[i] >= 0;
+      else
+        valid = valid &&
+                static_cast<unsigned>(y_[i] + step.y) < static_cast<unsigned>(p.vertical.size) &&
+                static_cast<unsigned>(x_[i] + step.x) < static_cast<unsigned>(p.horizontal.size);
       copy_async<16>(
           stage + place_ + i * (kStride * kPieces * 16),
-          valid ? pixels + (offset_[i] + offset) : pixels,
+          image_ + (valid ? int64_t(offset_[i] + offset) * kPiece : 0),
           valid
       );
     }
   }
 
 private:
-  int channel_, place_;
-  int y_[kCount], x_[kCount];
-  int64_t offset_[kCount];
+  const T* image_;
+  int piece_, place_;
+  int y_[kCount], x_[kCount], offset_[kCount];
 };
 
 // Forward: the weight as [columns, depth], each a filter's channels.
@@ -98,33 +104,32 @@ public:
   static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kColumns, "one swizzle per thread");
 
   __device__ __forceinline__ FilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
-      : channel_(static_cast<int>(threadIdx.x) % kPieces * kPiece),
+      : piece_(static_cast<int>(threadIdx.x) % kPieces),
         column_(place.first_column + static_cast<int>(threadIdx.x) / kPieces) {
-    const int row = static_cast<int>(threadIdx.x) / kPieces;
-    place_ = swizzled<kPieces>(row, channel_ / kPiece) * 16;
-    filter_ = int64_t(p.vertical.taps) * p.horizontal.taps * p.depth;
-    offset_ = (int64_t(place.group) * p.columns + column_) * filter_ + channel_;
+    place_ = swizzled<kPieces>(static_cast<int>(threadIdx.x) / kPieces, piece_) * 16;
+    filter_ = p.vertical.taps * p.horizontal.taps * (p.depth / kPiece);
+    offset_ = (place.group * p.columns + column_) * filter_ + piece_;
   }
 
   __device__ __forceinline__ void
   load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
     const T* weight = static_cast<const T*>(p.weight);
-    const bool in_depth = step.channel + channel_ < p.depth;
-    const int64_t offset = offset_ + int64_t(step.tap) * p.depth + step.channel;
+    const bool in_depth = step.channel + piece_ * kPiece < p.depth;
+    const int offset = offset_ + (step.tap * p.depth + step.channel) / kPiece;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool valid = in_depth && column_ + i * kStride < p.columns;
       copy_async<16>(
           stage + place_ + i * (kStride * kPieces * 16),
-          valid ? weight + (offset + i * kStride * filter_) : weight,
+          weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
           valid
       );
     }
   }
 
 private:
-  int channel_, column_, place_;
-  int64_t filter_, offset_;
+  int piece_, column_, place_;
+  int filter_, offset_;  // pieces of a filter; pieces before the thread's first
 };
 
 // Gradient: the weight as [depth, columns], each a filter's channels. The fragments are transposed
@@ -139,33 +144,33 @@ public:
 
   __device__ __forceinline__
   TransposedFilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
-      : filter_(static_cast<int>(threadIdx.x) / kPieces) {
-    const int column = static_cast<int>(threadIdx.x) % kPieces * kPiece;
-    place_ = swizzled<kPieces>(filter_, column / kPiece) * 16;
-    in_columns_ = place.first_column + column < p.columns;
-    size_ = int64_t(p.vertical.taps) * p.horizontal.taps * p.columns;
-    offset_ = (int64_t(place.group) * p.depth + filter_) * size_ + place.first_column + column;
+      : row_(static_cast<int>(threadIdx.x) / kPieces) {
+    const int piece = static_cast<int>(threadIdx.x) % kPieces;
+    place_ = swizzled<kPieces>(row_, piece) * 16;
+    in_columns_ = place.first_column + piece * kPiece < p.columns;
+    filter_ = p.vertical.taps * p.horizontal.taps * (p.columns / kPiece);
+    offset_ = (place.group * p.depth + row_) * filter_ + place.first_column / kPiece + piece;
   }
 
   __device__ __forceinline__ void
   load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
     const T* weight = static_cast<const T*>(p.weight);
-    const int64_t offset = offset_ + step.channel * size_ + int64_t(step.tap) * p.columns;
+    const int offset = offset_ + step.channel * filter_ + step.tap * (p.columns / kPiece);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const bool valid = in_columns_ && step.channel + filter_ + i * kStride < p.depth;
+      const bool valid = in_columns_ && step.channel + row_ + i * kStride < p.depth;
       copy_async<16>(
           stage + place_ + i * (kStride * kPieces * 16),
-          valid ? weight + (offset + i * kStride * size_) : weight,
+          weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
           valid
       );
     }
   }
 
 private:
-  int filter_, place_;
+  int row_, place_;
+  int filter_, offset_;  // pieces of a filter; pieces before the thread's first
   bool in_columns_;
-  int64_t size_, offset_;
 };
 
 }  // namespace cuda

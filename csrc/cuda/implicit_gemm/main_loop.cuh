@@ -2,6 +2,8 @@
 // float32 accumulators, which then change places with the stages in shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/implicit_gemm/loaders.cuh"
 #include "cuda/tensor_core.cuh"
 
@@ -17,11 +19,9 @@ public:
   template <class F>
   __device__ __forceinline__ void
   run(const GemmProblem& p, const GemmPlace<Tile>& place, unsigned char* stages, F&& f) {
-    using Weight = std::conditional_t<
-        Transposed,
-        TransposedFilterLoader<T, Tile>,
-        FilterLoader<T, Tile>>;
-    const PixelLoader<T, Tile> pixels(p, place);
+    using Weight =
+        std::conditional_t<Transposed, TransposedFilterLoader<T, Tile>, FilterLoader<T, Tile>>;
+    const PixelLoader<T, Tile, Squares> pixels(p, place);
     const Weight weight(p, place);
     const int taps = p.vertical.taps * p.horizontal.taps;
     const int steps = taps * ((p.depth + Tile::kDepth - 1) / Tile::kDepth);
@@ -82,8 +82,7 @@ public:
           const int place =
               product_swizzled<Tile::kColumns>(row + half * 8, column / 4) * 4 + column % 4;
           store_vector(
-              product + place,
-              Vector<float, 2>{{sums_[m][n][2 * half], sums_[m][n][2 * half + 1]}}
+              product + place, Vector<float, 2>{{sums_[m][n][2 * half], sums_[m][n][2 * half + 1]}}
           );
         }
       }
@@ -92,8 +91,7 @@ public:
 
 private:
   // Row fragments whose squares one of the warps side by side adds.
-  static constexpr int kOwned =
-      (Tile::kRowFragments + Tile::kWarpColumns - 1) / Tile::kWarpColumns;
+  static constexpr int kOwned = (Tile::kRowFragments + Tile::kWarpColumns - 1) / Tile::kWarpColumns;
 
   __device__ __forceinline__ static int warp_row() {
     return static_cast<int>(threadIdx.x) / kWarp / Tile::kWarpColumns;
@@ -120,16 +118,13 @@ private:
   }
 
   // Fragments of 16 channels from piece `depth` on.
-  __device__ __forceinline__ void load_pixels(
-      const unsigned char* pixels, int depth, uint32_t (&a)[Tile::kRowFragments][4]
-  ) const {
+  __device__ __forceinline__ void
+  load_pixels(const unsigned char* pixels, int depth, uint32_t (&a)[Tile::kRowFragments][4]) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int m = 0; m < Tile::kRowFragments; ++m) {
       const int row = (warp_row() * Tile::kRowFragments + m) * 16 + lane % 16;
-      load_matrix_x4(
-          a[m], pixels + swizzled<Tile::kDepth / kPiece>(row, depth + lane / 16) * 16
-      );
+      load_matrix_x4(a[m], pixels + swizzled<Tile::kDepth / kPiece>(row, depth + lane / 16) * 16);
     }
   }
 

@@ -66,10 +66,27 @@ inline GemmProblem gradient_problem(const OnePassGradInputParams& p) {
   };
 }
 
+// Whether 32 bits hold what kernels count in 16-byte pieces: offsets in the images that one tile
+// sees, from the first of them on and as far outside as a window reaches, and offsets in the
+// weight.
+inline bool offsets_fit(const GemmProblem& p, int64_t outputs) {
+  const int64_t limit = int64_t(1) << 31;
+  const auto reach = [](const GatherAxis& axis) {
+    const int64_t origin = axis.origin < 0 ? -int64_t(axis.origin) : axis.origin;
+    const int64_t step = axis.step < 0 ? -int64_t(axis.step) : axis.step;
+    return axis.size + 2 * (origin + step * axis.taps);
+  };
+  const int64_t images = 128 / outputs + 2, channels = int64_t(p.depth) * p.groups / kPiece;
+  const int64_t taps = int64_t(p.vertical.taps) * p.horizontal.taps;
+  return reach(p.vertical) < limit / images && reach(p.horizontal) < limit / channels &&
+         images * reach(p.vertical) < limit / (reach(p.horizontal) * channels) &&
+         taps < limit / p.columns && (channels + 128) * taps * (p.columns + 128) < limit;
+}
+
 // Neighbouring blocks are column tiles of the same rows: what they read of `pixels` stays in L2.
 struct GemmGrid {
   int64_t blocks;
-  Divider per_rows;    // blocks of a row tile, groups outside
+  Divider per_rows;  // blocks of a row tile, groups outside
   Divider per_group;
 };
 

@@ -8,6 +8,9 @@
 namespace dcconv {
 namespace cuda {
 
+// Elements of a 16-byte piece: storage types have 16 bits here.
+constexpr int kPiece = 8;
+
 // A block computes Rows x Columns elements of the product in steps of Depth; each of its WarpRows x
 // WarpColumns warps an equal part of them. Stages: steps whose operands are in shared memory or on
 // their way. Blocks: how many share a multiprocessor, at 128 registers a thread.
