@@ -131,10 +131,9 @@ __device__ __forceinline__ Vector<T, V> epilogue_vector(
   return y;
 }
 
-// b of one position and group, written out where it is new and `writes`.
+// b of one position and group, written out where it is new.
 template <class A>
-__device__ __forceinline__ A
-norm_of(const EpilogueArgs& args, int64_t position, int group, bool writes = true) {
+__device__ __forceinline__ A norm_of(const EpilogueArgs& args, int64_t position, int group) {
   const EpilogueParams& p = args.p;
   const A* map = static_cast<const A*>(p.map);
   const int64_t outputs = int64_t(p.window.rows.output) * p.window.columns.output;
@@ -149,7 +148,7 @@ norm_of(const EpilogueArgs& args, int64_t position, int group, bool writes = tru
     return map[offset];
   const MapPlane input = map_plane(at.image, group, inputs, p.groups, p.channels_last);
   const A b = sqrt_of(window_sum(p.window, map, input, at.y, at.x) + A(p.eps));
-  if (p.norm != nullptr && writes)
+  if (p.norm != nullptr)
     static_cast<A*>(p.norm)[offset] = b;
   return b;
 }

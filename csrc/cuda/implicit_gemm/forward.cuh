@@ -5,6 +5,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/implicit_gemm/main_loop.cuh"
+#include "cuda/implicit_gemm/row_sums.cuh"
 
 namespace dcconv {
 namespace cuda {
@@ -16,16 +17,38 @@ struct GemmForwardArgs {
   void* dot;  // T: u, or null
 };
 
-// What a row of the tile needs of its norm: 1 / b, and h or b.
+// What a row of the tile needs of b: 1 / b, and h or b. The first column tile writes the norms.
 template <class Tile>
-__device__ __forceinline__ void
-store_row_operands(const GemmForwardArgs& args, int row, float b, float* inverse_b, float* b_or_h) {
+__device__ __forceinline__ void store_row_operands(
+    const GemmForwardArgs& args,
+    const GemmPlace<Tile>& place,
+    int row,
+    float b,
+    float* inverse_b,
+    float* b_or_h
+) {
   const EpilogueParams& p = args.epilogue.p;
   inverse_b[row] = 1.0f / b;
   b_or_h[row] =
       args.epilogue.per_position
           ? position_magnitude(p.op, constants_of<float>(p.op), b, radius_of<float>(p.filters, 0))
           : b;
+  if (p.norm != nullptr && place.first_column == 0)
+    static_cast<float*>(p.norm)[(place.first_row + row) * p.groups + place.group] = b;
+}
+
+// b of a row whose map is given.
+template <class Tile>
+__device__ __forceinline__ float
+mapped_norm(const GemmForwardArgs& args, const GemmPlace<Tile>& place, int row) {
+  const EpilogueParams& p = args.epilogue.p;
+  const float* map = static_cast<const float*>(p.map);
+  const int64_t position = place.first_row + row;
+  if (p.map_is_norm)
+    return map[position * p.groups + place.group];
+  const float sum =
+      gathered_sum(args.problem, position, place.group, [&](int64_t i) { return map[i]; });
+  return sqrt_of(sum + float(p.eps));
 }
 
 // y (and u) of the tile, 16 bytes at a time.
@@ -83,15 +106,12 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
   float* b_or_h = shared.take<float>(Tile::kRows);
   const GemmPlace<Tile> place(args.problem, args.grid);
   const int thread = static_cast<int>(threadIdx.x);
-  const bool first = place.first_column == 0;
   MainLoop<T, Tile, false, Squares> loop;
   loop.run(args.problem, place, stages, [&] {
     if constexpr (!Squares) {
 #pragma unroll 1
-      for (int row = thread; row < place.rows; row += Tile::kThreads) {
-        const float b = norm_of<float>(args.epilogue, place.first_row + row, place.group, first);
-        store_row_operands<Tile>(args, row, b, inverse_b, b_or_h);
-      }
+      for (int row = thread; row < place.rows; row += Tile::kThreads)
+        store_row_operands(args, place, row, mapped_norm(args, place, row), inverse_b, b_or_h);
     }
   });
   if constexpr (Squares)
@@ -102,12 +122,10 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
   loop.store_product(product);
   if constexpr (Squares) {
 #pragma unroll 1
-    for (int row = thread; row < place.rows; row += Tile::kThreads) {
-      const float b = sqrt_of(inverse_b[row] + float(p.eps));
-      store_row_operands<Tile>(args, row, b, inverse_b, b_or_h);
-      if (p.norm != nullptr && first)
-        static_cast<float*>(p.norm)[(place.first_row + row) * p.groups + place.group] = b;
-    }
+    for (int row = thread; row < place.rows; row += Tile::kThreads)
+      store_row_operands(
+          args, place, row, sqrt_of(inverse_b[row] + float(p.eps)), inverse_b, b_or_h
+      );
   }
   __syncthreads();
   store_outputs<T>(args, place, product, inverse_b, b_or_h);

@@ -2,8 +2,8 @@
 // 1, where the transposed convolution is a convolution with the window turned around.
 #pragma once
 
-#include "cuda/grad_input.cuh"
 #include "cuda/implicit_gemm/main_loop.cuh"
+#include "cuda/implicit_gemm/row_sums.cuh"
 
 namespace dcconv {
 namespace cuda {
@@ -11,15 +11,28 @@ namespace cuda {
 struct GemmGradientArgs {
   GemmProblem problem;
   GemmGrid grid;
-  GradInputArgs pass;
+  OnePassGradInputParams p;
 };
+
+// What the windows that see a row's pixel say about their norms.
+template <class Tile>
+__device__ __forceinline__ float
+transposed_norm(const GemmGradientArgs& args, const GemmPlace<Tile>& place, int row) {
+  const float* t = static_cast<const float*>(args.p.t);
+  const float* b = static_cast<const float*>(args.p.norm);
+  const bool with_mean = args.p.tap == Tap::with_mean;
+  const float sigma = with_mean ? *static_cast<const float*>(args.p.sigma) : 0.0f;
+  return gathered_sum(args.problem, place.first_row + row, place.group, [&](int64_t i) {
+    return with_mean ? t[i] + sigma / b[i] : t[i];
+  });
+}
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_grad_input_kernel(
     GemmGradientArgs args
 ) {
   constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
-  const GradInputParams& p = args.pass.p;
+  const OnePassGradInputParams& p = args.p;
   SharedMemory shared;
   unsigned char* stages = shared.take<unsigned char>(Tile::kBytes);
   float* scales = shared.take<float>(Tile::kRows);
@@ -29,8 +42,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
   loop.run(args.problem, place, stages, [&] {
 #pragma unroll 1
     for (int row = thread; row < place.rows; row += Tile::kThreads)
-      scales[row] =
-          transposed_norm<float>(args.pass, args.pass.pixel_of(place.first_row + row), place.group);
+      scales[row] = transposed_norm(args, place, row);
   });
   // The product takes the place of the stages.
   __syncthreads();
@@ -44,9 +56,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
       place.first_row * p.c + int64_t(place.group) * args.problem.columns + column;
   const T* x = static_cast<const T*>(p.x) + first;
   T* grad_x = static_cast<T*>(p.grad_x) + first;
-#pragma unroll 2
-  for (int row = thread / kVectors; row < place.rows; row += kStride) {
-    const Vector<T, kPiece> input = load_vector<T, kPiece>(x + int64_t(row) * p.c);
+  const auto fetch = [&](int row) {
+    Vector<T, kPiece> v{};
+    if (row < place.rows)
+      v = load_vector<T, kPiece>(x + int64_t(row) * p.c);
+    return v;
+  };
+  const int first_row = thread / kVectors;
+  // Two vectors are on their way while a third is worked on.
+  Vector<T, kPiece> input = fetch(first_row), next = fetch(first_row + kStride);
+#pragma unroll 1
+  for (int row = first_row; row < place.rows; row += kStride) {
+    const Vector<T, kPiece> after = fetch(row + 2 * kStride);
     const Vector<float, kPiece> sum = product_at<Tile>(product, row, vector);
     const float t = scales[row];
     Vector<T, kPiece> result;
@@ -54,23 +75,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
     for (int j = 0; j < kPiece; ++j)
       result.at[j] = Store<T>::from(sum.at[j] + load(input.at[j]) * t);
     store_vector(grad_x + int64_t(row) * p.c, result);
+    input = next;
+    next = after;
   }
-}
-
-inline GradInputParams grad_input_params(const OnePassGradInputParams& p) {
-  GradInputParams g{};
-  g.n = p.n;
-  g.c = p.c;
-  g.groups = p.groups;
-  g.window = p.window;
-  g.channels_last = p.channels_last;
-  g.x = p.x;
-  g.tap = p.tap;
-  g.t = p.t;
-  g.norm = p.norm;
-  g.sigma = p.sigma;
-  g.grad_x = p.grad_x;
-  return g;
 }
 
 template <class T>
@@ -78,11 +85,7 @@ void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, S
   with_gemm_tile(tile, [&](auto type) {
     using Tile = decltype(type);
     const GemmProblem problem = gradient_problem(p);
-    const GemmGradientArgs args{
-        problem,
-        gemm_grid<Tile>(problem),
-        {grad_input_params(p), RowLanes{}, PlaneLanes{}, problem.pixel_of}
-    };
+    const GemmGradientArgs args{problem, gemm_grid<Tile>(problem), p};
     launch(
         "implicit_gemm_grad_input",
         implicit_gemm_grad_input_kernel<T, Tile>,
