@@ -46,6 +46,8 @@ void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
   check_call(dtype, p);
   const WindowAxis& rows = p.window.rows;
   const WindowAxis& columns = p.window.columns;
+  if (p.n == 0)
+    return;  // tensors without elements may be null
   const bool padded = rows.before > 0 || rows.after > 0 || columns.before > 0 || columns.after > 0;
   check(
       p.map != nullptr || (rows.kernel == 1 && columns.kernel == 1 && !padded),

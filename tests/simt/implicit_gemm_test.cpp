@@ -1,0 +1,246 @@
+// The implicit GEMM in bfloat16 next to plain loops in double.
+//
+//   implicit_gemm_test CASE TILE SEED    exit status 0: y, u, the norms and the gradient of x agree
+//   implicit_gemm_test rule ROWS COLUMNS GROUPS PLACES    prints the tile that the rule chooses
+//
+// Reads and writes nothing but arrays of their exact size; outputs are NaN before they are written.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/implicit_gemm/forward.cuh"
+#include "cuda/implicit_gemm/gradient.cuh"
+
+namespace {
+
+using namespace dcconv;
+using namespace dcconv::cuda;
+
+using Storage = std::vector<BFloat16>;
+using Numbers = std::vector<double>;
+
+// Where the norms come from.
+enum class Norms { in_loop, sums, given };
+
+struct Case {
+  const char* name;
+  int n, c, h, w, o, kernel, stride, before, after, dilation, groups;
+  Norms norms;
+};
+
+// Rows, columns and depth that fill no tile, taps outside of the image, more steps than stages.
+constexpr Case kCases[] = {
+    {"one", 2, 40, 9, 8, 72, 1, 1, 0, 0, 1, 1, Norms::in_loop},
+    {"taps", 1, 40, 7, 8, 72, 3, 1, 1, 1, 1, 1, Norms::sums},
+    {"groups", 1, 16, 9, 9, 48, 3, 2, 2, 1, 2, 2, Norms::given},
+    {"wide", 3, 8, 3, 5, 136, 2, 1, 0, 1, 1, 1, Norms::sums},
+};
+
+Storage random_values(std::mt19937& random, std::size_t count, double scale = 1) {
+  std::normal_distribution<double> normal(0, scale);
+  Storage values(count);
+  for (BFloat16& value : values)
+    value = portable::Store<BFloat16>::from(float(normal(random)));
+  return values;
+}
+
+std::vector<float> positive_values(std::mt19937& random, std::size_t count) {
+  std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
+  std::vector<float> values(count);
+  for (float& value : values)
+    value = uniform(random);
+  return values;
+}
+
+template <class T>
+std::vector<T> place(std::size_t count) {
+  std::vector<T> values(count);
+  simt::poison(values.data(), sizeof(T) * count);
+  return values;
+}
+
+double number(BFloat16 value) {
+  return portable::load(value);
+}
+double number(float value) {
+  return value;
+}
+
+// Largest error, relative to the largest value; infinity where a value is not finite.
+template <class T>
+bool agree(const char* what, const std::vector<T>& got, const Numbers& want, double allowed) {
+  double largest = 0, error = 0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const double difference = std::fabs(number(got[i]) - want[i]);
+    largest = std::fmax(largest, std::fabs(want[i]));
+    error = std::isfinite(difference) ? std::fmax(error, difference) : INFINITY;
+  }
+  if (got.size() == want.size() && error <= allowed * largest)
+    return true;
+  std::fprintf(stderr, "%s: error %g of %g\n", what, error, largest);
+  return false;
+}
+
+class Problem {
+public:
+  Problem(const Case& of, unsigned seed) : c(of), random(seed) {
+    const auto axis = [&](int size) {
+      const int output =
+          (size + c.before + c.after - c.dilation * (c.kernel - 1) - 1) / c.stride + 1;
+      return WindowAxis{
+          size, output, c.kernel, c.stride, c.dilation, c.before, c.after, PaddingMode::zeros
+      };
+    };
+    window = {axis(c.h), axis(c.w)};
+    p = window.rows.output;
+    q = window.columns.output;
+    cg = c.c / c.groups;
+    og = c.o / c.groups;
+    taps = c.kernel * c.kernel;
+    positions = std::size_t(c.n) * p * q;
+    x = random_values(random, std::size_t(c.n) * c.h * c.w * c.c);
+    weight = random_values(random, std::size_t(c.o) * taps * cg, 1 / std::sqrt(cg * taps));
+  }
+
+  // f(position, input pixel, tap) for everything that windows see.
+  template <class F>
+  void each_tap(F&& f) const {
+    for (std::size_t at = 0; at < positions; ++at)
+      for (int r = 0; r < c.kernel; ++r)
+        for (int s = 0; s < c.kernel; ++s) {
+          const int i = int(at / q % p) * c.stride - c.before + r * c.dilation;
+          const int j = int(at % q) * c.stride - c.before + s * c.dilation;
+          if (i >= 0 && i < c.h && j >= 0 && j < c.w)
+            f(at, (at / (p * q) * c.h + i) * c.w + j, r * c.kernel + s);
+        }
+  }
+
+  bool forward(int tile) {
+    Numbers u(positions * c.o), sums(positions * c.groups), b(sums.size()), y(u.size());
+    each_tap([&](std::size_t at, std::size_t pixel, int tap) {
+      for (int o = 0; o < c.o; ++o)
+        for (int i = 0; i < cg; ++i)
+          u[at * c.o + o] += number(x[pixel * c.c + o / og * cg + i]) *
+                             number(weight[(std::size_t(o) * taps + tap) * cg + i]);
+      for (int i = 0; i < c.c; ++i)
+        sums[at * c.groups + i / cg] += std::pow(number(x[pixel * c.c + i]), 2);
+    });
+    const std::vector<float> a = positive_values(random, c.o),
+                             radius = positive_values(random, c.o);
+    const Storage bias = random_values(random, c.o);
+    for (std::size_t i = 0; i < b.size(); ++i)
+      b[i] = std::sqrt(sums[i] + 1e-4);
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      const std::size_t o = i % c.o;
+      const double norm = b[i / c.o * c.groups + o / og];
+      y[i] = std::tanh(norm / radius[o]) * u[i] / (a[o] * norm) + number(bias[o]);
+    }
+    std::vector<float> map;
+    if (c.norms == Norms::given)
+      map.assign(b.begin(), b.end());
+    if (c.norms == Norms::sums)
+      for (std::size_t i = 0; i < x.size(); i += cg) {
+        double sum = 0;
+        for (int j = 0; j < cg; ++j)
+          sum += std::pow(number(x[i + j]), 2);
+        map.push_back(float(sum));
+      }
+    auto norm = place<float>(b.size());
+    auto got = place<BFloat16>(y.size()), dot = place<BFloat16>(u.size());
+    OnePassParams args{};
+    args.n = c.n;
+    args.c = c.c;
+    args.o = c.o;
+    args.groups = c.groups;
+    args.window = window;
+    args.channels_last = true;
+    args.op = {2, 1, false, 1, 0, 1, 1e-3};  // tanh, cosine
+    args.eps = 1e-4;
+    args.filters = {a.data(), radius.data(), 1, nullptr, nullptr, 0};
+    args.bias = bias.data();
+    args.x = x.data();
+    args.weight = weight.data();
+    args.map = c.norms == Norms::in_loop ? nullptr : map.data();
+    args.map_is_norm = c.norms == Norms::given;
+    args.y = got.data();
+    args.dot = dot.data();
+    args.norm = args.map_is_norm ? nullptr : norm.data();
+    implicit_gemm_typed<BFloat16>(args, tile, nullptr);
+    bool right = agree("u", dot, u, 4e-3) && agree("y", got, y, 4e-3);
+    if (args.norm != nullptr)
+      right = agree("norms", norm, b, 1e-6) && right;
+    return right;
+  }
+
+  bool gradient(int tile) {
+    const Storage grad_u = random_values(random, positions * c.o);
+    const std::vector<float> t = positive_values(random, positions * c.groups);
+    const std::vector<float> b = positive_values(random, positions * c.groups);
+    const float sigma = 0.75f;
+    Numbers grad_x(x.size());
+    each_tap([&](std::size_t at, std::size_t pixel, int tap) {
+      for (int i = 0; i < c.c; ++i) {
+        double& sum = grad_x[pixel * c.c + i];
+        for (int o = i / cg * og; o < (i / cg + 1) * og; ++o)
+          sum += number(grad_u[at * c.o + o]) *
+                 number(weight[(std::size_t(o) * taps + tap) * cg + i % cg]);
+        const std::size_t row = at * c.groups + i / cg;
+        sum += number(x[pixel * c.c + i]) * (t[row] + sigma / b[row]);
+      }
+    });
+    auto got = place<BFloat16>(x.size());
+    OnePassGradInputParams args{};
+    args.n = c.n;
+    args.c = c.c;
+    args.o = c.o;
+    args.groups = c.groups;
+    args.window = window;
+    args.channels_last = true;
+    args.grad_u = grad_u.data();
+    args.weight = weight.data();
+    args.x = x.data();
+    args.tap = Tap::with_mean;
+    args.t = t.data();
+    args.norm = b.data();
+    args.sigma = &sigma;
+    args.grad_x = got.data();
+    implicit_gemm_grad_input_typed<BFloat16>(args, tile, nullptr);
+    return agree("grad_x", got, grad_x, 4e-3);
+  }
+
+private:
+  const Case& c;
+  std::mt19937 random;
+  Window window;
+  int p, q, cg, og, taps;
+  std::size_t positions;
+  Storage x, weight;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 6 && std::string(argv[1]) == "rule") {
+    const auto size = [&](int i) { return int64_t(std::atoll(argv[i])); };
+    std::printf("%d\n", gemm_tile(size(2), size(3), size(4), size(5)));
+    return 0;
+  }
+  for (const Case& c : kCases) {
+    if (argc != 4 || std::string(argv[1]) != c.name)
+      continue;
+    const int tile = std::atoi(argv[2]);
+    const auto seed = static_cast<unsigned>(std::atoi(argv[3]));
+    simt::set_seed(seed);
+    Problem problem(c, seed);
+    bool right = problem.forward(tile);
+    if (c.stride == 1)
+      right = problem.gradient(tile) && right;
+    return right ? 0 : 1;
+  }
+  std::fprintf(stderr, "implicit_gemm_test: unknown arguments\n");
+  return 2;
+}
