@@ -1,22 +1,20 @@
 // The depthwise kernels by dtype.
 
-#include <stdexcept>
-
-#include "cuda/kernels.h"
+#include "cuda/typed.h"
 
 namespace dcconv {
 namespace cuda {
 
-void depthwise(Dtype, const OnePassParams&, Stream) {
-  throw std::runtime_error("dcconv: kernel depthwise is not there");
+void depthwise(Dtype dtype, const OnePassParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { depthwise_typed<decltype(t)>(p, stream); });
 }
 
-void depthwise_grad_input(Dtype, const OnePassGradInputParams&, Stream) {
-  throw std::runtime_error("dcconv: kernel depthwise_grad_input is not there");
+void depthwise_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { depthwise_grad_input_typed<decltype(t)>(p, stream); });
 }
 
-void depthwise_grad_weight(Dtype, const DepthwiseGradWeightParams&, Stream) {
-  throw std::runtime_error("dcconv: kernel depthwise_grad_weight is not there");
+void depthwise_grad_weight(Dtype dtype, const DepthwiseGradWeightParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { depthwise_grad_weight_typed<decltype(t)>(p, stream); });
 }
 
 }  // namespace cuda

@@ -6,21 +6,6 @@ namespace dcconv {
 namespace cuda {
 namespace {
 
-// f(a value of the storage dtype)
-template <class F>
-void with_storage(Dtype dtype, F&& f) {
-  switch (dtype) {
-  case Dtype::f64:
-    return f(double{});
-  case Dtype::f32:
-    return f(float{});
-  case Dtype::bf16:
-    return f(BFloat16{});
-  case Dtype::f16:
-    return f(Half{});
-  }
-}
-
 // f(a value of the compute dtype)
 template <class F>
 void with_compute(Dtype dtype, F&& f) {

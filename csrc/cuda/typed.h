@@ -1,4 +1,5 @@
-// One function per pass and dtype, each instantiated in a file of its own folder `instances`.
+// One function per pass and dtype, each instantiated in a file of the folder `instances`, and the
+// choice between dtypes.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -6,6 +7,21 @@
 
 namespace dcconv {
 namespace cuda {
+
+// f(a value of the storage dtype)
+template <class F>
+void with_storage(Dtype dtype, F&& f) {
+  switch (dtype) {
+  case Dtype::f64:
+    return f(double{});
+  case Dtype::f32:
+    return f(float{});
+  case Dtype::bf16:
+    return f(BFloat16{});
+  case Dtype::f16:
+    return f(Half{});
+  }
+}
 
 // T: storage dtype
 template <class T>
@@ -24,6 +40,12 @@ template <class T>
 void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream);
 template <class T>
 void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, Stream stream);
+template <class T>
+void depthwise_typed(const OnePassParams& p, Stream stream);
+template <class T>
+void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream);
+template <class T>
+void depthwise_grad_weight_typed(const DepthwiseGradWeightParams& p, Stream stream);
 
 // A: compute dtype
 template <class A>

@@ -1,0 +1,13 @@
+#include "cuda/depthwise/forward.cuh"
+#include "cuda/depthwise/grad_input.cuh"
+#include "cuda/depthwise/grad_weight.cuh"
+
+namespace dcconv {
+namespace cuda {
+
+template void depthwise_typed<float>(const OnePassParams&, Stream);
+template void depthwise_grad_input_typed<float>(const OnePassGradInputParams&, Stream);
+template void depthwise_grad_weight_typed<float>(const DepthwiseGradWeightParams&, Stream);
+
+}  // namespace cuda
+}  // namespace dcconv
