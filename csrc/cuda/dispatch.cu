@@ -35,7 +35,10 @@ void epilogue(Dtype dtype, const EpilogueParams& p, Stream stream) {
 }
 
 void grad_dot(Dtype dtype, const GradDotParams& p, Stream stream) {
-  with_storage(dtype, [&](auto t) { grad_dot_typed<decltype(t)>(p, stream); });
+  with_storage(dtype, [&](auto t) {
+    if (!grad_dot_elementwise_typed<decltype(t)>(p, stream))
+      grad_dot_typed<decltype(t)>(p, stream);
+  });
 }
 
 void column_sums(Dtype dtype, const ColumnSumsParams& p, Stream stream) {

@@ -84,6 +84,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_one_pass(
   STD_TORCH_CHECK(map.has_value() || !map_is_norm, "dcconv: map_is_norm must come with a map");
   if (map.has_value())
     check_map(*map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
+  STD_TORCH_CHECK(
+      !map.has_value() || map_is_norm || kernel == "implicit_gemm",
+      "dcconv: map must be the norms for kernel ",
+      kernel
+  );
   const MaybeTensor bias = dense_parameter(bias_in);
   STD_TORCH_CHECK(
       !bias.has_value() || (bias->numel() == shape.o && bias->scalar_type() == x.scalar_type()),

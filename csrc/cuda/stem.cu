@@ -1,14 +1,12 @@
 // The stem kernel by dtype.
 
-#include <stdexcept>
-
-#include "cuda/kernels.h"
+#include "cuda/typed.h"
 
 namespace dcconv {
 namespace cuda {
 
-void stem(Dtype, const OnePassParams&, Stream) {
-  throw std::runtime_error("dcconv: kernel stem is not there");
+void stem(Dtype dtype, const OnePassParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { stem_typed<decltype(t)>(p, stream); });
 }
 
 }  // namespace cuda

@@ -41,7 +41,11 @@ void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream);
 template <class T>
 void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, Stream stream);
 template <class T>
+bool grad_dot_elementwise_typed(const GradDotParams& p, Stream stream);  // whether it ran
+template <class T>
 void depthwise_typed(const OnePassParams& p, Stream stream);
+template <class T>
+void stem_typed(const OnePassParams& p, Stream stream);
 template <class T>
 void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream);
 template <class T>

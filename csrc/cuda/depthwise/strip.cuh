@@ -321,6 +321,29 @@ __device__ __forceinline__ Vector<T, V> direct_outputs(
   return y;
 }
 
+// y and, where it is kept, u of V elements.
+template <class T, class A, int V>
+__device__ __forceinline__ void store_outputs(
+    const OnePassParams& p,
+    const Constants<A>& constants,
+    const FilterValues<A, V>& filters,
+    int64_t first,
+    const A (&dot)[V],
+    const A (&b)[V],
+    int64_t offset
+) {
+  store_vector(
+      static_cast<T*>(p.y) + offset, direct_outputs<T, A, V>(p, constants, filters, first, dot, b)
+  );
+  if (p.dot == nullptr)
+    return;
+  Vector<T, V> u;
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    u.at[j] = Store<T>::from(dot[j]);
+  store_vector(static_cast<T*>(p.dot) + offset, u);
+}
+
 // b of V elements and their outputs, at `offset` of y and `map` of the map over positions. writes:
 // whether the thread is the one of its group that writes b.
 template <class T, class A, int V>
@@ -346,16 +369,7 @@ __device__ __forceinline__ void finish_position(
     if (p.norm != nullptr && writes)
       store_vector(static_cast<A*>(p.norm) + map, norm);
   }
-  store_vector(
-      static_cast<T*>(p.y) + offset, direct_outputs<T, A, V>(p, constants, filters, first, dot, b)
-  );
-  if (p.dot == nullptr)
-    return;
-  Vector<T, V> u;
-#pragma unroll
-  for (int j = 0; j < V; ++j)
-    u.at[j] = Store<T>::from(dot[j]);
-  store_vector(static_cast<T*>(p.dot) + offset, u);
+  store_outputs<T, A, V>(p, constants, filters, first, dot, b, offset);
 }
 
 // Where the weight of filter o, channel c of its group and a tap lies.

@@ -1,10 +1,12 @@
 #include "cuda/depthwise/forward.cuh"
+#include "cuda/depthwise/grad_dot.cuh"
 #include "cuda/depthwise/grad_input.cuh"
 #include "cuda/depthwise/grad_weight.cuh"
 
 namespace dcconv {
 namespace cuda {
 
+template bool grad_dot_elementwise_typed<Half>(const GradDotParams&, Stream);
 template void depthwise_typed<Half>(const OnePassParams&, Stream);
 template void depthwise_grad_input_typed<Half>(const OnePassGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<Half>(const DepthwiseGradWeightParams&, Stream);

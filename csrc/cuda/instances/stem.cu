@@ -1,0 +1,13 @@
+#include "cuda/stem.cuh"
+#include "cuda/typed.h"
+
+namespace dcconv {
+namespace cuda {
+
+template void stem_typed<double>(const OnePassParams&, Stream);
+template void stem_typed<float>(const OnePassParams&, Stream);
+template void stem_typed<BFloat16>(const OnePassParams&, Stream);
+template void stem_typed<Half>(const OnePassParams&, Stream);
+
+}  // namespace cuda
+}  // namespace dcconv
