@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from dcconv import ops, plan_a, reference
+from dcconv.dispatch import Plans
 from dcconv.keep import DOT, OUTPUT
 from dcconv.problem import Operands, Problem, without_autocast
 
-# How forward and backward run: one compiled op per direction, or plan A's composition.
+# How a patch norm runs: one compiled op per direction, or plan A's composition.
 ONE_OP, PLAN_A = "one_op", "plan_a"
 
 
 def conv2d_forward(
-    operands: Operands, problem: Problem, kept: str, plan: str
+    operands: Operands, problem: Problem, kept: str, plans: Plans | None
 ) -> tuple[Tensor, ...]:
-    """Run forward: y, norm map, mean norm, dot product, and what else the plan's backward saves."""
-    if plan == PLAN_A:
-        return plan_a.forward(operands, problem, kept)
+    """Run forward: y, norm map, mean norm, dot product, and what else the plans' backward saves.
+
+    Args:
+        plans: what computes each direction; None for one compiled op per direction.
+    """
+    if plans is not None:
+        return plans.forward(operands, problem, kept)
     arguments = ops.conv2d_arguments(operands, problem)
     results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(*arguments, kept == DOT)
     return results
@@ -29,7 +34,7 @@ def conv2d_forward(
 class DecoupledConv2dFunction(torch.autograd.Function):
     """y and the batch's mean norm from the compiled ops, with hand-written backward.
 
-    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, and the plan.
+    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, and the plans.
     Results: those of ``conv2d_forward``; all but y are not differentiable and only there so that
     backward can save them.
 
@@ -48,10 +53,10 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         k: Tensor | None,
         problem: Problem,
         kept: str,
-        plan: str,
+        plans: Plans | None,
     ) -> tuple[Tensor, ...]:
         operands = Operands(x, weight, bias, radius, norm_mean, k)
-        results = conv2d_forward(operands, problem, kept, plan)
+        results = conv2d_forward(operands, problem, kept, plans)
         y, norm_map, mean, dot, *more = results
         ctx.mark_non_differentiable(norm_map, mean, dot, *more)
         ctx.set_materialize_grads(False)
@@ -60,7 +65,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean, *more)
         ctx.problem = problem
         ctx.kept = kept
-        ctx.plan = plan
+        ctx.plans = plans
         return results
 
     @staticmethod
@@ -76,10 +81,21 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             return (*reference_gradients(operands, problem, grad_y, wanted), None, None, None)
         operands = Operands(x, weight, None, radius, norm_mean, k)
         needs = sum(1 << i for i, want in enumerate(wanted) if want)
-        if ctx.plan == PLAN_A:
+        plans: Plans | None = ctx.plans
+        if plans is not None:
             (a,) = more
             planned = plan_a.backward(
-                grad_y, kept_tensor, norm_map, mean, a, operands, problem, ctx.kept, needs
+                grad_y,
+                kept_tensor,
+                norm_map,
+                mean,
+                a,
+                operands,
+                problem,
+                ctx.kept,
+                needs,
+                plans.input_gradient,
+                plans.weight_gradient,
             )
             return (*planned, None, None, None)
         arguments = ops.conv2d_arguments(operands, problem)

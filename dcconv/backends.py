@@ -8,8 +8,6 @@ the line of ``report``. Choosing has no side effects but one warning per process
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,13 +16,41 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import dcconv.fakes  # noqa: F401  (registers them)
-from dcconv import autograd, checks, ops, reference
+import dcconv.fakes
+import dcconv.fakes_one_pass  # noqa: F401  (registers them)
+from dcconv import autograd, checks, dispatch, ops, plan_a, reference
 from dcconv.autograd import ONE_OP, PLAN_A
+from dcconv.dispatch import Plans, pin_table
+from dcconv.dispatch import allowed as plans
 from dcconv.keep import NOTHING, kept
 from dcconv.problem import Operands, Problem
+from dcconv.warn import warn_once
+
+__all__ = [
+    "AUTO",
+    "Backend",
+    "Call",
+    "benchmark",
+    "benchmarking",
+    "check_name",
+    "choose",
+    "describe",
+    "names",
+    "pin_table",
+    "plans",
+    "report",
+    "use_backend",
+    "why_not",
+]
 
 AUTO = "auto"
+
+#: Whether calls on the cuda backend measure the plans that can run them, once per GPU and kind of
+#: call, and take the fastest; ``torch.backends.cudnn.benchmark`` for the whole operator. What was
+#: measured is kept on disk, in ``$DCCONV_CACHE`` or ``dcconv`` in the user's cache folder. Nothing
+#: is measured while a CUDA graph is captured or a call is traced; under
+#: ``torch.use_deterministic_algorithms`` and with a pinned table the mode is off.
+benchmark: bool = False
 
 
 class Call(NamedTuple):
@@ -92,16 +118,38 @@ def _why_not_reference(call: Call) -> str | None:
     return None
 
 
-def _conv2d_by(plan: str) -> Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]:
+def _differentiated(operands: Operands) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def _conv2d_by(
+    fixed: Plans | None,
+) -> Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]:
     def conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
         mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-            results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plan)
+        if _differentiated(operands):
+            results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, fixed)
         else:
-            results = autograd.conv2d_forward(operands, problem, NOTHING, plan)
+            results = autograd.conv2d_forward(operands, problem, NOTHING, fixed)
         return results[0], results[2]
 
     return conv2d
+
+
+def _planned_conv2d(
+    operands: Operands, problem: Problem, keep: str
+) -> tuple[Tensor, Tensor | None]:
+    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+    if not _differentiated(operands):
+        chosen = dispatch.choose(operands, problem, NOTHING, 0, benchmark)
+        results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
+        return results[0], results[2]
+    backward = ops.NEEDS_X if operands.x.requires_grad else 0
+    if operands.weight.requires_grad:
+        backward |= ops.NEEDS_WEIGHT
+    chosen = dispatch.choose(operands, problem, mode, backward, benchmark)
+    results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
+    return results[0], results[2]
 
 
 def _patch_norm_by(plan: str) -> Callable[[Tensor, tuple[int, int], Problem], Tensor]:
@@ -120,9 +168,9 @@ def _reference_conv2d(
 
 
 _BACKENDS = (
-    Backend("cuda", _why_not_cuda, _conv2d_by(PLAN_A), _patch_norm_by(PLAN_A)),
-    Backend("triton", _why_not_triton, _conv2d_by(PLAN_A), _patch_norm_by(PLAN_A)),
-    Backend("cpu", _why_not_cpu, _conv2d_by(ONE_OP), _patch_norm_by(ONE_OP)),
+    Backend("cuda", _why_not_cuda, _planned_conv2d, _patch_norm_by(PLAN_A)),
+    Backend("triton", _why_not_triton, _conv2d_by(Plans(plan_a.forward)), _patch_norm_by(PLAN_A)),
+    Backend("cpu", _why_not_cpu, _conv2d_by(None), _patch_norm_by(ONE_OP)),
     Backend("reference", _why_not_reference, _reference_conv2d, reference.window_norm),
 )
 
@@ -133,7 +181,6 @@ names: tuple[str, ...] = tuple(backend.name for backend in _BACKENDS)
 _FAST = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 _default = os.environ.get("DCCONV_BACKEND", AUTO)
-_warned: set[str] = set()
 
 
 def check_name(argument: str, name: object) -> None:
@@ -167,6 +214,31 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _default = before
+
+
+@contextmanager
+def benchmarking(enabled: bool = True) -> Iterator[None]:
+    """Set ``backends.benchmark`` inside the context.
+
+    Args:
+        enabled: whether calls inside measure plans and take the fastest.
+
+    Raises:
+        TypeError: enabled is no boolean.
+
+    Example:
+        >>> import dcconv
+        >>> with dcconv.backends.benchmarking():
+        ...     pass
+    """
+    global benchmark
+    checks.boolean("enabled", enabled)
+    before = benchmark
+    benchmark = enabled
+    try:
+        yield
+    finally:
+        benchmark = before
 
 
 def describe(x: Tensor) -> Call:
@@ -224,17 +296,6 @@ def choose(x: Tensor, requested: str | None = None) -> Backend:
     return backend
 
 
-def _users_level() -> int:
-    """Return the stack level, seen from the caller, of the first frame outside dcconv and torch."""
-    level, frame = 1, sys._getframe(1).f_back
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "dcconv",
-        "torch",
-    ):
-        level, frame = level + 1, frame.f_back
-    return level + 1
-
-
 def _warn_slow(call: Call) -> None:
     if torch.compiler.is_compiling():
         return
@@ -243,14 +304,9 @@ def _warn_slow(call: Call) -> None:
         for backend in _BACKENDS
         if backend.name in _FAST.get(call.device, ())
     ]
-    text = "; ".join(reasons)
-    if reasons and text not in _warned:
-        _warned.add(text)
-        warnings.warn(
-            f"dcconv: the plain PyTorch reference runs on {call.device} tensors ({text})",
-            RuntimeWarning,
-            stacklevel=_users_level(),
-        )
+    if reasons:
+        said = "; ".join(reasons)
+        warn_once(f"the plain PyTorch reference runs on {call.device} tensors ({said})")
 
 
 def report(
@@ -267,6 +323,9 @@ def report(
     **operator: Any,
 ) -> str:
     """Return which backend would run a call, one line per backend, and what backward would keep.
+
+    Under the cuda backend stand the plans of each direction: the choice, how it was made, and every
+    plan's time, where it was measured, or refusal. Nothing is measured for the report.
 
     Args:
         x, weight, bias, stride, padding, dilation, groups, operator: as in
@@ -287,6 +346,7 @@ def report(
         x, weight, bias, stride, padding, dilation, groups, backend=backend, keep=keep, **operator
     )
     call = describe(x)
+    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
     lines = [
         f"{problem.magnitude} x {problem.angular}, weighting {problem.weighting}, "
         f"norm {problem.norm}; x {list(x.shape)} {x.dtype} {x.device}; "
@@ -297,10 +357,10 @@ def report(
         state = "runs this call" if candidate.name == chosen.name else reason or "could run it"
         if candidate.name == "cpu" and reason is None:
             state += f" ({torch.ops.dcconv.cpu_isa()} instructions)"
-        if candidate.name == "cuda" and reason is None:
-            state += " (plan A: library convolution and fused passes)"
         lines.append(f"  {candidate.name:<10}{state}")
-    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+        if candidate.name == "cuda" and reason is None:
+            planned = dispatch.describe(operands, problem, mode, benchmark)
+            lines += [f"    {line}" for line in planned]
     if chosen.name != "reference":
         kept_names = (
             "x and weight" if mode == NOTHING else f"x, weight, the norm map and the {mode}"

@@ -23,13 +23,15 @@ from dcconv.ops import (
 from dcconv.problem import NORM_BATCH, Problem, output_size
 
 
-def _layout(channels_last: bool) -> torch.memory_format:
+def layout_of(channels_last: bool) -> torch.memory_format:
+    """Return the memory format that an op's argument names."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _window_shape(
+def window_shape(
     x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any
 ) -> tuple[int, int]:
+    """Return the rows and columns of windows."""
     return (
         output_size(x.shape[2], kernel[0], stride[0], padding[0], padding[1], dilation[0]),
         output_size(x.shape[3], kernel[1], stride[1], padding[2], padding[3], dilation[1]),
@@ -59,7 +61,7 @@ def _conv2d_forward_fake(
     norm: str,
     keep_dot: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p, q = _window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    p, q = window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], p, q)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
     compute = compute_dtype(x.dtype)
@@ -143,7 +145,7 @@ def _patch_norm_forward_fake(
     padding_mode: str,
     eps: float,
 ) -> Tensor:
-    p, q = _window_shape(x, kernel_size, stride, padding, dilation)
+    p, q = window_shape(x, kernel_size, stride, padding, dilation)
     return torch.empty(
         (x.shape[0], groups, p, q),
         dtype=compute_dtype(x.dtype),
@@ -182,7 +184,7 @@ def _conv2d_norms_fake(
     p, q = x.shape[2], x.shape[3]
     if batch_mean:
         kernel = (weight.shape[2], weight.shape[3])
-        p, q = _window_shape(x, kernel, stride, padding, dilation)
+        p, q = window_shape(x, kernel, stride, padding, dilation)
     return (
         x.new_empty(weight.shape[0], dtype=compute),
         x.new_empty(x.shape[0] * groups * p * q, dtype=compute),
@@ -221,7 +223,7 @@ def _conv2d_epilogue_fake(
     map_is_norm: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(u, memory_format=_layout(channels_last))
+    y = torch.empty_like(u, memory_format=layout_of(channels_last))
     return y, _norm_map_of(u, a, groups, map_is_norm)
 
 
@@ -253,7 +255,7 @@ def _conv2d_grad_dot_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kinds = bin(sums).count("1")
     return (
-        torch.empty_like(grad_y, memory_format=_layout(channels_last)),
+        torch.empty_like(grad_y, memory_format=layout_of(channels_last)),
         torch.empty_like(norm_map) if wants_t else a.new_empty(0),
         a.new_empty((kinds, rows, a.shape[0]) if kinds else 0),
     )
@@ -293,7 +295,7 @@ def _conv2d_grad_input_fake(
     padded: bool,
     channels_last: bool,
 ) -> Tensor:
-    return torch.empty_like(x, memory_format=_layout(channels_last))
+    return torch.empty_like(x, memory_format=layout_of(channels_last))
 
 
 def _conv2d_grad_input_inplace_fake(library_grad: Tensor, *arguments: Any) -> None:
@@ -328,7 +330,7 @@ def _conv2d_backward_flops(
     return wanted * conv_flop_count(x_shape, w_shape, grad_y_shape)
 
 
-def _no_flops(*args: Any, **kwargs: Any) -> int:
+def no_flops(*args: Any, **kwargs: Any) -> int:
     """Passes are not matrix work; PyTorch's counter leaves elementwise work out as well."""
     return 0
 
@@ -356,11 +358,13 @@ _FLOPS: dict[str, Callable[..., int]] = {
 }
 
 
-def _register() -> None:
-    for name, fake in _FAKES.items():
+def register(fakes: dict[str, Callable[..., Any]], flops: dict[str, Callable[..., int]]) -> None:
+    """Register fakes and, where an op has none, the FLOP formula of a pass, by op name."""
+    if ops.missing is not None:
+        return
+    for name, fake in fakes.items():
         torch.library.register_fake(f"dcconv::{name}", fake)
-        register_flop_formula(getattr(torch.ops.dcconv, name))(_FLOPS.get(name, _no_flops))
+        register_flop_formula(getattr(torch.ops.dcconv, name))(flops.get(name, no_flops))
 
 
-if ops.missing is None:
-    _register()
+register(_FAKES, _FLOPS)

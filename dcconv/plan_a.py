@@ -8,7 +8,8 @@ result holds, stand in ``csrc/ops.cpp``.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ SUM_RHO, SUM_A, SUM_K, SUM_BIAS = (1 << i for i in range(4))
 # positions: every block leaves one row of partial sums.
 BLOCKS_PER_MULTIPROCESSOR = 4
 POSITIONS_PER_BLOCK = 64
+
+# (grad_u, x, weight, t, norm_map, sigma or None, problem) -> grad_x, and
+# (grad_u, x, weight, problem) -> the library's gradient of the weight, in the weight's layout: what
+# other plans put in the place of the library and of the pass that finishes grad_x.
+InputGradient: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Problem], Tensor
+]
+WeightGradient: TypeAlias = Callable[[Tensor, Tensor, Tensor, Problem], Tensor]
 
 _multiprocessors: dict[int, int] = {}
 
@@ -48,7 +57,8 @@ def partial_rows(x: Tensor, positions: int, groups: int, channels_last: bool) ->
     return cast(int, torch.sym_max(1, torch.sym_min(most, filled)))
 
 
-def _geometry(problem: Problem) -> tuple[Any, ...]:
+def geometry(problem: Problem) -> tuple[Any, ...]:
+    """Return the windows' arguments of an op, in schema order."""
     return (
         list(problem.stride),
         list(problem.padding),
@@ -58,7 +68,8 @@ def _geometry(problem: Problem) -> tuple[Any, ...]:
     )
 
 
-def _operator(problem: Problem) -> tuple[Any, ...]:
+def operator(problem: Problem) -> tuple[Any, ...]:
+    """Return the operator's arguments of an op, in schema order."""
     return (
         problem.magnitude,
         problem.angular,
@@ -179,7 +190,7 @@ def forward(
 
     batch_mean = problem.norm == NORM_BATCH
     a, norms, mean = torch.ops.dcconv.conv2d_norms(
-        x, weight, *_geometry(problem), problem.eps, batch_mean, channels_last
+        x, weight, *geometry(problem), problem.eps, batch_mean, channels_last
     )
     u = _convolution(x, weight, None, problem, layout)
     arguments = (
@@ -191,8 +202,8 @@ def forward(
         k,
         [x.shape[2], x.shape[3]],
         _kernel(weight),
-        *_geometry(problem),
-        *_operator(problem),
+        *geometry(problem),
+        *operator(problem),
         problem.eps,
         batch_mean,
         channels_last,
@@ -216,14 +227,18 @@ def backward(
     problem: Problem,
     kept: str,
     needs: int,
+    input_gradient: InputGradient | None = None,
+    weight_gradient: WeightGradient | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the six operands; those that ``needs`` (ops.NEEDS_*) lacks are None.
 
     Args:
         grad_y: gradient of y.
         kept_tensor: y or u, as ``kept`` says.
-        norm_map, mean, a: from :func:`forward`.
+        norm_map, mean, a: from the forward of any plan.
         operands: as in forward; the bias is not read.
+        input_gradient, weight_gradient: who makes them; None for the library and the pass after it.
+            Norm-free operators leave both to the library.
     """
     x, weight, _, radius, norm_mean, k = operands
     layout = ops.memory_format(x, weight)
@@ -260,16 +275,20 @@ def backward(
         factor,
         k,
         problem.groups,
-        *_operator(problem),
+        *operator(problem),
         kept,
         needs_x,
         sums,
         rows,
         channels_last,
     )
+    library_makes_x = needs_x and input_gradient is None
+    library_makes_weight = needs_weight and weight_gradient is None
     library_x, library_weight, _ = _convolution_backward(
-        grad_u, x, weight, problem, layout, [needs_x, needs_weight, False]
+        grad_u, x, weight, problem, layout, [library_makes_x, library_makes_weight, False]
     )
+    if needs_weight and weight_gradient is not None:
+        library_weight = weight_gradient(grad_u, x, weight, problem)
     grads: list[Tensor | None] = [None] * 6
     sigma: Tensor | None = None
     if sums or needs_weight:
@@ -286,11 +305,39 @@ def backward(
             barrier,
             needs,
         )
+    added = sigma if barrier else None
     if library_x is not None:
-        grads[0] = _finish_input(
-            library_x, x, t, norm_map, sigma if barrier else None, weight, problem, channels_last
-        )
+        grads[0] = _finish_input(library_x, x, t, norm_map, added, weight, problem, channels_last)
+    elif needs_x and input_gradient is not None:
+        grads[0] = input_gradient(grad_u, x, weight, t, norm_map, added, problem)
     return tuple(grad if needs >> i & 1 else None for i, grad in enumerate(grads))
+
+
+def input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """Return grad_x by the library and the pass after it, as :func:`backward` does."""
+    layout = ops.memory_format(x, weight)
+    grad_x, _, _ = _convolution_backward(grad_u, x, weight, problem, layout, [True, False, False])
+    assert grad_x is not None
+    last = layout == torch.channels_last
+    return _finish_input(grad_x, x, t, norm_map, sigma, weight, problem, last)
+
+
+def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """Return the library's gradient of the weight."""
+    layout = ops.memory_format(x, weight)
+    _, grad_weight, _ = _convolution_backward(
+        grad_u, x, weight, problem, layout, [False, True, False]
+    )
+    assert grad_weight is not None
+    return grad_weight
 
 
 def _finish_input(
@@ -304,7 +351,7 @@ def _finish_input(
     channels_last: bool,
 ) -> Tensor:
     """Return grad_x: the library's part, its padding folded back, plus x times the window sums."""
-    arguments = (x, t, norm_map, sigma, _kernel(weight), *_geometry(problem))
+    arguments = (x, t, norm_map, sigma, _kernel(weight), *geometry(problem))
     if problem.symmetric_zeros:
         torch.ops.dcconv.conv2d_grad_input_(library_grad, *arguments, channels_last)
         return library_grad
@@ -347,7 +394,7 @@ def _backward_norm_free(
 def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
     """Return the patch norm, [n, groups, p, q]."""
     x = x.contiguous(memory_format=ops.memory_format(x))
-    b: Tensor = torch.ops.dcconv.window_norm(x, list(kernel), *_geometry(problem), problem.eps)
+    b: Tensor = torch.ops.dcconv.window_norm(x, list(kernel), *geometry(problem), problem.eps)
     return b
 
 
@@ -361,6 +408,6 @@ def window_norm_grad(
         x.contiguous(memory_format=layout),
         b,
         list(kernel),
-        *_geometry(problem),
+        *geometry(problem),
     )
     return grad_x

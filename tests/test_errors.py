@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import dcconv
-from dcconv import DecoupledConv2d, backends
+from dcconv import DecoupledConv2d, backends, warn
 from dcconv.functional import decoupled_conv2d, patch_norm
 
 PACKAGE = Path(dcconv.__file__).parent
@@ -685,7 +685,7 @@ def test_cuda_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slow_choice_warns_once_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "the compiled library is missing: a test says so"
     monkeypatch.setattr(backends.ops, "missing", sentence)
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(warn, "_said", set())
     monkeypatch.setattr(backends, "_default", "auto")
     message = re.escape(
         f"dcconv: the plain PyTorch reference runs on cpu tensors (cpu: {sentence})"
@@ -700,7 +700,7 @@ def test_slow_choice_warns_once_with_the_reason(monkeypatch: pytest.MonkeyPatch)
 def test_chosen_reference_does_not_warn(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(warn, "_said", set())
     with dcconv.use_backend("reference"):
         decoupled_conv2d(X, WEIGHT)
     decoupled_conv2d(X, WEIGHT, backend="reference")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, checks, functional, numerics, ops, plan_a, reference
+from dcconv import backends, checks, functional, numerics, ops, plan_a, reference, warn
 from dcconv.functional import check_call
 from dcconv.keep import kept
 
@@ -516,7 +516,7 @@ def test_backend_choice_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slow_choice_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "missing", "the compiled library is missing: test")
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(warn, "_said", set())
     x, weight = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
     sentence = r"reference runs on cpu tensors \(cpu: the compiled"
     for call in (
@@ -524,7 +524,7 @@ def test_slow_choice_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: functional.patch_norm(x, 3),
         lambda: dcconv.DecoupledConv2d(3, 4, 3)(x),
     ):
-        monkeypatch.setattr(backends, "_warned", set())
+        monkeypatch.setattr(warn, "_said", set())
         with pytest.warns(RuntimeWarning, match=sentence) as warned:
             call()
         assert warned[0].filename == __file__

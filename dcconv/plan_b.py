@@ -1,0 +1,212 @@
+"""Plan B: forward, and the gradient of the input, in one pass each; the rest is plan A's.
+
+Three kernels share the work (schemas in ``csrc/schemas.h``): a depthwise one for one channel per
+group, one for stems, and an implicit GEMM. A predicate here says None or one sentence per
+direction; ``dcconv.dispatch`` reads it before it chooses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcconv import ops, plan_a
+from dcconv.keep import DOT, NOTHING
+from dcconv.numerics import compute_dtype
+from dcconv.problem import NORM_BATCH, Operands, Problem
+
+DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"
+
+# Most channels of a stem.
+STEM_CHANNELS = 4
+# Channels and filters of a group come in vectors of 16 bytes.
+VECTOR_BYTES = 16
+# The implicit GEMM multiplies with the tensor cores' bfloat16 and float16 instructions.
+GEMM_DTYPES = (torch.bfloat16, torch.float16)
+GEMM_CAPABILITY = (8, 0)
+# Let each kernel choose its tile.
+OWN_RULE = -1
+
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int) -> tuple[int, int]:
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
+
+
+def kernel_of(weight: Tensor, problem: Problem) -> str:
+    """Return the kernel that is made for a call's channels."""
+    channels = weight.shape[1]
+    if channels == 1 and problem.groups > 1:
+        return DEPTHWISE
+    return STEM if problem.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
+
+
+def _why_not_any(problem: Problem) -> str | None:
+    if problem.norm_free:
+        return "norm-free operators are one library convolution"
+    if problem.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
+    return None
+
+
+def _aligned(t: Tensor) -> bool:
+    # Not data_ptr, which a traced tensor does not have; allocations are aligned far beyond this.
+    return bool(t.storage_offset() * t.element_size() % VECTOR_BYTES == 0)
+
+
+def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
+    if x.dtype not in GEMM_DTYPES:
+        return f"the implicit GEMM takes bfloat16 and float16, got {x.dtype}"
+    if x.device.type == "cuda" and _capability(x.device.index) < GEMM_CAPABILITY:
+        return "the implicit GEMM needs a GPU from sm_80 on"
+    if ops.memory_format(x, weight) != torch.channels_last:
+        return "the implicit GEMM takes channels_last tensors"
+    channels, filters = weight.shape[1], weight.shape[0] // problem.groups
+    vector = VECTOR_BYTES // x.element_size()
+    if channels % vector or filters % vector:
+        return (
+            f"the implicit GEMM takes multiples of {vector} channels and filters per group, "
+            f"got {channels} and {filters}"
+        )
+    if not (_aligned(x) and _aligned(weight)):
+        return f"the implicit GEMM takes tensors that start at a multiple of {VECTOR_BYTES} bytes"
+    return None
+
+
+def _why_not_stem(x: Tensor, weight: Tensor) -> str | None:
+    if ops.memory_format(x, weight) != torch.channels_last:
+        return "the stem kernel takes channels_last tensors"
+    return None
+
+
+def why_not(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the forward pass of a call can run, else one sentence why not."""
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    kernel = kernel_of(operands.weight, problem)
+    if kernel == STEM:
+        return _why_not_stem(operands.x, operands.weight)
+    if kernel == IMPLICIT_GEMM:
+        return _why_not_gemm(operands.x, operands.weight, problem)
+    return None
+
+
+def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of x can be computed, else one sentence why not."""
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    kernel = kernel_of(operands.weight, problem)
+    if kernel == DEPTHWISE:
+        return None
+    if kernel == STEM:
+        return "the stem kernel has no gradient of the input"
+    if problem.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {problem.stride}"
+    return _why_not_gemm(operands.x, operands.weight, problem)
+
+
+def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    if kernel_of(operands.weight, problem) != DEPTHWISE:
+        return "the gradient of the weight is the library's, but for depthwise layers"
+    return None
+
+
+def forward(
+    operands: Operands, problem: Problem, kept: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator; results as of ``plan_a.forward``.
+
+    Without backward (``kept="nothing"``) the norm map is [0], unless ``norm="batch"`` made it.
+    """
+    x, weight, bias, radius, norm_mean, k = operands
+    layout = ops.memory_format(x, weight)
+    channels_last = layout == torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    weight = weight.contiguous(memory_format=layout)
+    geometry = plan_a.geometry(problem)
+    kernel = kernel_of(weight, problem)
+    batch_mean = problem.norm == NORM_BATCH
+    shared = kernel == IMPLICIT_GEMM and weight.shape[2] * weight.shape[3] > 1
+
+    # The mean of the norms must be there before the first h. Otherwise the norms are found on the
+    # way, but where windows overlap each square would be taken once per window and column tile.
+    norms: Tensor | None = None
+    if batch_mean or shared:
+        a, norms, mean = torch.ops.dcconv.conv2d_norms(
+            x, weight, *geometry, problem.eps, batch_mean, channels_last
+        )
+    else:
+        a = torch.ops.dcconv.filter_norm(weight, problem.eps)
+        mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    y, norm_map, dot = torch.ops.dcconv.conv2d_one_pass(
+        x,
+        weight,
+        a,
+        norms,
+        bias,
+        radius,
+        mean if batch_mean else norm_mean,
+        k,
+        *geometry,
+        *plan_a.operator(problem),
+        problem.eps,
+        batch_mean,
+        kept != NOTHING,
+        kept == DOT,
+        kernel,
+        OWN_RULE,
+        channels_last,
+    )
+    return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
+
+
+def input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
+    layout = ops.memory_format(x, weight)
+    grad_x: Tensor = torch.ops.dcconv.conv2d_one_pass_grad_input(
+        grad_u,
+        weight.contiguous(memory_format=layout),
+        x,
+        t,
+        norm_map,
+        sigma,
+        *plan_a.geometry(problem),
+        kernel_of(weight, problem),
+        OWN_RULE,
+        layout == torch.channels_last,
+    )
+    return grad_x
+
+
+def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
+    channels_last = ops.memory_format(x, weight) == torch.channels_last
+    positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
+    grad_weight: Tensor = torch.ops.dcconv.depthwise_grad_weight(
+        grad_u,
+        x,
+        [weight.shape[2], weight.shape[3]],
+        *plan_a.geometry(problem),
+        plan_a.partial_rows(x, positions, problem.groups, channels_last),
+        ops.memory_format(weight) == torch.channels_last,
+        channels_last,
+    )
+    return grad_weight

@@ -1,0 +1,63 @@
+"""The cuda backend on CPU tensors: the models stand in for its ops, a plain predicate for its own.
+
+``cuda_backend_on_cpu`` is in force while its context lasts; plan choice and composition are the
+real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import plan_a_model
+import plan_b_model
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dcconv import backends, ops
+
+IMPLEMENTATIONS = plan_a_model.implementations | plan_b_model.implementations
+
+
+@contextmanager
+def cuda_backend_on_cpu() -> Iterator[None]:
+    """Run calls on CPU tensors on the cuda backend."""
+    if ops.missing is not None:
+        pytest.skip(ops.missing)
+    records = list(backends._BACKENDS)
+    place = backends.names.index("cuda")
+    records[place] = records[place]._replace(
+        why_not=lambda call: "not a CPU tensor" if call.device != "cpu" else None
+    )
+    threads = torch.get_num_threads()
+    library = torch.library.Library("dcconv", "IMPL")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_BACKENDS", tuple(records))
+        try:
+            for name, function in IMPLEMENTATIONS.items():
+                library.impl(name, function, "CPU")
+            torch.set_num_threads(1)  # the tensors are tiny
+            with backends.use_backend("cuda"):
+                yield
+        finally:
+            torch.set_num_threads(threads)
+            library._destroy()
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of dcconv's ops and the names of the library's convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[object, tuple[object, ...]]] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "dcconv":
+            copies = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in args)
+            self.calls.append((func, copies))
+        if func.namespace == "dcconv" or name.startswith("convolution"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
