@@ -84,7 +84,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         plans: Plans | None = ctx.plans
         if plans is not None:
             (a,) = more
-            planned = plan_a.backward(
+            planned = plans.backward(
                 grad_y,
                 kept_tensor,
                 norm_map,

@@ -136,12 +136,13 @@ def forward(
     geometry = plan_a.geometry(problem)
     kernel = kernel_of(weight, problem)
     batch_mean = problem.norm == NORM_BATCH
-    shared = kernel == IMPLICIT_GEMM and weight.shape[2] * weight.shape[3] > 1
+    alone = weight.shape[2] == weight.shape[3] == 1 and not any(problem.padding)
 
     # The mean of the norms must be there before the first h. Otherwise the norms are found on the
-    # way, but where windows overlap each square would be taken once per window and column tile.
+    # way; where windows overlap the implicit GEMM would take each square once per window and
+    # column tile, and takes sums per pixel instead.
     norms: Tensor | None = None
-    if batch_mean or shared:
+    if batch_mean or (kernel == IMPLICIT_GEMM and not alone):
         a, norms, mean = torch.ops.dcconv.conv2d_norms(
             x, weight, *geometry, problem.eps, batch_mean, channels_last
         )

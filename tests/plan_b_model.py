@@ -78,7 +78,7 @@ def conv2d_one_pass(
     assert padding_mode == "zeros" and tile == -1
     kernel_size = list(weight.shape[2:])
     if map is None:
-        assert kernel != "implicit_gemm" or kernel_size == [1, 1]
+        assert kernel != "implicit_gemm" or (kernel_size == [1, 1] and not any(padding))
         map = flat_map(pixel_squares(x, groups), channels_last)
     padded = pad_all(x.double(), padding, "zeros")
     u = F.conv2d(padded, weight.double(), None, stride, 0, dilation, groups)

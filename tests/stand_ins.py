@@ -6,8 +6,9 @@ real ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import plan_a_model
 import plan_b_model
@@ -21,8 +22,8 @@ IMPLEMENTATIONS = plan_a_model.implementations | plan_b_model.implementations
 
 
 @contextmanager
-def cuda_backend_on_cpu() -> Iterator[None]:
-    """Run calls on CPU tensors on the cuda backend."""
+def cuda_backend_on_cpu() -> Iterator[list[str]]:
+    """Run calls on CPU tensors on the cuda backend; yields the names of the ops that ran."""
     if ops.missing is not None:
         pytest.skip(ops.missing)
     records = list(backends._BACKENDS)
@@ -32,14 +33,23 @@ def cuda_backend_on_cpu() -> Iterator[None]:
     )
     threads = torch.get_num_threads()
     library = torch.library.Library("dcconv", "IMPL")
+    ran: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            ran.append(name)
+            return IMPLEMENTATIONS[name](*arguments)
+
+        return run
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "_BACKENDS", tuple(records))
         try:
-            for name, function in IMPLEMENTATIONS.items():
-                library.impl(name, function, "CPU")
+            for name in IMPLEMENTATIONS:
+                library.impl(name, noted(name), "CPU")
             torch.set_num_threads(1)  # the tensors are tiny
             with backends.use_backend("cuda"):
-                yield
+                yield ran
         finally:
             torch.set_num_threads(threads)
             library._destroy()
@@ -50,7 +60,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[object, tuple[object, ...]]] = []
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

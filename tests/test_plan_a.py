@@ -693,6 +693,7 @@ def test_autocast() -> None:
 
 
 def test_report_names_the_plan() -> None:
-    text = backends.report(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
-    line = next(line for line in text.splitlines() if line.split()[0] == "cuda")
-    assert line.endswith("runs this call (plan A: library convolution and fused passes)")
+    lines = backends.report(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)).splitlines()
+    place = next(i for i, line in enumerate(lines) if line.split()[0] == "cuda")
+    assert lines[place].endswith("runs this call")
+    assert lines[place + 1].strip().startswith("forward: plan A (library convolution and fused")

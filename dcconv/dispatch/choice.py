@@ -29,22 +29,13 @@ from dcconv.dispatch.key import (
     Key,
     key_of,
 )
-from dcconv.dispatch.plans import Forward, plans
+from dcconv.dispatch.plans import Plans, plans
 from dcconv.dispatch.rule import PASSES, PLANS, fastest, rule
 from dcconv.dispatch.stopwatch import Stopwatch, compare, cuda_events
 from dcconv.dispatch.tables import Cache, Table, Times, read, shipped
 from dcconv.keep import DOT
-from dcconv.plan_a import InputGradient, WeightGradient
 from dcconv.problem import NORM_BATCH, Operands, Problem
 from dcconv.warn import warn_once
-
-
-class Plans(NamedTuple):
-    """What computes a call; None leaves a gradient to the library, within ``plan_a.backward``."""
-
-    forward: Forward
-    input_gradient: InputGradient | None = None
-    weight_gradient: WeightGradient | None = None
 
 
 class Allowed(NamedTuple):
@@ -62,6 +53,8 @@ class Decision(NamedTuple):
     source: str
     times: Times
 
+
+MEASURED = "measured here"
 
 _allowed = Allowed(os.environ.get("DCCONV_PLANS") or Allowed().names)
 
@@ -188,7 +181,7 @@ def _known(key: Key, benchmark: bool) -> tuple[str, Times]:
             _caches[key.device] = Cache(key.device)
         times = _caches[key.device].table.find(key)
         if times:
-            return "measured", times
+            return MEASURED, times
     if key.device not in _shipped:
         _shipped[key.device] = shipped(key.device)
     return "table of this GPU", _shipped[key.device].find(key)
@@ -199,10 +192,12 @@ def decide(key: Key, willing: Sequence[str], benchmark: bool) -> Decision:
     source, times = _known(key, benchmark)
     times = {name: ms for name, ms in times.items() if name in willing}
     if len(willing) == 1:
-        return Decision(willing[0], "the only one", times)
+        return Decision(willing[0], "the only one willing", times)
     name = fastest(times, willing)
     return (
-        Decision(rule(key, willing), "rule", {}) if name is None else Decision(name, source, times)
+        Decision(rule(key, willing), "by rule", {})
+        if name is None
+        else Decision(name, source, times)
     )
 
 
@@ -277,8 +272,10 @@ def _functions(names: Sequence[str]) -> Plans:
     forward, input_gradient, weight_gradient = names
     return Plans(
         plans[forward].forward,
-        None if input_gradient == PASSES else plans[input_gradient].input_gradient,
-        None if weight_gradient == PASSES else plans[weight_gradient].weight_gradient,
+        input_gradient=None if input_gradient == PASSES else plans[input_gradient].input_gradient,
+        weight_gradient=None
+        if weight_gradient == PASSES
+        else plans[weight_gradient].weight_gradient,
     )
 
 
@@ -385,7 +382,7 @@ def _lacks_times(key: Key, willing: Sequence[str]) -> bool:
     if _pinned is not None or len(willing) == 1 or None in key.sizes:
         return False
     source, times = _known(key, benchmark=True)
-    return source != "measured" or any(name not in times for name in willing)
+    return source != MEASURED or any(name not in times for name in willing)
 
 
 def describe(operands: Operands, problem: Problem, kept: str, benchmark: bool) -> list[str]:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -218,18 +218,13 @@ class Cache:
             self._give_up("write", error)
 
 
-def shipped(device: str, files: Iterable[Any] | None = None) -> Table:
-    """Return the times that ship with the package for a device; empty if there are none.
-
-    Args:
-        device: the GPU's name.
-        files: what to read instead of the package's ``tables`` folder.
-    """
-    if files is None:
-        folder = importlib.resources.files("dcconv") / "tables"
-        files = sorted(folder.iterdir(), key=lambda f: f.name) if folder.is_dir() else ()
+def shipped(device: str, package: str = "dcconv") -> Table:
+    """Return the times that ship with a package for a device; empty if there are none."""
+    folder = importlib.resources.files(package) / "tables"
     merged = Table(device)
-    for file in files:
+    if not folder.is_dir():
+        return merged
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
         if not file.name.endswith(".json"):
             continue
         try:

@@ -1,0 +1,426 @@
+"""Plan B's composition on the CPU, by itself and mixed with plan A; models stand in for the ops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import plan_b_model
+import pytest
+import torch
+import torch._dynamo.testing
+from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
+from cases import DTYPES, OPERATORS, Case, Inputs, by_id, make_inputs
+from stand_ins import Recorder, cuda_backend_on_cpu
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dcconv
+from dcconv import backends, functional, plan_b
+from dcconv.functional import check_call
+
+NORMS = ("batch", "given", "none")
+HALF = (torch.bfloat16, torch.float16)
+
+GEMM = (
+    Case("1x1", 2, 16, 5, 6, 8, (1, 1)),
+    Case("1x1-s2", 2, 8, 7, 6, 16, (1, 1), stride=2),
+    Case("1x1-p1", 2, 8, 4, 5, 8, (1, 1), padding=1),
+    Case("1x1-groups2", 2, 16, 4, 5, 16, (1, 1), groups=2),
+    Case("3x3-p1", 2, 16, 6, 7, 24, (3, 3), padding=1),
+    Case("groups2-s2-dilation2", 2, 16, 9, 9, 16, (2, 3), 2, 1, 2, groups=2),
+    Case("dilation2", 2, 8, 9, 8, 8, (3, 3), padding=2, dilation=2),
+    Case("same-even-kernel", 2, 8, 6, 5, 8, (2, 4), padding="same"),
+    Case("same-s2", 2, 8, 8, 6, 8, (3, 3), 2, "same"),
+)
+DEPTHWISE = (
+    by_id("depthwise"),
+    by_id("depthwise-multiplier3"),
+    Case("depthwise-same-s2", 2, 4, 8, 6, 4, (3, 3), 2, "same", groups=4),
+)
+STEMS = tuple(
+    by_id(name)
+    for name in (
+        "padding-beyond-kernel",
+        "3x3-s2-p1",
+        "7x7-s2-p3",
+        "asymmetric",
+        "same-s2-even",
+        "one-pixel",
+    )
+)
+ALL = (*GEMM, *DEPTHWISE, *STEMS)
+
+ONE_PASS, GRAD_INPUT = "conv2d_one_pass", "conv2d_one_pass_grad_input"
+GRAD_WEIGHT = "depthwise_grad_weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ran() -> Iterator[list[str]]:
+    """The names of the ops that ran, with the cuda backend on CPU tensors."""
+    with cuda_backend_on_cpu() as names:
+        yield names
+
+
+def ids(value: Any) -> str:
+    return getattr(value, "id", None) or str(value).removeprefix("torch.")
+
+
+def takes(case: Case) -> tuple[bool, bool]:
+    """Whether plan B has the gradients of the input and of the weight of a case."""
+    if case in GEMM:
+        return case.stride == 1, False
+    return case in DEPTHWISE, case in DEPTHWISE
+
+
+def plans(case: Case, mix: str) -> AbstractContextManager[None]:
+    """Force plan B in forward, backward or both, where it has the direction."""
+    grad_x, grad_weight = ("B" if there and mix != "forward" else "A" for there in takes(case))
+    return backends.plans(
+        "A" if mix == "backward" else "B", input_gradient=grad_x, weight_gradient=grad_weight
+    )
+
+
+def expected(case: Case, mix: str) -> set[str]:
+    """Return plan B's ops that a call and its backward run."""
+    grad_x, grad_weight = takes(case)
+    found = set() if mix == "backward" else {ONE_PASS}
+    if mix != "forward":
+        found |= ({GRAD_INPUT} if grad_x else set()) | ({GRAD_WEIGHT} if grad_weight else set())
+    return found
+
+
+def compare(case: Case, mix: str, inputs: Inputs, **extra: Any) -> list[str]:
+    """Judge y and all gradients by the accuracy rule; return the ops that ran."""
+    cotangent = random_cotangent(inputs)
+    truth, peer = truth_and_peer(inputs, cotangent)
+    with plans(case, mix), Recorder() as recorder:
+        got = evaluate(functional.decoupled_conv2d, inputs, cotangent, **extra)
+    check_all(f"{case.id} {mix}", got, truth, peer, inputs.tensors["x"].dtype)
+    assert set(recorder.names) & {ONE_PASS, GRAD_INPUT, GRAD_WEIGHT} == expected(case, mix)
+    return recorder.names
+
+
+@pytest.mark.parametrize("mix", ["both", "forward", "backward"])
+@pytest.mark.parametrize("case", ALL, ids=ids)
+def test_agrees_with_the_reference(case: Case, mix: str) -> None:
+    start = 7 * ALL.index(case) + 3 * len(mix)
+    for i in range(6):
+        magnitude, weighting, angular = OPERATORS[(start + 37 * i) % len(OPERATORS)]
+        if (magnitude, angular) == ("linear", "cosine"):
+            continue  # norm-free
+        dtype = HALF[i % 2] if case in GEMM else DTYPES[i % 4]
+        layout = "channels_last" if case not in DEPTHWISE else ("contiguous", "sliced")[i // 2 % 2]
+        inputs = make_inputs(
+            case,
+            dtype,
+            layout,
+            magnitude=magnitude,
+            weighting=weighting,
+            angular=angular,
+            norm=NORMS[(start + i) % 3],
+            bias=i == 5,
+        )
+        compare(case, mix, inputs, keep="dot" if i == 4 else "auto")
+
+
+@pytest.mark.parametrize("case", [GEMM[0], GEMM[4], DEPTHWISE[0], STEMS[1]], ids=ids)
+def test_norms_are_found_in_the_pass_where_that_is_cheap(case: Case) -> None:
+    overlapping = case is GEMM[4]
+    for norm in NORMS:
+        inputs = make_inputs(case, torch.bfloat16, "channels_last", norm=norm)
+        before = compare(case, "forward", inputs)[0]
+        assert before == ("conv2d_norms" if norm == "batch" or overlapping else "filter_norm"), norm
+
+
+def test_weight_in_another_layout_than_x() -> None:
+    inputs = make_inputs(GEMM[4], torch.bfloat16, "channels_last")
+    for contiguous in ("x", "weight"):
+        tensors = dict(inputs.tensors)
+        tensors[contiguous] = tensors[contiguous].contiguous()
+        compare(GEMM[4], "both", Inputs(tensors, inputs.options))
+
+
+@pytest.mark.parametrize("norm", ["batch", "given"])
+def test_gradients_only_where_they_are_asked_for(norm: str) -> None:
+    """The library computes what plan B does not, and nothing twice."""
+    for case, expected_names in (
+        (GEMM[4], {"x": [GRAD_INPUT], "weight": ["convolution_backward"]}),
+        (DEPTHWISE[0], {"x": [GRAD_INPUT], "weight": [GRAD_WEIGHT]}),
+    ):
+        inputs = make_inputs(case, torch.bfloat16, "channels_last", norm=norm, bias=True)
+        cotangent = random_cotangent(inputs)
+        with plans(case, "both"):
+            full = evaluate(functional.decoupled_conv2d, inputs, cotangent)
+            for wanted in ({"x"}, {"weight"}, {"x", "weight"}, {"radius"}):
+                tensors = {
+                    name: t.detach().requires_grad_(name in wanted)
+                    for name, t in inputs.tensors.items()
+                }
+                y = functional.decoupled_conv2d(**tensors, **inputs.options)
+                with Recorder() as recorder:
+                    y.backward(cotangent)
+                made = [
+                    n
+                    for n in recorder.names
+                    if n in (*expected_names["x"], *expected_names["weight"])
+                ]
+                assert sorted(made) == sorted(
+                    name for w in wanted for name in expected_names.get(w, [])
+                )
+                for name in wanted:
+                    check(name, tensors[name].grad, full[name], full[name], torch.bfloat16)
+
+
+def test_inference_writes_no_norm_map() -> None:
+    for case in (GEMM[4], DEPTHWISE[0]):
+        inputs = make_inputs(case, torch.bfloat16, "channels_last", norm="none")
+        kept = []
+        for grad in (False, True):
+            tensors = {name: t.requires_grad_(grad) for name, t in inputs.tensors.items()}
+            with plans(case, "both"), Recorder() as recorder:
+                functional.decoupled_conv2d(**tensors, **inputs.options)
+            names = [a.name for a in torch.ops.dcconv.conv2d_one_pass.default._schema.arguments]
+            (arguments,) = [a for f, a in recorder.calls if f._schema.name.endswith(ONE_PASS)]
+            kept.append(arguments[names.index("keep_norm")])
+        assert kept == [False, True]
+
+
+def test_opcheck_of_every_op() -> None:
+    seen: set[str] = set()
+    for i, case in enumerate((GEMM[1], GEMM[4], GEMM[7], *DEPTHWISE, *STEMS[:3])):
+        dtypes = HALF if case in GEMM else DTYPES
+        layouts = ("contiguous", "channels_last") if case in DEPTHWISE else ("channels_last",)
+        for layout in layouts:
+            inputs = make_inputs(case, dtypes[i % len(dtypes)], layout, norm=NORMS[i % 3])
+            with plans(case, "both"), Recorder() as recorder:
+                cotangent = random_cotangent(inputs)
+                evaluate(
+                    functional.decoupled_conv2d, inputs, cotangent, keep=("auto", "dot")[i % 2]
+                )
+                with torch.no_grad():
+                    functional.decoupled_conv2d(**inputs.tensors, **inputs.options)
+            for func, arguments in recorder.calls:
+                name = func._schema.name.partition("::")[2]
+                if name in plan_b_model.implementations:
+                    seen.add(name)
+                    torch.library.opcheck(
+                        func,
+                        arguments,
+                        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+                    )
+    assert seen == set(plan_b_model.implementations)
+
+
+MODULES: dict[str, tuple[Case, dict[str, Any]]] = {
+    "gemm": (GEMM[4], {}),
+    "gemm-same-s2": (GEMM[8], {"magnitude": "sphere", "angular": "sigmoid", "bias": True}),
+    "depthwise": (DEPTHWISE[0], {"magnitude": "log"}),
+    "stem": (STEMS[1], {"magnitude": "ball", "weighting": "linear"}),
+}
+
+
+def module_of(name: str) -> tuple[nn.Module, Case]:
+    case, options = MODULES[name]
+    module = dcconv.DecoupledConv2d(
+        case.c, case.o, case.kernel, **case.geometry, **options, dtype=torch.bfloat16
+    )
+    return module.to(memory_format=torch.channels_last), case
+
+
+def image(case: Case, n: int) -> Tensor:
+    x = torch.randn(n, case.c, case.h, case.w, dtype=torch.bfloat16)
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("gemm", False), ("gemm-same-s2", True), ("depthwise", True), ("stem", False)],
+)
+def test_compile_full_graph(name: str, dynamic: bool, ran: list[str]) -> None:
+    """One graph for every batch size, with plan B's ops in it and the same result."""
+    torch._dynamo.reset()
+    eager, case = module_of(name)
+    other = copy.deepcopy(eager)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, fullgraph=True, backend=counter, dynamic=dynamic or None)
+    frames = 0
+    with plans(case, "both"):
+        for n in (9, 13) if dynamic else (3, 3):
+            x = image(case, n)
+            results = []
+            for module in (eager, compiled):
+                leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+                ran.clear()
+                y = module(leaf)
+                parameters = list((eager if module is eager else other).parameters())
+                grads = torch.autograd.grad(y, [leaf, *parameters], torch.ones_like(y))
+                assert expected(case, "both") <= set(ran)
+                results.append([y, *grads])
+            assert results[0][0].stride() == results[1][0].stride()
+            frames = frames or counter.frame_count
+            for one, two in zip(*results, strict=True):
+                check("compiled", two, one, one, torch.bfloat16)
+    assert counter.frame_count == frames
+
+
+def test_compiled_code_follows_the_allowed_plans(ran: list[str]) -> None:
+    torch._dynamo.reset()
+    module, case = module_of("gemm")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for names, there in (("B", True), ("A", False), ("A,B", True)):
+        ran.clear()
+        with backends.plans(names), torch.no_grad():
+            compiled(image(case, 2))
+        assert (ONE_PASS in ran) == there, names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_export(name: str) -> None:
+    module, case = module_of(name)
+    module.eval()
+    with plans(case, "both"):
+        program = torch.export.export(
+            copy.deepcopy(module),
+            (image(case, 2),),
+            dynamic_shapes=({0: torch.export.Dim("n", min=2)},),
+        )
+        names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+        assert "dcconv.conv2d_one_pass.default" in names
+        x = image(case, 5)
+        y = module(x)
+        check("exported", program.module()(x), y, y, torch.bfloat16)
+
+
+@pytest.mark.parametrize("mix", ["both", "forward", "backward"])
+def test_flops_are_those_of_the_convolution(mix: str) -> None:
+    for case in (GEMM[4], DEPTHWISE[0], STEMS[1]):
+        inputs = make_inputs(case, torch.bfloat16, "channels_last")
+        geometry = {k: v for k, v in case.geometry.items() if k != "padding_mode"}
+        tensors = {name: t.requires_grad_() for name, t in inputs.tensors.items()}
+        x, weight = tensors["x"], tensors["weight"]
+        totals = []
+        with FlopCounterMode(display=False) as counter:
+            nn.functional.conv2d(x, weight, **geometry)
+        totals.append(counter.get_total_flops())
+        with plans(case, mix):
+            with FlopCounterMode(display=False) as counter:
+                y = functional.decoupled_conv2d(**tensors, **inputs.options)
+            totals.append(counter.get_total_flops())
+            with FlopCounterMode(display=False) as counter:
+                y.sum().backward()
+            totals.append(counter.get_total_flops())
+        assert totals[0] == totals[1] > 0
+        # PyTorch's own formula counts the gradient of a grouped weight too high.
+        if case.groups == 1 or (case in DEPTHWISE and mix != "forward"):
+            assert totals[2] == 2 * totals[0], case.id
+
+
+@pytest.mark.parametrize("mix", ["both", "forward", "backward"])
+def test_second_derivatives(mix: str) -> None:
+    case = Case("depthwise", 2, 2, 4, 4, 4, (2, 2), padding=1, groups=2)
+    torch.manual_seed(0)
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 2, 4, 4), (4, 1, 2, 2)))
+    radius = 0.5 + torch.rand(4, dtype=torch.float64)
+    operands = [t.requires_grad_() for t in (x, weight, radius)]
+
+    def call(x: Tensor, weight: Tensor, radius: Tensor) -> Tensor:
+        return functional.decoupled_conv2d(
+            x, weight, None, 1, 1, 1, 2, radius=radius, norm_mean="batch"
+        )
+
+    grad = {"both": "B", "forward": "A", "backward": "B"}[mix]
+    forward = "A" if mix == "backward" else "B"
+    assert case.groups == 2
+    with backends.plans(forward, input_gradient=grad, weight_gradient=grad):
+        assert torch.autograd.gradcheck(call, operands, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, operands, fast_mode=True)
+
+
+def refusals(
+    case: Case, dtype: torch.dtype = torch.bfloat16, layout: str = "channels_last", **options: Any
+) -> tuple[str | None, str | None, str | None]:
+    tensors, call = make_inputs(case, dtype, layout, **options)
+    operands, problem, _ = check_call(**tensors, **call)
+    return (
+        plan_b.why_not(operands, problem),
+        plan_b.why_not_input_gradient(operands, problem),
+        plan_b.why_not_weight_gradient(operands, problem),
+    )
+
+
+LIBRARYS = "the gradient of the weight is the library's, but for depthwise layers"
+
+
+def test_why_not() -> None:
+    assert refusals(GEMM[4]) == (None, None, LIBRARYS)
+    assert refusals(DEPTHWISE[0], torch.float32, "contiguous") == (None, None, None)
+    stem = "the stem kernel has no gradient of the input"
+    assert refusals(STEMS[1], torch.float32) == (None, stem, LIBRARYS)
+    sentence = "the stem kernel takes channels_last tensors"
+    assert refusals(STEMS[1], torch.float32, "contiguous")[0] == sentence
+    sentence = "the gradient of the input takes stride 1, got (2, 2)"
+    assert refusals(GEMM[1]) == (None, sentence, LIBRARYS)
+    sentence = "norm-free operators are one library convolution"
+    assert refusals(DEPTHWISE[0], magnitude="linear") == (sentence,) * 3
+    for case in (GEMM[4], DEPTHWISE[0], STEMS[0]):
+        reflecting = Case(*case.__dict__.values())
+        object.__setattr__(reflecting, "padding_mode", "reflect")
+        sentence = "its kernels pad with zeros, got padding_mode 'reflect'"
+        assert refusals(reflecting) == (sentence,) * 3
+    for arguments, sentence in (
+        ((torch.float32,), "the implicit GEMM takes bfloat16 and float16, got torch.float32"),
+        ((torch.float16, "contiguous"), "the implicit GEMM takes channels_last tensors"),
+    ):
+        assert refusals(GEMM[4], *arguments) == (sentence, sentence, LIBRARYS)
+    start = "the implicit GEMM takes multiples of 8 channels and filters per group, got "
+    for channels, filters, groups in ((12, 8, 1), (8, 12, 1), (8, 4, 2)):
+        case = Case("odd", 2, channels * groups, 4, 4, filters * groups, (1, 1), groups=groups)
+        assert refusals(case)[:2] == (f"{start}{channels} and {filters}",) * 2
+
+
+def test_misaligned_views_are_refused() -> None:
+    tensors, call = make_inputs(GEMM[4], torch.bfloat16, "channels_last")
+    for name in ("x", "weight"):
+        t = tensors[name]
+        for offset, refused in ((1, True), (8, False)):
+            shifted = t.new_empty(t.numel() + offset)[offset:].as_strided(t.shape, t.stride())
+            operands, problem, _ = check_call(**(tensors | {name: shifted}), **call)
+            reason = plan_b.why_not(operands, problem)
+            assert (reason is not None) == refused
+            if refused:
+                assert (
+                    reason == "the implicit GEMM takes tensors that start at a multiple of 16 bytes"
+                )
+
+
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_b, "_capabilities", {0: (7, 5), 1: (8, 0)})
+    weight = torch.empty(8, 8, 1, 1)
+
+    class OnGpu:
+        dtype, shape = torch.bfloat16, (2, 8, 4, 4)
+
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    old = plan_b._why_not_gemm(OnGpu(0), weight, dcconv.problem.Problem())
+    assert old == "the implicit GEMM needs a GPU from sm_80 on"
+
+
+def test_forced_plan_refuses_with_its_sentence() -> None:
+    inputs = make_inputs(GEMM[4], torch.float32, "channels_last")
+    with backends.plans("B"), pytest.raises(NotImplementedError) as error:
+        functional.decoupled_conv2d(**inputs.tensors, **inputs.options)
+    assert str(error.value) == (
+        "dcconv: no allowed plan runs the forward of this call: "
+        "B: the implicit GEMM takes bfloat16 and float16, got torch.float32"
+    )
+    tensors = {name: t.bfloat16() for name, t in inputs.tensors.items()}
+    tensors["radius"] = tensors["radius"].float()
+    tensors["weight"].requires_grad_()
+    with backends.plans("A", weight_gradient="B"), pytest.raises(NotImplementedError) as error:
+        functional.decoupled_conv2d(**tensors, **inputs.options)
+    assert f"runs the weight_gradient of this call: B: {LIBRARYS}" in str(error.value)
