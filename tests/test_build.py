@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -331,3 +332,14 @@ def test_gpu_runs_code_for_its_own_generation() -> None:
     torch.ops.dcconv.cuda_arch(arch)
     major, minor = torch.cuda.get_device_capability()
     assert arch.item() in range(major * 100, major * 100 + minor * 10 + 1, 10)
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = (\[.*?\])", text, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "dcconv").glob("**/__init__.py")
+    }
+    assert set(json.loads(listed[1])) == found

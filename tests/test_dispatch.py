@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -581,11 +582,20 @@ def test_may_measure(monkeypatch: Any) -> None:
         assert not choice._may_measure(x)
 
     class OnGpu:
-        is_cuda = True
+        is_cuda, device = True, "cuda:3"
 
+    entered = []
+
+    @contextmanager
+    def on(device: str) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", on)
     for captured in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=captured: c)
         assert choice._may_measure(OnGpu()) is not captured
+    assert entered == ["cuda:3"] * 2
 
 
 def test_nothing_is_measured_while_tracing(world: World) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,24 +247,34 @@ def _runs(
     }
 
 
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which x's GPU is the current one, whose stream its ops run on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _may_measure(x: Tensor) -> bool:
+    # A mode that watches every op would see those of the measurement; some are tracers.
+    if _get_current_dispatch_mode() is not None:
+        return False
+    with _on_device(x):
+        return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _measure(
     operands: Operands, problem: Problem, kept: str, key: Key, willing: Sequence[str]
 ) -> None:
     """Time the willing plans of one direction and remember it; the lock is held."""
-    with torch.no_grad(), torch.profiler.record_function("dcconv: measuring plans"):
+    with (
+        _on_device(operands.x),
+        torch.no_grad(),
+        torch.profiler.record_function("dcconv: measuring plans"),
+    ):
         try:
             times = compare(_runs(operands, problem, kept, key.direction, willing), stopwatch)
         except torch.OutOfMemoryError:
             warn_once(f"too little memory to measure plans for [{key.text}]: the rule decides")
             return
     _caches[key.device].add(key, times)
-
-
-def _may_measure(x: Tensor) -> bool:
-    # A mode that watches every op would see those of the measurement; some are tracers.
-    return _get_current_dispatch_mode() is None and not (
-        x.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
 
 
 def _functions(names: Sequence[str]) -> Plans:
