@@ -109,16 +109,18 @@ class Plan(NamedTuple):
 
 
 _frontend: Any = None
-_missing: str | None = "not looked for yet"
+_missing: str | None = None
+_looked = False
 
 
 # Constant for tracing, and looked for once.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_installed() -> str | None:
     """Return None when cuDNN graphs can be built in this process, else one sentence."""
-    global _frontend, _missing
-    if _missing == "not looked for yet":
+    global _frontend, _missing, _looked
+    if not _looked:
         _frontend, _missing = _load()
+        _looked = True
     return _missing
 
 
@@ -236,6 +238,14 @@ def compose(key: Key, frontend: Any, **device: Any) -> tuple[Any, dict[str, Any]
     return graph, tensors, {tensor: value for value, tensor in scalars.items()}
 
 
+def plan(graph: Any, frontend: Any) -> None:
+    """Have cuDNN list the engines for a valid graph."""
+    graph.create_execution_plans([frontend.heur_mode.A, frontend.heur_mode.FALLBACK])
+    notes = frontend.numerical_note
+    graph.deselect_numeric_notes([getattr(notes, name) for name in UNWANTED_NOTES])
+    graph.check_support()
+
+
 def build(key: Key, frontend: Any, **device: Any) -> Plan:
     """Write, plan and compile a key's graph; arguments as for :func:`compose`.
 
@@ -245,10 +255,7 @@ def build(key: Key, frontend: Any, **device: Any) -> Plan:
     graph, tensors, scalars = compose(key, frontend, **device)
     graph.validate()
     graph.build_operation_graph()
-    graph.create_execution_plans([frontend.heur_mode.A, frontend.heur_mode.FALLBACK])
-    notes = frontend.numerical_note
-    graph.deselect_numeric_notes([getattr(notes, name) for name in UNWANTED_NOTES])
-    graph.check_support()
+    plan(graph, frontend)
     graph.build_plans()
     constants = {
         tensor: torch.full((1, 1, 1, 1), value, dtype=torch.float32)
@@ -276,7 +283,7 @@ def _handle(device: int) -> Any:
     return known[device]
 
 
-def _plan(key: Key, handle: Any) -> Plan | str:
+def _graph(key: Key, handle: Any) -> Plan | str:
     """Return a key's graph, building it if it is new, or one sentence why there is none."""
     if key not in _plans:
         if torch.cuda.is_current_stream_capturing():
@@ -301,23 +308,22 @@ def execute(key: Key, tensors: dict[str, Tensor]) -> str | None:
     Returns:
         None, or one sentence why it did not run.
     """
-    reason = why_not_installed()
-    if reason is not None:
-        return reason
+    if why_not_installed() is not None:
+        return _missing
     with torch.cuda.device(key.device), _lock:
         handle = _handle(key.device)
         if handle is None:
             return CAPTURING
         stream = torch.cuda.current_stream(key.device)
         _frontend.set_stream(handle=handle, stream=stream.cuda_stream)
-        plan = _plan(key, handle)
-        if isinstance(plan, str):
-            return plan
-        addresses = {place: tensors[name].data_ptr() for name, place in plan.tensors.items()}
-        addresses |= {place: constant.data_ptr() for place, constant in plan.constants.items()}
+        built = _graph(key, handle)
+        if isinstance(built, str):
+            return built
+        addresses = {place: tensors[name].data_ptr() for name, place in built.tensors.items()}
+        addresses |= {place: constant.data_ptr() for place, constant in built.constants.items()}
         device = tensors["weight"].device
-        workspace = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=device)
-        plan.graph.execute(addresses, workspace.data_ptr(), handle=handle)
+        workspace = torch.empty(max(built.workspace, 1), dtype=torch.uint8, device=device)
+        built.graph.execute(addresses, workspace.data_ptr(), handle=handle)
     return None
 
 
@@ -545,8 +551,14 @@ implementations: dict[str, Callable[..., Any]] = {
     "cudnn_conv2d_forward": _forward,
     "cudnn_conv2d_grad_input": _grad_input,
 }
-_FAKES = {"cudnn_conv2d_forward": _forward_fake, "cudnn_conv2d_grad_input": _grad_input_fake}
-_FLOPS = {"cudnn_conv2d_forward": _forward_flops, "cudnn_conv2d_grad_input": _grad_input_flops}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "cudnn_conv2d_forward": _forward_fake,
+    "cudnn_conv2d_grad_input": _grad_input_fake,
+}
+_FLOPS: dict[str, Callable[..., int]] = {
+    "cudnn_conv2d_forward": _forward_flops,
+    "cudnn_conv2d_grad_input": _grad_input_flops,
+}
 
 _library = torch.library.Library("dcconv", "FRAGMENT")
 

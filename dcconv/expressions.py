@@ -337,24 +337,6 @@ input_gradient = Expression(
 )
 
 
-def operator_of(
-    problem: Problem, radius: Tensor | None, mean: Tensor | None, k: Tensor | None, bias: bool
-) -> Operator:
-    """Return the operator of a call; ``mean`` is the factor of the radius, if there is one."""
-    return Operator(
-        problem.magnitude,
-        problem.angular,
-        problem.weighting,
-        problem.alpha,
-        problem.beta,
-        problem.power,
-        scalar_radius=radius is not None and radius.dim() == 0,
-        scalar_k=k is not None and k.dim() == 0,
-        scaled_radius=mean is not None,
-        bias=bias,
-    )
-
-
 def evaluate(steps: Iterable[Step], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run steps with PyTorch in the dtype of their leaves; return the leaves and all results."""
     found = dict(values)

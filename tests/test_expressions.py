@@ -17,7 +17,7 @@ from dcconv import checks, expressions, functions, reference
 from dcconv.expressions import FULL, MAP, SCALAR, VECTOR, Expression, Operator
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.numerics import ACCURACY_FLOOR, ANGLE_DELTA, RHO_FLOOR, angle_delta
-from dcconv.problem import Operands, Problem
+from dcconv.problem import Problem
 
 POLYNOMIAL = ("linear", "sigmoid")  # angular functions whose asin is a polynomial for float32
 
@@ -89,7 +89,18 @@ def evaluate_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     for name, leaf in (("radius", radius), ("mean", mean), ("k", k), ("bias", bias)):
         if leaf is not None:
             leaves[name] = shaped(leaf)
-    operator = expressions.operator_of(problem, radius, mean, k, bias is not None)
+    operator = Operator(
+        problem.magnitude,
+        problem.angular,
+        problem.weighting,
+        problem.alpha,
+        problem.beta,
+        problem.power,
+        scalar_radius=radius is not None and radius.dim() == 0,
+        scalar_k=k is not None and k.dim() == 0,
+        scaled_radius=mean is not None,
+        bias=bias is not None,
+    )
     return run(expressions.forward(operator), leaves)
 
 
@@ -310,15 +321,3 @@ def test_a_function_without_expression_is_refused(
     monkeypatch.setitem(known, "new", known["tanh" if name == "magnitude" else "sigmoid"])
     reason = expressions.why_not(Problem(**{name: "new"}))
     assert reason == "'new' is not written in terms of its primitives"
-
-
-def test_operands_make_the_operator() -> None:
-    one, vector = torch.tensor(1.0), torch.ones(4)
-    problem = Problem(angular="sigmoid", alpha=2.0)
-    operands = Operands(torch.ones(1), vector, vector, one, one, vector)
-    made = expressions.operator_of(problem, operands.radius, operands.norm_mean, operands.k, True)
-    assert made == Operator(
-        "tanh", "sigmoid", "none", 2.0, scalar_radius=True, scaled_radius=True, bias=True
-    )
-    made = expressions.operator_of(problem, vector, None, one, False)
-    assert made == Operator("tanh", "sigmoid", "none", 2.0, scalar_k=True)
