@@ -136,8 +136,9 @@ def _load() -> tuple[Any, str | None]:
     except RuntimeError as error:
         return None, f"the package nvidia-cudnn-frontend finds no cuDNN library: {error}"
     if version < OLDEST_CUDNN:
-        # From 9.0 on, ten thousands are the major version and hundreds the minor one.
-        found = f"{version // 10000}.{version // 100 % 100}"
+        # 8.9.5 is 8905, 9.1.0 is 90100.
+        major, minor = divmod(version // 100, 100 if version >= 90000 else 10)
+        found = f"{major}.{minor}"
         return None, f"cuDNN {found} is too old: 9.11 or later is needed"
     return frontend, None
 

@@ -25,7 +25,7 @@ from dcconv.expressions import Operator
 from dcconv.problem import Problem
 
 # An H100 in the words of cuDNN's device descriptor.
-DEVICE = {
+DEVICE: dict[str, Any] = {
     "version": 1,
     "deviceName": "NVIDIA H100 80GB HBM3",
     "deviceVer": 900,
@@ -144,7 +144,19 @@ def answers(frontend: Any) -> dict[str, Any]:
     return {"valid": valid, "plans": plans, "compiled": compiled}
 
 
-if __name__ == "__main__":
+# Older ones were seen to crash on GPUs that are only described.
+OLDEST_PLANNER = 92400
+
+
+def why_not() -> str | None:
+    """Return None if this process can ask cuDNN, else one sentence."""
     reason = cudnn_ops.why_not_installed()
+    if reason is None and (version := cudnn_ops._frontend.backend_version()) < OLDEST_PLANNER:
+        return f"cuDNN {version} may crash on a GPU that is only described; 9.24 or later does not"
+    return reason
+
+
+if __name__ == "__main__":
+    reason = why_not()
     said = {"missing": reason} if reason is not None else answers(cudnn_ops._frontend)
     Path(sys.argv[1]).write_text(json.dumps(said, indent=2))

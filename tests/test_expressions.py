@@ -104,10 +104,13 @@ def evaluate_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     return run(expressions.forward(operator), leaves)
 
 
-def test_tables_name_every_function() -> None:
-    assert list(expressions.magnitudes) == list(magnitudes)
-    assert list(expressions.angles) == list(angulars)
-    assert list(expressions.weightings) == list(weightings)
+def test_tables_name_the_functions() -> None:
+    """A function may be without expression (plan G refuses it then); these are not."""
+    assert {name for name, _ in WEIGHTED_MAGNITUDES} <= set(expressions.magnitudes)
+    assert set(ANGULARS) <= set(expressions.angles)
+    assert set(expressions.magnitudes) <= set(magnitudes)
+    assert set(expressions.angles) <= set(angulars)
+    assert set(expressions.weightings) == set(weightings)
 
 
 @pytest.mark.parametrize("angular", ANGULARS)

@@ -347,7 +347,9 @@ def test_flops_are_those_of_the_convolutions(world: World) -> None:
     assert counter.get_total_flops() == 2 * products
 
 
-def test_plan_g_compiles_in_one_graph(world: World) -> None:
+def test_plan_g_compiles_in_one_graph(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(plan_g, "_gpus", {})
     graphs: list[torch.fx.GraphModule] = []
 
     def keep_graph(module: torch.fx.GraphModule, example: list[Any]) -> Any:
@@ -355,6 +357,8 @@ def test_plan_g_compiles_in_one_graph(world: World) -> None:
         return module.forward
 
     def both(x: Tensor, weight: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        if cudnn_ops.why_not_installed() is not None or plan_g._why_not_gpu(0) is not None:
+            raise AssertionError
         operands = Operands(x, weight, None, radius, None, None)
         y, norms, _, _, _ = plan_g.forward(operands, problem, keep.NOTHING)
         return y, plan_g.input_gradient(y, x, weight, norms, norms, None, problem)
@@ -442,6 +446,7 @@ def broken(message: str) -> Any:
     [
         (None, "the package nvidia-cudnn-frontend is missing: pip install 'dcconv[cudnn]'"),
         (Frontend(0, 90800), "cuDNN 9.8 is too old: 9.11 or later is needed"),
+        (Frontend(0, 8907), "cuDNN 8.9 is too old: 9.11 or later is needed"),
         (Frontend(0, 91099), "cuDNN 9.10 is too old: 9.11 or later is needed"),
         (
             broken("no symbol"),
