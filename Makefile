@@ -4,11 +4,13 @@
 #   PYTHON, VENV  the interpreter and the folder of the virtual environment made from it
 #   GATE_PYTHON   the interpreter of gpu-gate, which makes no environment: the one in VENV if it is
 #                 there, else PYTHON; GATE_OPTIONS are passed on (tests/gpu_gate.py)
+#   TEST_OPTIONS  of pytest; as given below, it runs in a process per processor, at most eight
 #   DCCONV_BUILD, DCCONV_DEBUG, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS  see setup.py
 
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
+TEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 GATE_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -22,7 +24,7 @@ demo: build
 	$(BIN)/python -m train.digits
 
 test: build lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TEST_OPTIONS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

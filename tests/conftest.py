@@ -2,10 +2,12 @@
 
 Skips come from the backends' own sentences. ``--backend NAME`` runs only that backend's share of
 the parametrised tests, and its refusal is then an error: a run that asked for it cannot look green.
+With pytest-xdist the summary is that of all workers, and they share the machine's threads.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[DROPPED] = Counter()
+    workers = getattr(config.option, "tx", None) or []
+    if workers:
+        # Inherited by the workers, before they load PyTorch, and by what tests start.
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors // len(workers))))
     # float32 means float32: cuDNN would convolve in TF32 by default. The GPU gate checks that too.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     config.addinivalue_line(
@@ -90,6 +97,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that writes the summary, if it is another one, what was deselected here."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["dropped"] = dict(session.config.stash[DROPPED])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep what a worker of pytest-xdist has deselected: every one has collected all tests."""
+    dropped = getattr(node, "workeroutput", {}).get("dropped", {})
+    node.config.stash[DROPPED] |= Counter(dropped)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

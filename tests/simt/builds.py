@@ -3,10 +3,13 @@
 ``fast`` runs CUDA threads as fibers; ``address`` adds AddressSanitizer and
 UndefinedBehaviorSanitizer to it; ``thread`` is ThreadSanitizer with one thread of the operating
 system per CUDA thread. What is compiled lies under ``build/simt``, named after what it was made of.
+Processes may share that folder: one compiles, others who want the same wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -17,7 +20,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,14 +137,15 @@ def compile_library(
     recipe = json.dumps([_version(), *map(str, objects), *link])
     target = CACHE / f"{name}-{build.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}"
     output = target / f"{name}.so"
-    if not output.is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        part = output.with_suffix(".part")
-        command = [COMPILER, *map(str, objects), *link, "-o", str(part)]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise CompileError(f"{shlex.join(command)}\n{made.stderr}")
-        os.replace(part, output)
+    with _locked(target.name):
+        if not output.is_file():
+            target.mkdir(exist_ok=True)
+            part = output.with_suffix(".part")
+            command = [COMPILER, *map(str, objects), *link, "-o", str(part)]
+            made = subprocess.run(command, capture_output=True, text=True, check=False)
+            if made.returncode:
+                raise CompileError(f"{shlex.join(command)}\n{made.stderr}")
+            os.replace(part, output)
     return output
 
 
@@ -242,15 +246,33 @@ def _digest(recipe: str, dependencies: Iterable[Path]) -> str | None:
     return digest.hexdigest()[:20]
 
 
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """Keep other threads and processes from making what has this name in the cache."""
+    locks = CACHE / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    # The file stays: a lock on a name that another process has removed would be no lock.
+    with (locks / name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(file: str, sources: Sequence[Path], flags: Sequence[str], build: Build) -> Path:
     # A .cu file is C++ here.
     command = [COMPILER, "-x", "c++", *(str(Path(source).resolve()) for source in sources), *flags]
     recipe = json.dumps([_version(), command])
-    CACHE.mkdir(parents=True, exist_ok=True)
     stem = f"{Path(file).stem}-{build.name}"
+    recipe_name = f"{stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}"
+    with _locked(recipe_name):
+        return _compile_locked(file, command, recipe, stem, recipe_name)
+
+
+def _compile_locked(
+    file: str, command: Sequence[str], recipe: str, stem: str, recipe_name: str
+) -> Path:
     # The headers that the last compilation of this recipe read. They tell what to compare now; a
     # header can only come in through a change in one of them.
-    known = CACHE / f"{stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}.json"
+    known = CACHE / f"{recipe_name}.json"
     if known.is_file():
         digest = _digest(recipe, map(Path, json.loads(known.read_text())))
         if digest is not None and (CACHE / f"{stem}-{digest}" / file).is_file():

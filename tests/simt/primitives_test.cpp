@@ -218,7 +218,7 @@ void one_copy(std::size_t to, std::size_t from) {
   const std::vector<float> x(64, 1);
   run([&] {
     SharedMemory shared;
-    float* values = shared.take<float>(64);
+    float* values = shared.take<float>(65);
     shared.take<float>(64);
     if (threadIdx.x == 7)
       copy_async<8>(
@@ -404,7 +404,8 @@ const std::map<std::string, std::function<void()>> commands = {
     {"early_read", copy<8, false>},
     {"overwritten", overwritten},
     {"never_waited", never_waited},
-    {"copy_beyond_piece", [] { one_copy(256, 0); }},
+    {"copy_across_end", [] { one_copy(256, 0); }},
+    {"copy_beyond_end", [] { one_copy(264, 0); }},
     {"copy_unaligned", [] { one_copy(4, 0); }},
     {"copy_from_unaligned", [] { one_copy(0, 4); }},
     {"copy_beyond_global", [] { one_copy(0, 256); }},

@@ -270,3 +270,34 @@ def test_compiled_files_follow_their_sources(
     with pytest.raises(builds.CompileError, match=r"number\.cpp"):
         number()
     assert not [path for path in builds.CACHE.iterdir() if path.name.startswith("tmp")]
+
+
+# A compiler that says when it compiles, and takes its time.
+SLOW_COMPILER = """#!/bin/sh
+case "$*" in *" -o "*) echo compiles >> "$0.log"; sleep 1;; esac
+exec g++ "$@"
+"""
+
+COMPILE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import builds
+folder = Path(sys.argv[2])
+builds.CACHE, builds.COMPILER = folder / "cache", str(folder / "compiler")
+print(builds.compile_library("number", {folder / "number.cpp": ()}, builds.FAST))
+"""
+
+
+def test_processes_compile_once_between_them(tmp_path: Path) -> None:
+    usable(FAST)
+    (tmp_path / "number.cpp").write_text("int number() { return 3; }\n")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(SLOW_COMPILER)
+    compiler.chmod(0o755)
+    command = [sys.executable, "-c", COMPILE, str(builds.SIMT), str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    made = {process.communicate(timeout=60)[0].strip() for process in both}
+    assert len(made) == 1 and Path(made.pop()).is_file()
+    # The object and the library.
+    assert (tmp_path / "compiler.log").read_text().split() == ["compiles"] * 2
