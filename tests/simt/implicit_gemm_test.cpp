@@ -3,7 +3,8 @@
 //   implicit_gemm_test CASE TILE SEED    exit status 0: y, u, the norms and the gradient of x agree
 //   implicit_gemm_test rule ROWS COLUMNS GROUPS PLACES    prints the tile that the rule chooses
 //
-// Reads and writes nothing but arrays of their exact size; outputs are NaN before they are written.
+// Every array ends where a page begins that nobody may touch; outputs are NaN before they are
+// written. With SIMT_ONE_TILE there is tile 2 alone, for builds that are many.
 
 #include <cmath>
 #include <cstdio>
@@ -11,6 +12,9 @@
 #include <random>
 #include <string>
 #include <vector>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "cuda/implicit_gemm/forward.cuh"
 #include "cuda/implicit_gemm/gradient.cuh"
@@ -20,7 +24,39 @@ namespace {
 using namespace dcconv;
 using namespace dcconv::cuda;
 
-using Storage = std::vector<BFloat16>;
+// Allocates up to the end of a page, with a page behind it that nobody may touch.
+template <class T>
+struct BeforeGuard {
+  using value_type = T;
+  BeforeGuard() = default;
+  template <class U>
+  BeforeGuard(const BeforeGuard<U>&) {}
+
+  static std::size_t pages(std::size_t count) {
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return (count * sizeof(T) + page - 1) / page * page;
+  }
+  T* allocate(std::size_t count) {
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t bytes = pages(count);
+    void* memory =
+        mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* end = static_cast<char*>(memory) + bytes;
+    if (memory == MAP_FAILED || mprotect(end, page, PROT_NONE) != 0)
+      throw std::bad_alloc();
+    return reinterpret_cast<T*>(end - count * sizeof(T));
+  }
+  void deallocate(T* array, std::size_t count) {
+    char* end = reinterpret_cast<char*>(array) + count * sizeof(T);
+    munmap(end - pages(count), pages(count) + static_cast<std::size_t>(sysconf(_SC_PAGESIZE)));
+  }
+  bool operator==(const BeforeGuard&) const { return true; }
+  bool operator!=(const BeforeGuard&) const { return false; }
+};
+
+template <class T>
+using Array = std::vector<T, BeforeGuard<T>>;
+using Storage = Array<BFloat16>;
 using Numbers = std::vector<double>;
 
 // Where the norms come from.
@@ -48,17 +84,17 @@ Storage random_values(std::mt19937& random, std::size_t count, double scale = 1)
   return values;
 }
 
-std::vector<float> positive_values(std::mt19937& random, std::size_t count) {
+Array<float> positive_values(std::mt19937& random, std::size_t count) {
   std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
-  std::vector<float> values(count);
+  Array<float> values(count);
   for (float& value : values)
     value = uniform(random);
   return values;
 }
 
 template <class T>
-std::vector<T> place(std::size_t count) {
-  std::vector<T> values(count);
+Array<T> place(std::size_t count) {
+  Array<T> values(count);
   simt::poison(values.data(), sizeof(T) * count);
   return values;
 }
@@ -72,7 +108,7 @@ double number(float value) {
 
 // Largest error, relative to the largest value; infinity where a value is not finite.
 template <class T>
-bool agree(const char* what, const std::vector<T>& got, const Numbers& want, double allowed) {
+bool agree(const char* what, const Array<T>& got, const Numbers& want, double allowed) {
   double largest = 0, error = 0;
   for (std::size_t i = 0; i < want.size(); ++i) {
     const double difference = std::fabs(number(got[i]) - want[i]);
@@ -83,6 +119,16 @@ bool agree(const char* what, const std::vector<T>& got, const Numbers& want, dou
     return true;
   std::fprintf(stderr, "%s: error %g of %g\n", what, error, largest);
   return false;
+}
+
+template <class F>
+void with_tile(int tile, F&& f) {
+#if defined(SIMT_ONE_TILE)
+  if (tile == 2)
+    f(SmallTile{});
+#else
+  with_gemm_tile(tile, f);
+#endif
 }
 
 class Problem {
@@ -129,8 +175,7 @@ public:
       for (int i = 0; i < c.c; ++i)
         sums[at * c.groups + i / cg] += std::pow(number(x[pixel * c.c + i]), 2);
     });
-    const std::vector<float> a = positive_values(random, c.o),
-                             radius = positive_values(random, c.o);
+    const Array<float> a = positive_values(random, c.o), radius = positive_values(random, c.o);
     const Storage bias = random_values(random, c.o);
     for (std::size_t i = 0; i < b.size(); ++i)
       b[i] = std::sqrt(sums[i] + 1e-4);
@@ -139,7 +184,7 @@ public:
       const double norm = b[i / c.o * c.groups + o / og];
       y[i] = std::tanh(norm / radius[o]) * u[i] / (a[o] * norm) + number(bias[o]);
     }
-    std::vector<float> map;
+    Array<float> map;
     if (c.norms == Norms::given)
       map.assign(b.begin(), b.end());
     if (c.norms == Norms::sums)
@@ -169,7 +214,9 @@ public:
     args.y = got.data();
     args.dot = dot.data();
     args.norm = args.map_is_norm ? nullptr : norm.data();
-    implicit_gemm_typed<BFloat16>(args, tile, nullptr);
+    with_tile(tile, [&](auto type) {
+      launch_implicit_gemm<BFloat16, decltype(type)>(args, nullptr);
+    });
     bool right = agree("u", dot, u, 4e-3) && agree("y", got, y, 4e-3);
     if (args.norm != nullptr)
       right = agree("norms", norm, b, 1e-6) && right;
@@ -178,8 +225,8 @@ public:
 
   bool gradient(int tile) {
     const Storage grad_u = random_values(random, positions * c.o);
-    const std::vector<float> t = positive_values(random, positions * c.groups);
-    const std::vector<float> b = positive_values(random, positions * c.groups);
+    const Array<float> t = positive_values(random, positions * c.groups);
+    const Array<float> b = positive_values(random, positions * c.groups);
     const float sigma = 0.75f;
     Numbers grad_x(x.size());
     each_tap([&](std::size_t at, std::size_t pixel, int tap) {
@@ -208,7 +255,9 @@ public:
     args.norm = b.data();
     args.sigma = &sigma;
     args.grad_x = got.data();
-    implicit_gemm_grad_input_typed<BFloat16>(args, tile, nullptr);
+    with_tile(tile, [&](auto type) {
+      launch_implicit_gemm_grad_input<BFloat16, decltype(type)>(args, nullptr);
+    });
     return agree("grad_x", got, grad_x, 4e-3);
   }
 

@@ -149,29 +149,30 @@ inline EpilogueParams epilogue_params(const OnePassParams& p) {
   return e;
 }
 
+template <class T, class Tile>
+void launch_implicit_gemm(const OnePassParams& p, Stream stream) {
+  const GemmProblem problem = forward_problem(p);
+  const GemmForwardArgs args{
+      problem, gemm_grid<Tile>(problem), epilogue_args(epilogue_params(p), kPiece), p.dot
+  };
+  launch(
+      "implicit_gemm",
+      p.map == nullptr ? implicit_gemm_kernel<T, Tile, true> : implicit_gemm_kernel<T, Tile, false>,
+      Grid{args.grid.blocks},
+      Tile::kThreads,
+      SharedBytes()
+          .take<unsigned char>(Tile::kBytes)
+          .template take<float>(Tile::kRows)
+          .template take<float>(Tile::kRows)
+          .total(),
+      stream,
+      args
+  );
+}
+
 template <class T>
 void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream) {
-  with_gemm_tile(tile, [&](auto type) {
-    using Tile = decltype(type);
-    const GemmProblem problem = forward_problem(p);
-    const GemmForwardArgs args{
-        problem, gemm_grid<Tile>(problem), epilogue_args(epilogue_params(p), kPiece), p.dot
-    };
-    launch(
-        "implicit_gemm",
-        p.map == nullptr ? implicit_gemm_kernel<T, Tile, true>
-                         : implicit_gemm_kernel<T, Tile, false>,
-        Grid{args.grid.blocks},
-        Tile::kThreads,
-        SharedBytes()
-            .take<unsigned char>(Tile::kBytes)
-            .template take<float>(Tile::kRows)
-            .template take<float>(Tile::kRows)
-            .total(),
-        stream,
-        args
-    );
-  });
+  with_gemm_tile(tile, [&](auto type) { launch_implicit_gemm<T, decltype(type)>(p, stream); });
 }
 
 }  // namespace cuda

@@ -80,21 +80,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
   }
 }
 
+template <class T, class Tile>
+void launch_implicit_gemm_grad_input(const OnePassGradInputParams& p, Stream stream) {
+  const GemmProblem problem = gradient_problem(p);
+  const GemmGradientArgs args{problem, gemm_grid<Tile>(problem), p};
+  launch(
+      "implicit_gemm_grad_input",
+      implicit_gemm_grad_input_kernel<T, Tile>,
+      Grid{args.grid.blocks},
+      Tile::kThreads,
+      SharedBytes().take<unsigned char>(Tile::kBytes).template take<float>(Tile::kRows).total(),
+      stream,
+      args
+  );
+}
+
 template <class T>
 void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, Stream stream) {
   with_gemm_tile(tile, [&](auto type) {
-    using Tile = decltype(type);
-    const GemmProblem problem = gradient_problem(p);
-    const GemmGradientArgs args{problem, gemm_grid<Tile>(problem), p};
-    launch(
-        "implicit_gemm_grad_input",
-        implicit_gemm_grad_input_kernel<T, Tile>,
-        Grid{args.grid.blocks},
-        Tile::kThreads,
-        SharedBytes().take<unsigned char>(Tile::kBytes).template take<float>(Tile::kRows).total(),
-        stream,
-        args
-    );
+    launch_implicit_gemm_grad_input<T, decltype(type)>(p, stream);
   });
 }
 
