@@ -27,7 +27,8 @@ void check_call(Dtype dtype, const Params& p) {
       p.c / p.groups % 8 == 0 && p.o / p.groups % 8 == 0,
       "multiples of 8 input channels and filters in each group"
   );
-  for (const WindowAxis& axis : {p.window.rows, p.window.columns}) {
+  const WindowAxis axes[] = {p.window.rows, p.window.columns};
+  for (const WindowAxis& axis : axes) {
     check(axis.mode == PaddingMode::zeros, "zero padding");
     check(int64_t(axis.kernel) * axis.dilation < 1 << 30, "a window below 2^30 pixels");
   }
