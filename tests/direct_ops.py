@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,24 @@ import builds
 from emulated import ops_library
 
 
-def load_ops() -> Any:
-    """Return ``torch.ops.dcconv_simt``, or skip where it cannot be built."""
+@contextmanager
+def emulated_ops() -> Iterator[Any]:
+    """``torch.ops.dcconv_simt`` on one thread; what a kernel does not write is NaN.
+
+    Skips where the library cannot be built.
+    """
     reason = builds.why_not(builds.FAST)
     if reason is not None:
         pytest.skip(reason)
     torch.ops.load_library(str(ops_library()))
-    return torch.ops.dcconv_simt
+    threads = torch.get_num_threads()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    # Deterministic algorithms also fill new tensors.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield torch.ops.dcconv_simt
+    torch.use_deterministic_algorithms(before)
+    torch.set_num_threads(threads)
 
 
 def problem_of(inputs: Inputs) -> Problem:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, OPERATORS, Case, make_inputs
-from direct_ops import check_forward, load_ops
+from direct_ops import check_forward, emulated_ops
 
 NORMS = ("batch", "given", "none")
 
@@ -34,15 +34,12 @@ CASES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def ops() -> Iterator[Any]:
-    loaded = load_ops()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield loaded
-    torch.set_num_threads(threads)
+    with emulated_ops() as loaded:
+        yield loaded
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_forward_agrees_with_the_reference(case: Case, ops: Any, deterministic: bool) -> None:
+def test_forward_agrees_with_the_reference(case: Case, ops: Any) -> None:
     for i, dtype in enumerate(DTYPES):
         if dtype == torch.float64 and case.kernel == (7, 7):
             continue  # its taps do not fit in shared memory

@@ -259,6 +259,20 @@ void launch_grad_weight_contiguous(const DepthwiseGradWeightParams& p, Stream st
 }
 
 template <class T>
+void sum_weight_parts(const DepthwiseGradWeightParams& p, Stream stream) {
+  const int taps = p.window.rows.kernel * p.window.columns.kernel;
+  launch(
+      "depthwise_weight_sums",
+      depthwise_weight_sums_kernel<T>,
+      Grid{ceil_div(p.o, kWarp), std::min<int64_t>(taps, kMaxGridY)},
+      kThreads,
+      SharedBytes().take<double>(kThreads).total(),
+      stream,
+      p
+  );
+}
+
+template <class T>
 void depthwise_grad_weight_typed(const DepthwiseGradWeightParams& p, Stream stream) {
   auto run = p.channels_last ? launch_grad_weight_channels_last<T, 1, 0, 1>
                              : launch_grad_weight_contiguous<T>;
@@ -273,16 +287,7 @@ void depthwise_grad_weight_typed(const DepthwiseGradWeightParams& p, Stream stre
     }
   }
   run(p, stream);
-  const int taps = p.window.rows.kernel * p.window.columns.kernel;
-  launch(
-      "depthwise_weight_sums",
-      depthwise_weight_sums_kernel<T>,
-      Grid{ceil_div(p.o, kWarp), std::min<int64_t>(taps, kMaxGridY)},
-      kThreads,
-      SharedBytes().take<double>(kThreads).total(),
-      stream,
-      p
-  );
+  sum_weight_parts<T>(p, stream);
 }
 
 }  // namespace cuda
