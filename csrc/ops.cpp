@@ -67,6 +67,8 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   // Images per chunk of the CPU kernels, 0 for the rule: for tests and measurements.
   m.def("set_cpu_chunk(int images) -> ()");
+  // auto, library or own (csrc/cpu/scheme.h): for tests and measurements.
+  m.def("set_cpu_scheme(str scheme) -> ()");
   // Function values and derivatives, for tests and the accuracy benchmark.
   m.def(
       "magnitude_grad(str magnitude, str weighting, Tensor a, Tensor b, Tensor rho, float alpha, "

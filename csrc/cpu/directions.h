@@ -1,0 +1,38 @@
+// The two directions of the operator on the CPU: their operands, and the ways that compute them.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/call.h"
+
+namespace dcconv {
+namespace cpu {
+
+struct ForwardInputs {
+  Tensor x, weight;
+  std::optional<Tensor> bias, radius, norm_mean, k;
+  double eps;
+  bool batch_mean, keep_dot;
+};
+
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct BackwardInputs {
+  Tensor grad_y, x, weight, kept, norm_map, mean;
+  std::optional<Tensor> radius, norm_mean, k;
+  double eps;
+  bool batch_mean, norm_grad;
+  Kept kept_is;
+  int64_t needs;
+};
+
+using BackwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Around the library's convolution, in chunks of images: every call.
+ForwardResults library_forward(const Call& call, const ForwardInputs& in);
+BackwardResults library_backward(const Call& call, const BackwardInputs& in);
+
+}  // namespace cpu
+}  // namespace dcconv

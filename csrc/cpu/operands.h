@@ -1,0 +1,160 @@
+// The small operands of a call as the kernels read them, and what becomes of x for the library.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/call.h"
+
+namespace dcconv {
+namespace cpu {
+
+// The weight in library dtype and one layout, its norms, and for norm-free operators the weight
+// with the operator folded in.
+struct Weight {
+  Tensor stored;   // storage dtype, contiguous in call.weight_last
+  Tensor library;  // what the library convolves with
+  Tensor a;        // [o], compute dtype
+  Tensor scale;    // [o], compute dtype: norm-free operators' factor alpha
+};
+
+inline Weight make_weight(const Call& call, const Tensor& weight, double eps) {
+  Weight result{contiguous(weight, call.weight_last), {}, empty({call.shape.o}, call.compute), {}};
+  const bool fold = call.norm_free && (call.scaled_by_a || call.op.alpha != 1.0);
+  FilterParams p{};
+  p.o = call.shape.o;
+  p.size = call.shape.filter_size();
+  p.eps = eps;
+  p.weight = result.stored.const_data_ptr();
+  p.a = result.a.mutable_data_ptr();
+  p.project = call.scaled_by_a;
+  if (fold) {
+    const Ints sizes(weight.sizes().begin(), weight.sizes().end());
+    result.library = empty(sizes, call.library, call.weight_last);
+    result.scale = torch::stable::fill_(empty({call.shape.o}, call.compute), call.op.alpha);
+    p.scaled = result.library.mutable_data_ptr();
+    p.scale = result.scale.const_data_ptr();
+  } else {
+    result.library =
+        call.library == call.storage ? result.stored : to_dtype(result.stored, call.library);
+  }
+  run_tasks(
+      call.shape.o,
+      [&](int64_t begin, int64_t end) { call.table.filter_norm(p, begin, end); },
+      kTask / p.size + 1
+  );
+  return result;
+}
+
+// Per-filter vectors, repeated over the positions of a channels-last tile.
+template <class A>
+struct FilterVectors {
+  std::vector<A> a, inverse_a, rho, inverse_rho, k, bias;
+  double mean = 1;  // factor of the radius
+  bool radius_per_filter = false;
+
+  FilterVectors(
+      const Call& call,
+      const Tensor& norms,
+      const std::optional<Tensor>& radius,
+      double mean,
+      const std::optional<Tensor>& k_values,
+      const std::optional<Tensor>& bias_values
+  )
+      : mean(mean) {
+    const int64_t o = call.shape.o;
+    const Positions positions = {1, 1, o, call.shape.groups, call.shape.channels_last, false};
+    const int64_t repeat = call.shape.channels_last ? positions.tile_rows() : 1;
+    const A* norm = static_cast<const A*>(norms.const_data_ptr());
+    a.assign(norm, norm + o);
+    for (A v : a)
+      inverse_a.push_back(A(1) / v);
+    rho = values(radius, o, A(1));
+    for (A& v : rho) {
+      const A product = v * A(mean);
+      v = product < A(kRhoFloor) ? A(kRhoFloor) : product;
+      inverse_rho.push_back(A(1) / v);
+    }
+    radius_per_filter = radius.has_value() && radius->numel() > 1;
+    k = values(k_values, o, A(1));
+    if (bias_values.has_value())
+      bias = values(bias_values, o, A(0));
+    for (std::vector<A>* v : {&a, &inverse_a, &rho, &inverse_rho, &k, &bias}) {
+      v->reserve(v->size() * static_cast<std::size_t>(repeat));
+      const std::vector<A> once = *v;
+      for (int64_t i = 1; i < repeat; ++i)
+        v->insert(v->end(), once.begin(), once.end());
+    }
+  }
+
+  // A [], [o] or absent parameter as o values.
+  static std::vector<A> values(const std::optional<Tensor>& t, int64_t o, A otherwise) {
+    if (!t.has_value())
+      return std::vector<A>(static_cast<std::size_t>(o), otherwise);
+    const Tensor dense = contiguous(*t, false);
+    STD_TORCH_CHECK(dense.numel() == 1 || dense.numel() == o, "dcconv: bad parameter size");
+    STD_TORCH_CHECK(dense.element_size() == sizeof(A), "dcconv: bad parameter dtype");
+    const A* p = static_cast<const A*>(dense.const_data_ptr());
+    if (dense.numel() == 1)
+      return std::vector<A>(static_cast<std::size_t>(o), p[0]);
+    return std::vector<A>(p, p + o);
+  }
+
+  Filters pointers() const {
+    return {a.data(), inverse_a.data(), rho.data(), inverse_rho.data(), k.data()};
+  }
+};
+
+inline Positions positions_of(const Call& call, int64_t images, bool radius_per_filter) {
+  const bool weighted =
+      call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
+  return {
+      images,
+      call.shape.output_pixels(),
+      call.shape.o,
+      call.shape.groups,
+      call.shape.channels_last,
+      !weighted && !radius_per_filter
+  };
+}
+
+template <class A>
+double scalar_of(const Tensor& t, ScalarType compute) {
+  STD_TORCH_CHECK(
+      t.numel() == 1 && t.scalar_type() == compute, "dcconv: a mean norm must be one compute value"
+  );
+  return double(*static_cast<const A*>(t.const_data_ptr()));
+}
+
+// Convert a dense tensor between storage and library dtype, same layout.
+inline Tensor as_library(const Call& call, const Tensor& t) {
+  return call.library == call.storage ? t : to_dtype(t, call.library);
+}
+
+inline Tensor library_input(const Call& call, const Tensor& x) {
+  const Tensor converted = as_library(call, x);
+  return call.pad ? pad(converted, call.shape) : converted;
+}
+
+inline char* at(const Tensor& t, int64_t element) {
+  return static_cast<char*>(t.data_ptr()) + element * static_cast<int64_t>(t.element_size());
+}
+
+// The library may number the strides of one-element axes its own way: give the tensor exactly the
+// strides that empty() gives, which the fakes promise.
+inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
+  const auto a = t.strides(), b = like.strides();
+  if (std::equal(a.begin(), a.end(), b.begin()))
+    return t;
+  return dispatch_tensor(
+      "aten::as_strided",
+      "",
+      t,
+      Ints(t.sizes().begin(), t.sizes().end()),
+      Ints(b.begin(), b.end()),
+      std::optional<int64_t>()
+  );
+}
+
+}  // namespace cpu
+}  // namespace dcconv

@@ -1,0 +1,32 @@
+// Which of its own ways the operator on the CPU goes: around the library's convolution, or through
+// kernels that hold dot products in cache. Tests and measurements may force one.
+#pragma once
+
+#include <atomic>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+namespace dcconv {
+namespace cpu {
+
+enum class Scheme { automatic, library, own };
+
+inline std::atomic<Scheme>& forced_scheme() {
+  static std::atomic<Scheme> scheme{Scheme::automatic};
+  return scheme;
+}
+
+inline Scheme scheme_of(const std::string& name) {
+  if (name == "auto")
+    return Scheme::automatic;
+  if (name == "library")
+    return Scheme::library;
+  STD_TORCH_CHECK(
+      name == "own", "dcconv: the scheme must be one of auto, library, own, got '", name, "'"
+  );
+  return Scheme::own;
+}
+
+}  // namespace cpu
+}  // namespace dcconv
