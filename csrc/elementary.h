@@ -113,8 +113,10 @@ DC_HD TanhSlope<double> tanh_slope(double x) {
 
 // tanh x = x P(x^2) / Q(x^2), minimax on [0, 9] (relative error 2.1e-8); tanh 9 rounds to 1.
 // Without fused multiply-add the polynomials lose 5 ulp, and the slower exponential form serves.
+// DCCONV_FMA: the files of one instruction set say it, since a compiler need not define __FMA__
+// where a pragma chose the target.
 DC_HD float tanh_of(float x) {
-#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+#if defined(DCCONV_FMA) || defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
   const float z = at_least(at_most(x, 9.0f), -9.0f);
   const float t = z * z;
   float p = 1.33545521e-08f;

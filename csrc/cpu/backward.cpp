@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/column_sums.h"
 #include "cpu/directions.h"
 #include "cpu/operands.h"
+#include "cpu/parameter_sums.h"
 #include "cpu/patch_norm.h"
 
 namespace dcconv {
@@ -24,17 +24,11 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   const Weight weight = make_weight(call, in.weight, in.eps);
   // Results that are not wanted; outputs of an op must not alias each other.
   const auto none = [&] { return empty({0}, call.storage); };
-  const auto none_compute = [&] { return empty({0}, call.compute); };
 
-  double factor = 1.0;
-  if (in.batch_mean && in.mean.numel() == 1)
-    factor = scalar_of<A>(in.mean, call.compute);
-  if (in.norm_mean.has_value())
-    factor = scalar_of<A>(*in.norm_mean, call.compute);
+  const double factor = backward_factor<A>(call, in);
   const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, std::nullopt);
 
   const Ints input_sizes{shape.n, shape.c, shape.rows.input, shape.columns.input};
-  const Ints weight_sizes(in.weight.sizes().begin(), in.weight.sizes().end());
   Tensor grad_x = none(), grad_weight = none();
   const bool one_chunk = call.chunk >= shape.n;
   const bool reuse = one_chunk && call.library == call.storage && !call.pad;
@@ -57,11 +51,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
         {chunk, shape.o, shape.rows.output, shape.columns.output}, call.library, shape.channels_last
     );
 
-  Columns<A> sum_rho, sum_a, sum_k, sum_bias;
-  const bool wants_rho =
-      in.radius.has_value() && ((in.needs & (kRadius | kNormMean)) != 0 || barrier);
-  const bool weighted =
-      call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
+  ParameterSums<A> sums(call, in, barrier);
   GradDotParams p{};
   p.op = call.op;
   p.filters = filters.pointers();
@@ -89,11 +79,11 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
                                 int64_t count,
                                 const void* library_grad,
                                 const void* t_images) {
-    const Tensor sums = window.transposed(call.table, shape, count, t_images, call.compute);
+    const Tensor t_sums = window.transposed(call.table, shape, count, t_images, call.compute);
     g.n = count;
     g.library_grad = library_grad;
     g.x = at(x, first * image_input);
-    g.t = sums.const_data_ptr();
+    g.t = t_sums.const_data_ptr();
     g.grad_x = at(grad_x, first * image_input);
     run_tasks(g.tasks(), [&](int64_t begin, int64_t end) { call.table.grad_input(g, begin, end); });
   };
@@ -114,13 +104,9 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
       p.norm = at(in.norm_map, first * image_map);
       p.grad_u = grad_u.mutable_data_ptr();
       p.t = needs_x ? at(t, barrier ? first * image_map : 0) : nullptr;
-      p.sums.rho = sum_rho.prepare(wants_rho, tasks, shape.o);
-      p.sums.a = sum_a.prepare(weighted && needs_weight, tasks, shape.o);
-      p.sums.k = sum_k.prepare((in.needs & kK) != 0 && in.k.has_value(), tasks, shape.o);
-      p.sums.bias = sum_bias.prepare((in.needs & kBias) != 0, tasks, shape.o);
+      p.sums = sums.prepare(tasks);
       run_tasks(tasks, [&](int64_t begin, int64_t end) { call.table.grad_dot(p, begin, end); });
-      for (Columns<A>* sums : {&sum_rho, &sum_a, &sum_k, &sum_bias})
-        sums->add(tasks, shape.o);
+      sums.add(tasks);
       du = images(grad_u, 0, count);
     }
     const bool bias_by_library = call.norm_free && (in.needs & kBias) != 0;
@@ -161,28 +147,9 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
     }
   }
 
-  // Totals of the radius, zero where rho sits on its floor.
-  double mean_grad = 0;
-  if (wants_rho) {
-    const std::vector<A> radii = FilterVectors<A>::values(in.radius, shape.o, A(1));
-    for (std::size_t i = 0; i < sum_rho.total.size(); ++i) {
-      if (radii[i] * A(factor) < A(kRhoFloor))
-        sum_rho.total[i] = 0;
-      mean_grad += double(radii[i]) * sum_rho.total[i];
-    }
-  }
+  const double mean_grad = sums.finish_radius(in, factor);
   if (barrier && shape.n > 0) {
-    const double add = mean_grad / double(std::max<int64_t>(call.map_elements(), 1));
-    run_tasks((call.map_elements() + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
-      call.table.finish_t(
-          in.norm_map.const_data_ptr(),
-          nullptr,
-          add,
-          t.mutable_data_ptr(),
-          begin * kTask,
-          std::min(end * kTask, call.map_elements())
-      );
-    });
+    add_mean_grad(call, in.norm_map, mean_grad, t);
     for (std::size_t i = 0; i < library_grads.size(); ++i) {
       const int64_t first = static_cast<int64_t>(i) * call.chunk;
       finish_input(
@@ -196,60 +163,27 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   if (needs_x && shape.n == 0)
     grad_x = empty(input_sizes, call.storage, shape.channels_last);
 
-  if (needs_weight) {
-    grad_weight = empty(weight_sizes, call.storage, call.weight_last);
-    FilterParams f{};
-    f.o = shape.o;
-    f.size = shape.filter_size();
-    f.weight = weight.stored.const_data_ptr();
-    f.a = weight.a.data_ptr();
-    f.grad_folded = weight_sum.data();
-    f.project = !call.norm_free || call.scaled_by_a;
-    std::vector<A> extra, scale;
-    for (double v : sum_a.total)
-      extra.push_back(A(v));
-    if (call.norm_free)
-      for (int64_t i = 0; i < shape.o; ++i)
-        scale.push_back(
-            A(call.op.alpha) *
-            (call.scaled_by_a ? filters.inverse_a[static_cast<std::size_t>(i)] : A(1))
-        );
-    f.extra = extra.empty() ? nullptr : extra.data();
-    f.grad_scale = scale.empty() ? nullptr : scale.data();
-    f.grad_weight = grad_weight.mutable_data_ptr();
-    run_tasks(
-        shape.o,
-        [&](int64_t begin, int64_t end) { call.table.filter_grad(f, begin, end); },
-        kTask / f.size + 1
-    );
-  }
-
+  if (needs_weight)
+    grad_weight = weight_grad<A>(call, in, weight, filters, weight_sum.data(), sums.a());
   if ((in.needs & kBias) != 0) {
     if (shape.n == 0) {
       grad_bias = torch::stable::fill_(empty({shape.o}, call.storage), 0.0);
+    } else if (call.norm_free) {
+      Tensor by_library = empty({shape.o}, call.compute);
+      std::copy(bias_sum.begin(), bias_sum.end(), static_cast<A*>(by_library.mutable_data_ptr()));
+      grad_bias = to_dtype(by_library, call.storage);
     } else {
-      Tensor sums = empty({shape.o}, call.compute);
-      A* to = static_cast<A*>(sums.mutable_data_ptr());
-      if (call.norm_free) {
-        std::copy(bias_sum.begin(), bias_sum.end(), to);
-      } else {
-        std::copy(sum_bias.total.begin(), sum_bias.total.end(), to);
-      }
-      grad_bias = to_dtype(sums, call.storage);
+      grad_bias = sums.grad_bias(call);
     }
   }
-  const std::vector<double> zeros(static_cast<std::size_t>(shape.o), 0.0);
-  const auto totals = [&](const Columns<A>& sums) -> const std::vector<double>& {
-    return sums.total.empty() ? zeros : sums.total;
+  return {
+      grad_x,
+      grad_weight,
+      grad_bias,
+      sums.grad_radius(call, in, factor),
+      sums.grad_mean(call, in, mean_grad),
+      sums.grad_k(call, in)
   };
-  Tensor grad_radius = none_compute(), grad_mean = none_compute(), grad_k = none_compute();
-  if ((in.needs & kRadius) != 0 && in.radius.has_value())
-    grad_radius = parameter_grad<A>(*in.radius, totals(sum_rho), factor);
-  if ((in.needs & kNormMean) != 0 && in.norm_mean.has_value())
-    grad_mean = torch::stable::fill_(empty({}, call.compute), mean_grad);
-  if ((in.needs & kK) != 0 && in.k.has_value())
-    grad_k = parameter_grad<A>(*in.k, totals(sum_k), 1.0);
-  return {grad_x, grad_weight, grad_bias, grad_radius, grad_mean, grad_k};
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "cpu/directions.h"
+#include "cpu/one_pass.h"
 
 namespace dcconv {
 namespace cpu {
@@ -49,6 +49,9 @@ ForwardResults conv2d_forward(
       false
   );
   const ForwardInputs in{x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot};
+  const bool fits = one_pass_fits(call, false);
+  if (fits && forced_scheme() == Scheme::own)
+    return one_pass_forward(call, in);
   return library_forward(call, in);
 }
 
@@ -119,6 +122,9 @@ BackwardResults conv2d_backward(
       kept_is == "output" ? Kept::output : Kept::dot,
       needs
   };
+  const bool fits = one_pass_fits(call, true);
+  if (fits && forced_scheme() == Scheme::own)
+    return one_pass_backward(call, in);
   return library_backward(call, in);
 }
 

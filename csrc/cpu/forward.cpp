@@ -36,18 +36,7 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   const Window window(shape, in.eps);
   double factor = 1.0;
   if (!call.norm_free && in.batch_mean) {
-    std::vector<double> row_sums(
-        static_cast<std::size_t>(window.planes(shape, shape.n) * shape.rows.output)
-    );
-    window.norms(
-        call.table, shape, shape.n, x.const_data_ptr(), norm_map.mutable_data_ptr(), row_sums.data()
-    );
-    double sum = 0;
-    for (double v : row_sums)
-      sum += v;
-    const A rounded = A(sum / double(std::max<int64_t>(call.map_elements(), 1)));
-    *static_cast<A*>(mean.mutable_data_ptr()) = rounded;
-    factor = double(rounded);
+    factor = batch_norms<A>(call, window, x, norm_map, mean);
   } else if (in.norm_mean.has_value()) {
     factor = scalar_of<A>(*in.norm_mean, call.compute);
   }

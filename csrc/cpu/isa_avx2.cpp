@@ -21,6 +21,8 @@
 #endif
 
 #define DCCONV_ISA avx2
+#define DCCONV_FMA
+#define DCCONV_LANES 8
 #include "cpu/table.inl"
 
 #if defined(__clang__)

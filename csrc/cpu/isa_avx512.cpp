@@ -23,6 +23,8 @@
 #endif
 
 #define DCCONV_ISA avx512
+#define DCCONV_FMA
+#define DCCONV_LANES 16
 #include "cpu/table.inl"
 
 #if defined(__clang__)

@@ -147,6 +147,30 @@ struct FilterParams {
   void* grad_weight;        // storage dtype, [o, size]
 };
 
+// c = a b, or c + a b: c [m, n]; the sums run over `segments` parts of k values each. Reads whole
+// vectors of b: up to 15 floats behind the last column.
+struct GemmParams {
+  int64_t m, n, k, segments;
+  const float* a;
+  int64_t a_row, a_k;
+  const int64_t* a_offsets;  // [segments], where each begins in a
+  const float* b;
+  int64_t b_k, b_segment;
+  int64_t b_panel;  // distance of every `Kernels::panel` columns
+  float* c;
+  int64_t c_row;
+  bool add;
+};
+
+// A matrix [k, n] of any strides -> panels of `Kernels::panel` columns, [panels, k, panel].
+struct PanelParams {
+  int64_t k, n;
+  const float* from;
+  int64_t from_k, from_n;
+  float* to;
+  int64_t to_panel;  // distance of panels
+};
+
 // Function values and derivatives, for tests and the accuracy benchmark.
 struct FunctionParams {
   Operator op;
@@ -180,6 +204,10 @@ struct Kernels {
   void (*round)(const void* from, void* to, int64_t begin, int64_t end);
   void (*magnitude)(const FunctionParams&);
   void (*angular)(const FunctionParams&);
+  // Float32 products, and the columns in a panel of theirs.
+  void (*gemm)(const GemmParams&);
+  void (*pack_panels)(const PanelParams&, int64_t begin, int64_t end);
+  int64_t panel;
 };
 
 namespace baseline {

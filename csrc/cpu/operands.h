@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/call.h"
+#include "cpu/directions.h"
+#include "cpu/patch_norm.h"
 
 namespace dcconv {
 namespace cpu {
@@ -105,16 +106,19 @@ struct FilterVectors {
   }
 };
 
+// Whether the magnitude depends on the norm of the filter.
+inline bool is_weighted(const Operator& op) {
+  return op.times_a || op.magnitude >= static_cast<int>(portable::Magnitudes::size);
+}
+
 inline Positions positions_of(const Call& call, int64_t images, bool radius_per_filter) {
-  const bool weighted =
-      call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
   return {
       images,
       call.shape.output_pixels(),
       call.shape.o,
       call.shape.groups,
       call.shape.channels_last,
-      !weighted && !radius_per_filter
+      !is_weighted(call.op) && !radius_per_filter
   };
 }
 
@@ -124,6 +128,34 @@ double scalar_of(const Tensor& t, ScalarType compute) {
       t.numel() == 1 && t.scalar_type() == compute, "dcconv: a mean norm must be one compute value"
   );
   return double(*static_cast<const A*>(t.const_data_ptr()));
+}
+
+// The norms of the whole batch and their mean, which is also returned.
+template <class A>
+double batch_norms(
+    const Call& call, const Window& window, const Tensor& x, Tensor& norm_map, Tensor& mean
+) {
+  const ConvShape& shape = call.shape;
+  std::vector<double> row_sums(
+      static_cast<std::size_t>(window.planes(shape, shape.n) * shape.rows.output)
+  );
+  window.norms(
+      call.table, shape, shape.n, x.const_data_ptr(), norm_map.mutable_data_ptr(), row_sums.data()
+  );
+  double sum = 0;
+  for (double v : row_sums)
+    sum += v;
+  const A rounded = A(sum / double(std::max<int64_t>(call.map_elements(), 1)));
+  *static_cast<A*>(mean.mutable_data_ptr()) = rounded;
+  return double(rounded);
+}
+
+// The factor of the radius in backward.
+template <class A>
+double backward_factor(const Call& call, const BackwardInputs& in) {
+  if (in.norm_mean.has_value())
+    return scalar_of<A>(*in.norm_mean, call.compute);
+  return in.batch_mean && in.mean.numel() == 1 ? scalar_of<A>(in.mean, call.compute) : 1.0;
 }
 
 // Convert a dense tensor between storage and library dtype, same layout.

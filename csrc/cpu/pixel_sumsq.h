@@ -35,6 +35,18 @@ DC_HD A sum_of_squares(const T* v, int64_t count) {
   return lanes[0] + rest;
 }
 
+// Pixels of a few channels: a length that the compiler knows lets it take several pixels at once.
+template <int64_t kChannels, class T, class A>
+void small_sumsq(const T* x, A* sums, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    A sum = 0;
+    for (int64_t c = 0; c < kChannels; ++c)
+      sum += A(load(x[i * kChannels + c])) * A(load(x[i * kChannels + c]));
+    sums[i] = sum;
+  }
+}
+
 template <class T, class A>
 void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
@@ -43,8 +55,12 @@ void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
   if (p.channels_last) {
     const int64_t step = p.task_pixels();
     const int64_t first = begin * step, last = std::min(end * step, p.n * p.pixels);
-    for (int64_t i = first * p.groups; i < last * p.groups; ++i) {
-      sums[i] = sum_of_squares<A>(x + i * channels, channels);
+    const int64_t from = first * p.groups, to = last * p.groups;
+    if (channels == 3) {
+      small_sumsq<3>(x + from * 3, sums + from, to - from);
+    } else {
+      for (int64_t i = from; i < to; ++i)
+        sums[i] = sum_of_squares<A>(x + i * channels, channels);
     }
     return;
   }

@@ -2,6 +2,7 @@
 // DCCONV_ISA defined and, where needed, the target switched on.
 
 #include "cpu/filter.h"
+#include "cpu/gemm.h"
 #include "cpu/grad_dot.h"
 #include "cpu/grad_input.h"
 #include "cpu/pixel_sumsq.h"
@@ -91,6 +92,9 @@ constexpr Kernels make_table() {
       round_to<U, T>,
       magnitude_function<A>,
       angular_function<A>,
+      gemm,
+      pack_panels,
+      kPanel,
   };
 }
 

@@ -58,6 +58,10 @@ void window_norm(
 #pragma omp simd
         for (int64_t i = 0; i < output_row; ++i)
           out[i] += v[i];
+      } else if (width == 1 && w.columns.stride == 2) {
+#pragma omp simd
+        for (int64_t q = 0; q < output_row; ++q)
+          out[q] += v[2 * q];
       } else {
         for (int64_t q = 0; q < w.columns.output; ++q)
           for (int64_t j = 0; j < width; ++j)

@@ -1,0 +1,168 @@
+// Forward in one pass: x is read once, y written once, and dot products stay in cache.
+
+#include "cpu/one_pass.h"
+
+namespace dcconv {
+namespace cpu {
+namespace {
+
+// What the tasks of one call share.
+struct Pass {
+  const Call& call;
+  const PackedFilters& filters;
+  EpilogueParams epilogue;  // without shape and pointers to maps
+  const float* x;
+  float* norm;
+  float* y;
+  float* dot;  // null unless kept
+  double eps;
+  bool norms;  // whether norms are computed here
+
+  // y, which holds u, to its values; `first` is its first position.
+  void finish(int64_t first, int64_t count) const {
+    EpilogueParams p = epilogue;
+    const int64_t offset = first * call.shape.o;
+    p.shape.n = 1;
+    p.shape.pixels = count;
+    p.norm = norm + first;
+    p.u = p.y = y + offset;
+    p.dot = dot == nullptr ? nullptr : dot + offset;
+    call.table.epilogue(p, 0, p.shape.tasks());
+  }
+
+  // Sums of squares of the pixels from `first` on.
+  void squares(int64_t first, int64_t count, float* sums) const {
+    const int64_t c = call.shape.c;
+    const PixelSumsqParams p{1, count, c, 1, true, x + first * c, sums};
+    call.table.pixel_sumsq(p, 0, p.tasks());
+  }
+};
+
+void pointwise(const Pass& pass) {
+  const Call& call = pass.call;
+  const int64_t c = call.shape.c, o = call.shape.o, positions = call.shape.positions();
+  const int64_t block = pointwise_block(call.shape);
+  run_tasks((positions + block - 1) / block, [&](int64_t begin, int64_t end) {
+    const Scratch sums(block);
+    const int64_t offset = 0, source = 0;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * block, count = std::min(block, positions - first);
+      if (pass.norms) {
+        pass.squares(first, count, sums.get());
+        const Axis one{1, 1, 1, 1, 1, 0, 0, PaddingMode::zeros};
+        const Axis line{count, count, 1, 1, 1, 0, 0, PaddingMode::zeros};
+        const WindowParams window{1, 1, one, line, &source, nullptr, pass.eps};
+        call.table.window_norm(window, sums.get(), pass.norm + first, nullptr, 0, 1);
+      }
+      GemmParams p = pass.filters.product(call.table, 1);
+      p.m = count;
+      p.a = pass.x + first * c;
+      p.a_row = c;
+      p.a_k = 1;
+      p.a_offsets = &offset;
+      p.c = pass.y + first * o;
+      p.c_row = o;
+      call.table.gemm(p);
+      pass.finish(first, count);
+    }
+  });
+}
+
+// Output rows at a time: u and the rows of x below it take about half of a second-level cache of
+// 512 KB, and there are 32 tasks or more where the problem has the rows for it.
+int64_t window_block(const ConvShape& shape) {
+  const int64_t bytes =
+      4 * (shape.columns.output * shape.o + shape.columns.padded() * shape.c * shape.rows.stride);
+  const int64_t fitting = (int64_t{256} << 10) / bytes;
+  const int64_t shared = (shape.n * shape.rows.output + 31) / 32;
+  return std::max<int64_t>(1, std::min({fitting, shared, shape.rows.output}));
+}
+
+void windows(const Pass& pass) {
+  const Call& call = pass.call;
+  const ConvShape& shape = call.shape;
+  const int64_t o = shape.o, q = shape.columns.output;
+  const int64_t block = window_block(shape), blocks = (shape.rows.output + block - 1) / block;
+  const PaddedRows padded(shape);
+  const std::vector<int64_t> offsets = patch_offsets(shape, padded.row(), shape.c);
+  const WindowParams window = padded.window(pass.eps);
+  run_tasks(shape.n * blocks, [&](int64_t begin, int64_t end) {
+    const Scratch sums(pass.norms ? shape.input_pixels() : 0), rows(padded.scratch(block));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / blocks, first = task % blocks * block;
+      const int64_t count = std::min(block, shape.rows.output - first);
+      const int64_t pixel = image * shape.input_pixels();
+      const int64_t position = image * shape.output_pixels();
+      if (pass.norms) {
+        const auto [low, high] = padded.shown(first, count);
+        const int64_t skipped = low * shape.columns.input;
+        pass.squares(pixel + skipped, (high - low) * shape.columns.input, sums.get() + skipped);
+        call.table.window_norm(
+            window, sums.get(), pass.norm + position, nullptr, first, first + count
+        );
+      }
+      const float* patches = padded.copy(pass.x + pixel * shape.c, first, count, rows.get());
+      GemmParams p = pass.filters.product(call.table, static_cast<int64_t>(offsets.size()));
+      p.m = q;
+      p.a_row = shape.columns.stride * shape.c;
+      p.a_k = 1;
+      p.a_offsets = offsets.data();
+      p.c_row = o;
+      for (int64_t i = 0; i < count; ++i) {
+        p.a = patches + i * shape.rows.stride * padded.row();
+        p.c = pass.y + (position + (first + i) * q) * o;
+        call.table.gemm(p);
+      }
+      pass.finish(position + first * q, count * q);
+    }
+  });
+}
+
+}  // namespace
+
+ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
+  const ConvShape& shape = call.shape;
+  const Tensor x = contiguous(in.x, true);
+  const Weight weight = make_weight(call, in.weight, in.eps);
+  const PackedFilters packed(call, weight.stored, false);
+  const Ints sizes{shape.n, shape.o, shape.rows.output, shape.columns.output};
+  Tensor mean = empty(in.batch_mean ? Ints{} : Ints{0}, call.compute);
+  Tensor norm_map = empty({call.map_elements()}, call.compute);
+  Tensor y = empty(sizes, call.storage, true);
+  Tensor dot = in.keep_dot ? empty(sizes, call.storage, true) : empty({0}, call.storage);
+  double factor = 1.0;
+  if (in.batch_mean) {
+    factor = batch_norms<float>(call, Window(shape, in.eps), x, norm_map, mean);
+  } else if (in.norm_mean.has_value()) {
+    factor = scalar_of<float>(*in.norm_mean, call.compute);
+  }
+  std::optional<Tensor> bias;
+  if (in.bias.has_value())
+    bias = to_dtype(*in.bias, call.compute);
+  const FilterVectors<float> vectors(call, weight.a, in.radius, factor, in.k, bias);
+  EpilogueParams epilogue{};
+  epilogue.shape = positions_of(call, shape.n, vectors.radius_per_filter);
+  epilogue.op = call.op;
+  epilogue.filters = vectors.pointers();
+  epilogue.bias = vectors.bias.empty() ? nullptr : vectors.bias.data();
+  const Pass pass{
+      call,
+      packed,
+      epilogue,
+      static_cast<const float*>(x.const_data_ptr()),
+      static_cast<float*>(norm_map.mutable_data_ptr()),
+      static_cast<float*>(y.mutable_data_ptr()),
+      in.keep_dot ? static_cast<float*>(dot.mutable_data_ptr()) : nullptr,
+      in.eps,
+      !in.batch_mean
+  };
+  if (is_pointwise(shape)) {
+    pointwise(pass);
+  } else {
+    windows(pass);
+  }
+  return {y, norm_map, mean, dot};
+}
+
+}  // namespace cpu
+}  // namespace dcconv
