@@ -69,6 +69,8 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   m.def("set_cpu_chunk(int images) -> ()");
   // auto, library or own (csrc/cpu/scheme.h): for tests and measurements.
   m.def("set_cpu_scheme(str scheme) -> ()");
+  // What the latest call took, library or own; empty before the first.
+  m.def("cpu_scheme_taken() -> str");
   // Function values and derivatives, for tests and the accuracy benchmark.
   m.def(
       "magnitude_grad(str magnitude, str weighting, Tensor a, Tensor b, Tensor rho, float alpha, "

@@ -49,10 +49,9 @@ ForwardResults conv2d_forward(
       false
   );
   const ForwardInputs in{x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot};
-  const bool fits = one_pass_fits(call, false);
-  if (fits && forced_scheme() == Scheme::own)
-    return one_pass_forward(call, in);
-  return library_forward(call, in);
+  const bool own = takes_one_pass(call, false);
+  taken_scheme() = own ? Scheme::own : Scheme::library;
+  return own ? one_pass_forward(call, in) : library_forward(call, in);
 }
 
 BackwardResults conv2d_backward(
@@ -122,10 +121,9 @@ BackwardResults conv2d_backward(
       kept_is == "output" ? Kept::output : Kept::dot,
       needs
   };
-  const bool fits = one_pass_fits(call, true);
-  if (fits && forced_scheme() == Scheme::own)
-    return one_pass_backward(call, in);
-  return library_backward(call, in);
+  const bool own = takes_one_pass(call, true);
+  taken_scheme() = own ? Scheme::own : Scheme::library;
+  return own ? one_pass_backward(call, in) : library_backward(call, in);
 }
 
 void set_cpu_chunk(int64_t images) {
@@ -136,12 +134,24 @@ void set_cpu_scheme(std::string scheme) {
   forced_scheme() = scheme_of(scheme);
 }
 
+std::string cpu_scheme_taken() {
+  switch (taken_scheme().load()) {
+  case Scheme::own:
+    return "own";
+  case Scheme::library:
+    return "library";
+  default:
+    return "";
+  }
+}
+
 }  // namespace
 }  // namespace cpu
 }  // namespace dcconv
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_chunk", TORCH_BOX(&dcconv::cpu::set_cpu_chunk));
+  m.impl("cpu_scheme_taken", TORCH_BOX(&dcconv::cpu::cpu_scheme_taken));
   m.impl("set_cpu_scheme", TORCH_BOX(&dcconv::cpu::set_cpu_scheme));
 }
 

@@ -55,13 +55,54 @@ inline bool is_pointwise(const ConvShape& shape) {
 }
 
 // Positions of a 1x1 block: its rows of x and u take half of a second-level cache of 512 KB, and
-// there are 64 blocks or more where the problem has the positions for it.
+// there are 32 blocks or more where the problem has the positions for it.
 inline int64_t pointwise_block(const ConvShape& shape) {
   const int64_t fitting = (int64_t{256} << 10) / (4 * (shape.c + shape.o));
-  const int64_t shared = (shape.positions() + 63) / 64;
+  const int64_t shared = (shape.positions() + 31) / 32;
   const int64_t rows = std::max<int64_t>(std::min(fitting, shared), 16);
   const Positions one{1, 1, shape.o, 1, true, false};
   return (rows + one.tile_rows() - 1) / one.tile_rows() * one.tile_rows();
+}
+
+// Groups of blocks in backward, each with a sum of its own for the filters: 32 MB of sums.
+inline int64_t most_groups(const ConvShape& shape) {
+  const int64_t fitting = (int64_t{32} << 20) / (4 * shape.o * shape.filter_size());
+  return std::max<int64_t>(1, std::min<int64_t>(fitting, 32));
+}
+
+// Whether one pass takes less time than the passes around the library's convolution. Measured as
+// times of F.conv2d on one core with AVX-512, forward and forward with backward, one pass against
+// library, tanh x cosine:
+//
+//     [8, 256, 56, 56] -> 64, 1x1     0.83 : 1.21   0.90 : 1.24
+//     [8, 64, 56, 56] -> 256, 1x1     1.14 : 1.41   1.18 : 1.57
+//     [8, 512, 7, 7] -> 2048, 1x1     1.05 : 1.12   1.33 : 1.15   few positions, large filters
+//     [8, 256, 56, 56] -> 512, 1x1/2  1.19 : 1.30
+//     [8, 1024, 14, 14] -> 2048, /2   1.11 : 1.08
+//     [64, 16, 32, 32] -> 16, 3x3     1.45 : 1.51   1.53 : 1.56
+//     [8, 32, 56, 56] -> 32, 3x3      1.16 : 1.23   1.16 : 1.24
+//     [64, 96, 32, 32] -> 96, 3x3     1.10 : 1.05
+//     [8, 3, 224, 224] -> 96, 4x4/4   1.55 : 1.83
+//
+// Windows of long filters are the library's: its products are as fast and it reads patches better.
+inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) {
+  if (panel < 16)  // the library uses vectors of 256 bits or more where these kernels do not
+    return false;
+  const bool pointwise = is_pointwise(shape);
+  const bool shallow = shape.filter_size() <= 300;
+  if (!backward)
+    return pointwise || shallow;
+  if (pointwise)
+    return shape.positions() >= 1024 && most_groups(shape) >= 8;
+  // One image is one task.
+  const int64_t image = 4 * shape.output_pixels() * (shape.o + shape.c);
+  return shallow && shape.n >= 8 && image <= (int64_t{1} << 20);
+}
+
+inline bool takes_one_pass(const Call& call, bool backward) {
+  const Scheme forced = forced_scheme();
+  return forced != Scheme::library && one_pass_fits(call, backward) &&
+         (forced == Scheme::own || one_pass_pays(call.shape, call.table.panel, backward));
 }
 
 // Filters [o, r, s, c] as panels of a matrix [r s c, o], or, turned by 180 degrees, [r s o, c].

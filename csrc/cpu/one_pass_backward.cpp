@@ -61,14 +61,6 @@ struct Pass {
   }
 };
 
-// Groups of units, each with a sum of its own for the filters: at most 32, and 32 MB of sums.
-int64_t group_count(const ConvShape& shape, int64_t units, bool needs_weight) {
-  if (!needs_weight)
-    return units;
-  const int64_t fitting = (int64_t{32} << 20) / (4 * shape.o * shape.filter_size());
-  return std::max<int64_t>(1, std::min({units, fitting, int64_t{32}}));
-}
-
 void pointwise(const Pass& pass) {
   const Call& call = pass.call;
   const int64_t c = call.shape.c, o = call.shape.o, positions = call.shape.positions();
@@ -270,7 +262,7 @@ BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in) {
   const Ints input_sizes{shape.n, shape.c, shape.rows.input, shape.columns.input};
   Tensor grad_x = needs_x ? empty(input_sizes, call.storage, true) : none();
   Tensor t = empty({barrier ? call.map_elements() : 0}, call.compute);
-  const int64_t groups = group_count(shape, units, needs_weight);
+  const int64_t groups = needs_weight ? std::min(units, most_groups(shape)) : units;
   const Scratch weights(needs_weight ? groups * shape.o * shape.filter_size() : 0);
   const Pass pass{
       call,

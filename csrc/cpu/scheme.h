@@ -17,6 +17,12 @@ inline std::atomic<Scheme>& forced_scheme() {
   return scheme;
 }
 
+// The way that the latest call went.
+inline std::atomic<Scheme>& taken_scheme() {
+  static std::atomic<Scheme> scheme{Scheme::automatic};
+  return scheme;
+}
+
 inline Scheme scheme_of(const std::string& name) {
   if (name == "auto")
     return Scheme::automatic;
