@@ -157,7 +157,8 @@ def test_results_do_not_depend_on_the_number_of_threads(case: Case, norm: str) -
 # What the rule takes, forward and backward: geometry, options of the call, and the two ways.
 CHOICES = (
     (WIDE, {}, "own", "own"),
-    (WIDE, {"layout": "contiguous"}, "library", "library"),
+    (WIDE, {"layout": "contiguous"}, "own", "library"),
+    (SHALLOW, {"layout": "contiguous"}, "library", "library"),
     (WIDE, {"dtype": torch.bfloat16}, "library", "library"),
     (WIDE, {"magnitude": "linear"}, "library", "library"),
     (Case("few", 4, 256, 12, 12, 64, (1, 1)), {}, "own", "library"),

@@ -1,4 +1,4 @@
-// The operator in one pass over its tensors, for channels-last float32 without groups: products by
+// The operator in one pass over its tensors, for float32 without groups: products by
 // the kernels of gemm.h, block by block of positions, each block with its norms and its elementwise
 // part while it is in the second-level cache.
 #pragma once
@@ -36,22 +36,23 @@ private:
   std::unique_ptr<float, Free> floats_;
 };
 
-// Whether the kernels of gemm.h compute the call at all.
-inline bool one_pass_fits(const Call& call, bool backward) {
-  const ConvShape& shape = call.shape;
-  if (call.dtype != Dtype::f32 || call.norm_free || !shape.channels_last || shape.groups != 1 ||
-      shape.n == 0)
-    return false;
-  const bool zeros = shape.rows.mode == PaddingMode::zeros;
-  return !backward || (zeros && shape.rows.stride == 1 && shape.columns.stride == 1);
-}
-
 // A window of one pixel that visits all of them: positions are rows of one matrix.
 inline bool is_pointwise(const ConvShape& shape) {
   const auto plain = [](const Axis& axis) {
     return axis.kernel == 1 && axis.stride == 1 && axis.before == 0 && axis.after == 0;
   };
   return plain(shape.rows) && plain(shape.columns);
+}
+
+// Whether the kernels of gemm.h compute the call at all.
+inline bool one_pass_fits(const Call& call, bool backward) {
+  const ConvShape& shape = call.shape;
+  if (call.dtype != Dtype::f32 || call.norm_free || shape.groups != 1 || shape.n == 0)
+    return false;
+  if (!shape.channels_last)
+    return !backward && is_pointwise(shape);
+  const bool zeros = shape.rows.mode == PaddingMode::zeros;
+  return !backward || (zeros && shape.rows.stride == 1 && shape.columns.stride == 1);
 }
 
 // Positions of a 1x1 block: its rows of x and u take half of a second-level cache of 512 KB, and

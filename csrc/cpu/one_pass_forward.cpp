@@ -9,8 +9,8 @@ namespace {
 // What the tasks of one call share.
 struct Pass {
   const Call& call;
-  const PackedFilters& filters;
-  EpilogueParams epilogue;  // without shape and pointers to maps
+  const PackedFilters* filters;  // null in contiguous layout
+  EpilogueParams epilogue;       // without shape and pointers to maps
   const float* x;
   float* norm;
   float* y;
@@ -54,7 +54,7 @@ void pointwise(const Pass& pass) {
         const WindowParams window{1, 1, one, line, &source, nullptr, pass.eps};
         call.table.window_norm(window, sums.get(), pass.norm + first, nullptr, 0, 1);
       }
-      GemmParams p = pass.filters.product(call.table, 1);
+      GemmParams p = pass.filters->product(call.table, 1);
       p.m = count;
       p.a = pass.x + first * c;
       p.a_row = c;
@@ -64,6 +64,54 @@ void pointwise(const Pass& pass) {
       p.c_row = o;
       call.table.gemm(p);
       pass.finish(first, count);
+    }
+  });
+}
+
+// The same in contiguous layout: a task is a block of pixels of one image, as in the epilogue; its
+// x goes into panels, its filters are read as they are.
+void planar_pointwise(const Pass& pass, const float* filters) {
+  const Call& call = pass.call;
+  const int64_t c = call.shape.c, o = call.shape.o, pixels = call.shape.output_pixels();
+  const int64_t panel = call.table.panel, panels = (kTile + panel - 1) / panel;
+  EpilogueParams epilogue = pass.epilogue;
+  epilogue.norm = pass.norm;
+  epilogue.u = epilogue.y = pass.y;
+  epilogue.dot = pass.dot;
+  const int64_t blocks = epilogue.shape.blocks();
+  run_tasks(call.shape.n * blocks, [&](int64_t begin, int64_t end) {
+    const Scratch packed(panels * panel * c), sums(pixels);
+    const int64_t offset = 0, source = 0;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / blocks, first = task % blocks * kTile;
+      const int64_t count = std::min(kTile, pixels - first), map = image * pixels + first;
+      const float* x = pass.x + image * c * pixels + first;
+      const PanelParams pack{c, count, x, pixels, 1, packed.get(), c * panel};
+      call.table.pack_panels(pack, 0, (count + panel - 1) / panel);
+      if (pass.norms) {
+        const PixelSumsqParams squares{1, pixels, c, 1, false, x - first, sums.get()};
+        call.table.pixel_sumsq(squares, task % blocks, task % blocks + 1);
+        const Axis one{1, 1, 1, 1, 1, 0, 0, PaddingMode::zeros};
+        const Axis line{count, count, 1, 1, 1, 0, 0, PaddingMode::zeros};
+        const WindowParams window{1, 1, one, line, &source, nullptr, pass.eps};
+        call.table.window_norm(window, sums.get() + first, pass.norm + map, nullptr, 0, 1);
+      }
+      GemmParams p{};
+      p.m = o;
+      p.n = count;
+      p.k = c;
+      p.segments = 1;
+      p.a = filters;
+      p.a_row = c;
+      p.a_k = 1;
+      p.a_offsets = &offset;
+      p.b = packed.get();
+      p.b_k = panel;
+      p.b_panel = c * panel;
+      p.c = pass.y + image * o * pixels + first;
+      p.c_row = pixels;
+      call.table.gemm(p);
+      call.table.epilogue(epilogue, task, task + 1);
     }
   });
 }
@@ -102,7 +150,7 @@ void windows(const Pass& pass) {
         );
       }
       const float* patches = padded.copy(pass.x + pixel * shape.c, first, count, rows.get());
-      GemmParams p = pass.filters.product(call.table, static_cast<int64_t>(offsets.size()));
+      GemmParams p = pass.filters->product(call.table, static_cast<int64_t>(offsets.size()));
       p.m = q;
       p.a_row = shape.columns.stride * shape.c;
       p.a_k = 1;
@@ -122,14 +170,14 @@ void windows(const Pass& pass) {
 
 ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   const ConvShape& shape = call.shape;
-  const Tensor x = contiguous(in.x, true);
+  const bool last = shape.channels_last;
+  const Tensor x = contiguous(in.x, last);
   const Weight weight = make_weight(call, in.weight, in.eps);
-  const PackedFilters packed(call, weight.stored, false);
   const Ints sizes{shape.n, shape.o, shape.rows.output, shape.columns.output};
   Tensor mean = empty(in.batch_mean ? Ints{} : Ints{0}, call.compute);
   Tensor norm_map = empty({call.map_elements()}, call.compute);
-  Tensor y = empty(sizes, call.storage, true);
-  Tensor dot = in.keep_dot ? empty(sizes, call.storage, true) : empty({0}, call.storage);
+  Tensor y = empty(sizes, call.storage, last);
+  Tensor dot = in.keep_dot ? empty(sizes, call.storage, last) : empty({0}, call.storage);
   double factor = 1.0;
   if (in.batch_mean) {
     factor = batch_norms<float>(call, Window(shape, in.eps), x, norm_map, mean);
@@ -145,9 +193,12 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   epilogue.op = call.op;
   epilogue.filters = vectors.pointers();
   epilogue.bias = vectors.bias.empty() ? nullptr : vectors.bias.data();
+  std::optional<PackedFilters> packed;
+  if (last)
+    packed.emplace(call, weight.stored, false);
   const Pass pass{
       call,
-      packed,
+      last ? &*packed : nullptr,
       epilogue,
       static_cast<const float*>(x.const_data_ptr()),
       static_cast<float*>(norm_map.mutable_data_ptr()),
@@ -156,7 +207,9 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
       in.eps,
       !in.batch_mean
   };
-  if (is_pointwise(shape)) {
+  if (!last) {
+    planar_pointwise(pass, static_cast<const float*>(weight.stored.const_data_ptr()));
+  } else if (is_pointwise(shape)) {
     pointwise(pass);
   } else {
     windows(pass);
