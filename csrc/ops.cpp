@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
       "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? radius, Tensor? norm_mean, "
       "Tensor? k, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
       "str padding_mode, str magnitude, str angular, str weighting, float alpha, float beta, "
-      "float power, float eps, float delta, str norm, bool keep_dot) "
+      "float power, float eps, float delta, str norm, bool keep_dot, bool keep_map=True) "
       "-> (Tensor y, Tensor norm_map, Tensor mean, Tensor dot)"
   );
   m.def(

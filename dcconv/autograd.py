@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcconv import ops, plan_a, reference
 from dcconv.dispatch import Plans
-from dcconv.keep import DOT, OUTPUT
+from dcconv.keep import DOT, NOTHING, OUTPUT
 from dcconv.problem import Operands, Problem, without_autocast
 
 # How a patch norm runs: one compiled op per direction, or plan A's composition.
@@ -27,7 +27,9 @@ def conv2d_forward(
     if plans is not None:
         return plans.forward(operands, problem, kept)
     arguments = ops.conv2d_arguments(operands, problem)
-    results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(*arguments, kept == DOT)
+    results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(
+        *arguments, kept == DOT, kept != NOTHING
+    )
     return results
 
 

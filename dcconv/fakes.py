@@ -60,13 +60,15 @@ def _conv2d_forward_fake(
     delta: float,
     norm: str,
     keep_dot: bool,
+    keep_map: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, q = window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], p, q)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
     compute = compute_dtype(x.dtype)
     norm_free = Problem(magnitude=magnitude, angular=angular, weighting=weighting).norm_free
-    norm_map = x.new_empty(0 if norm_free else x.shape[0] * groups * p * q, dtype=compute)
+    count = 0 if norm_free or not keep_map else x.shape[0] * groups * p * q
+    norm_map = x.new_empty(count, dtype=compute)
     mean = x.new_empty(() if norm == NORM_BATCH else (0,), dtype=compute)
     dot = torch.empty_like(y) if keep_dot and not norm_free else x.new_empty(0)
     return y, norm_map, mean, dot

@@ -29,7 +29,8 @@ ForwardResults conv2d_forward(
     double eps,
     double delta,
     std::string norm,
-    bool keep_dot
+    bool keep_dot,
+    bool keep_map
 ) {
   const Call call = make_call(
       x,
@@ -48,10 +49,14 @@ ForwardResults conv2d_forward(
       delta,
       false
   );
-  const ForwardInputs in{x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot};
-  const bool own = takes_one_pass(call, false);
+  const ForwardInputs in{
+      x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot, keep_map
+  };
+  const bool depthwise = takes_depthwise(call), own = depthwise || takes_one_pass(call, false);
   taken_scheme() = own ? Scheme::own : Scheme::library;
-  return own ? one_pass_forward(call, in) : library_forward(call, in);
+  return depthwise ? depthwise_forward(call, in)
+         : own     ? one_pass_forward(call, in)
+                   : library_forward(call, in);
 }
 
 BackwardResults conv2d_backward(

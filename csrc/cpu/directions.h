@@ -14,7 +14,7 @@ struct ForwardInputs {
   Tensor x, weight;
   std::optional<Tensor> bias, radius, norm_mean, k;
   double eps;
-  bool batch_mean, keep_dot;
+  bool batch_mean, keep_dot, keep_map;
 };
 
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -33,6 +33,10 @@ using BackwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 // Around the library's convolution, in chunks of images: every call.
 ForwardResults library_forward(const Call& call, const ForwardInputs& in);
 BackwardResults library_backward(const Call& call, const BackwardInputs& in);
+
+// Through kernels of its own: filters of one channel each, unless the library is forced.
+bool takes_depthwise(const Call& call);
+ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in);
 
 }  // namespace cpu
 }  // namespace dcconv

@@ -99,7 +99,7 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
       call.table.epilogue(p, begin, end);
     });
   }
-  return {y, norm_map, mean, dot};
+  return {y, in.keep_map ? norm_map : empty({0}, call.compute), mean, dot};
 }
 
 }  // namespace

@@ -5,10 +5,12 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -25,6 +27,7 @@
 #define DCCONV_ISA avx512
 #define DCCONV_FMA
 #define DCCONV_LANES 16
+#define DCCONV_VECTOR_BYTES 64
 #include "cpu/table.inl"
 
 #if defined(__clang__)

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/depthwise/params.h"
 #include "operator.h"
 #include "shape.h"
 
@@ -202,6 +203,7 @@ struct Kernels {
   void (*accumulate)(const void* from, void* to, int64_t begin, int64_t end);
   // library dtype to storage dtype
   void (*round)(const void* from, void* to, int64_t begin, int64_t end);
+  void (*depthwise_forward)(const DepthwiseParams&, int64_t begin, int64_t end);
   void (*magnitude)(const FunctionParams&);
   void (*angular)(const FunctionParams&);
   // Float32 products, and the columns in a panel of theirs.

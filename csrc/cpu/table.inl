@@ -1,6 +1,7 @@
 // Assembles the kernel tables of one instruction set; included once by each isa_*.cpp with
 // DCCONV_ISA defined and, where needed, the target switched on.
 
+#include "cpu/depthwise/forward.h"
 #include "cpu/filter.h"
 #include "cpu/gemm.h"
 #include "cpu/grad_dot.h"
@@ -90,6 +91,7 @@ constexpr Kernels make_table() {
       finish_t<A>,
       accumulate<U, A>,
       round_to<U, T>,
+      depthwise_forward<T, A>,
       magnitude_function<A>,
       angular_function<A>,
       gemm,
