@@ -126,9 +126,11 @@ BackwardResults conv2d_backward(
       kept_is == "output" ? Kept::output : Kept::dot,
       needs
   };
-  const bool own = takes_one_pass(call, true);
+  const bool depthwise = takes_depthwise_backward(call), own = depthwise || takes_one_pass(call, true);
   taken_scheme() = own ? Scheme::own : Scheme::library;
-  return own ? one_pass_backward(call, in) : library_backward(call, in);
+  return depthwise ? depthwise_backward(call, in)
+         : own     ? one_pass_backward(call, in)
+                   : library_backward(call, in);
 }
 
 void set_cpu_chunk(int64_t images) {

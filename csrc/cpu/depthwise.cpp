@@ -1,12 +1,11 @@
 // Depthwise convolutions on the CPU through kernels of their own: x is read and y written once, dot
 // products and norms stay in cache. float16 is computed in float32 like everything here.
 
-#include "cpu/depthwise/params.h"
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/column_sums.h"
+#include "cpu/depthwise/plan.h"
 #include "cpu/directions.h"
 #include "cpu/operands.h"
 
@@ -14,72 +13,31 @@ namespace dcconv {
 namespace cpu {
 namespace {
 
-// Bytes of a band: with the output beside it, it stays in a second-level cache.
-constexpr int64_t kBandBytes = 128 << 10;
+// Parameters by lane where lanes are filters.
+template <class A>
+struct Parameters {
+  std::vector<A> storage[7];
+  DepthwiseFilters pointers;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Offsets in a band, with the shape that points nowhere else.
-struct Plan {
-  DepthwiseShape shape;
-  std::vector<int64_t> row_sources, column_sources, offsets, row_offsets, column_offsets;
+  Parameters(const DepthwiseShape& s, const FilterVectors<A>& f, const A* weight) {
+    int next = 0;
+    const auto of = [&](const A* values, int64_t size) -> const A* {
+      if (!s.channels_last || values == nullptr)
+        return values;
+      storage[next] = by_block(s, values, size);
+      return storage[next++].data();
+    };
+    pointers = {
+        of(f.a.data(), 1),
+        of(f.inverse_a.data(), 1),
+        of(f.rho.data(), 1),
+        of(f.inverse_rho.data(), 1),
+        of(f.k.data(), 1),
+        of(f.bias.empty() ? nullptr : f.bias.data(), 1),
+        of(weight, s.taps())
+    };
+  }
 };
-
-Plan make_plan(const ConvShape& conv, int64_t element) {
-  Plan plan{};
-  DepthwiseShape& s = plan.shape;
-  s.n = conv.n;
-  s.c = conv.c;
-  s.o = conv.o;
-  s.rows = conv.rows;
-  s.columns = conv.columns;
-  s.channels_last = conv.channels_last;
-  s.lanes = kLaneBytes / element;
-  BandLayout& l = s.layout;
-  if (s.channels_last) {
-    l.width = s.columns.padded() * s.lanes;
-    l.step = s.columns.stride * s.lanes;
-    l.line = s.rows.stride * l.width;
-  } else {
-    l.phase = ceil_div(s.columns.padded(), s.columns.stride);
-    l.width = l.phase * s.columns.stride;
-    l.step = s.lanes;
-    l.line = l.width;
-  }
-  // Rows of x for one output row, and for each one more.
-  const int64_t halo = (s.rows.kernel - 1) * s.rows.dilation + 1;
-  const int64_t fitting = kBandBytes / (l.width * element);
-  const int64_t most = std::max<int64_t>((fitting - halo) / s.rows.stride + 1, 1);
-  s.band = ceil_div(s.rows.output, ceil_div(s.rows.output, most));
-  const int64_t rows = (s.band - 1) * s.rows.stride + halo;
-  const int64_t phase_rows = ceil_div(rows, s.rows.stride);
-  l.row_phase = phase_rows * l.width;
-  l.elements = (s.channels_last ? rows : phase_rows * s.rows.stride) * l.width + 4 * s.lanes;
-  s.images = 1;
-
-  plan.row_sources = s.rows.sources();
-  plan.column_sources = s.columns.sources();
-  for (int64_t r = 0; r < s.rows.kernel; ++r) {
-    const int64_t i = r * s.rows.dilation;
-    plan.row_offsets.push_back(
-        s.channels_last
-            ? i * l.width
-            : i % s.rows.stride * l.row_phase + i / s.rows.stride * l.width
-    );
-  }
-  for (int64_t c = 0; c < s.columns.kernel; ++c) {
-    const int64_t j = c * s.columns.dilation;
-    plan.column_offsets.push_back(
-        s.channels_last ? j * s.lanes : j % s.columns.stride * l.phase + j / s.columns.stride
-    );
-  }
-  for (int64_t row : plan.row_offsets)
-    for (int64_t column : plan.column_offsets)
-      plan.offsets.push_back(row + column);
-  return plan;
-}
 
 template <class A>
 ForwardResults forward(const Call& call, const ForwardInputs& in) {
@@ -95,14 +53,13 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   Tensor norm_map = empty({in.keep_map ? call.map_elements() : 0}, call.compute);
   Tensor mean = empty(in.batch_mean ? Ints{} : Ints{0}, call.compute);
 
-  const Plan plan = make_plan(conv, sizeof(A));
+  const DepthwisePlan plan = make_plan(conv, sizeof(A));
   DepthwiseParams p{};
   p.shape = plan.shape;
   p.op = call.op;
   p.eps = in.eps;
   p.row_sources = plan.row_sources.data();
   p.column_sources = plan.column_sources.data();
-  p.offsets = plan.offsets.data();
   p.row_offsets = plan.row_offsets.data();
   p.column_offsets = plan.column_offsets.data();
   p.x = x.const_data_ptr();
@@ -132,19 +89,230 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   if (in.bias.has_value())
     bias = to_dtype(*in.bias, call.compute);
   const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, bias);
-  p.filters = {
-      filters.a.data(),
-      filters.inverse_a.data(),
-      filters.rho.data(),
-      filters.inverse_rho.data(),
-      filters.k.data(),
-      bias.has_value() ? filters.bias.data() : nullptr,
-      compute_weight.const_data_ptr()
-  };
+  const Parameters<A> parameters(plan.shape, filters, static_cast<const A*>(compute_weight.const_data_ptr()));
+  p.filters = parameters.pointers;
   p.y = y.mutable_data_ptr();
   p.dot = in.keep_dot ? dot.mutable_data_ptr() : nullptr;
   run();
   return {y, norm_map, mean, dot};
+}
+
+// Phases of one axis: the kernel's taps by (tap * dilation) % stride.
+struct Phases {
+  std::vector<int64_t> starts, taps;
+
+  explicit Phases(const Axis& axis) {
+    for (int64_t phase = 0; phase < axis.stride; ++phase) {
+      starts.push_back(static_cast<int64_t>(taps.size()));
+      for (int64_t tap = 0; tap < axis.kernel; ++tap)
+        if (tap * axis.dilation % axis.stride == phase)
+          taps.push_back(tap);
+    }
+    starts.push_back(static_cast<int64_t>(taps.size()));
+  }
+};
+
+// The weight [o, taps] with the taps phase by phase.
+template <class A>
+std::vector<A> by_phase(
+    const DepthwiseShape& s, const A* weight, const Phases& rows, const Phases& columns
+) {
+  std::vector<A> to;
+  for (int64_t filter = 0; filter < s.o; ++filter)
+    for (std::size_t i = 0; i + 1 < rows.starts.size(); ++i)
+      for (std::size_t j = 0; j + 1 < columns.starts.size(); ++j)
+        for (int64_t r = rows.starts[i]; r < rows.starts[i + 1]; ++r)
+          for (int64_t c = columns.starts[j]; c < columns.starts[j + 1]; ++c)
+            to.push_back(
+                weight
+                    [filter * s.taps() +
+                     rows.taps[static_cast<std::size_t>(r)] * s.columns.kernel +
+                     columns.taps[static_cast<std::size_t>(c)]]
+            );
+  return to;
+}
+
+// A map [n, groups, pixels] as [n, pixels, groups].
+Tensor map_channels_last(const Tensor& map, const ConvShape& s) {
+  const Ints sizes{s.n, s.groups, s.rows.output, s.columns.output};
+  return contiguous(dispatch_tensor("aten::view", "", map, sizes), true);
+}
+
+// Sums of backward over the tasks in their order: [blocks, size, lanes] parts of groups.
+template <class A>
+void add_parts(
+    const DepthwiseGradParams& p, const std::vector<A>& parts, int64_t size, std::vector<double>& to
+) {
+  const DepthwiseShape& s = p.forward.shape;
+  to.assign(static_cast<std::size_t>(s.o * size), 0.0);
+  for (int64_t task = 0; task < p.tasks(); ++task)
+    for (int64_t i = 0; i < s.group; ++i) {
+      const int64_t block = task % s.groups() * s.group + i;
+      const int64_t first = block * s.block_filters();
+      for (int64_t lane = 0; lane < std::min(s.block_filters(), s.o - first); ++lane)
+        for (int64_t j = 0; j < size; ++j)
+          to[static_cast<std::size_t>((first + lane) * size + j)] += double(
+              parts[static_cast<std::size_t>(((task * s.group + i) * size + j) * s.lanes + lane)]
+          );
+    }
+}
+
+template <class A>
+BackwardResults backward(const Call& call, const BackwardInputs& in) {
+  // In contiguous layout through copies: still a fraction of the library's time.
+  ConvShape conv = call.shape;
+  conv.channels_last = true;
+  const bool needs_x = in.needs & kX, needs_weight = in.needs & kWeight;
+  const bool barrier = in.batch_mean && in.norm_grad && needs_x;
+  const Tensor x = contiguous(in.x, true), grad_y = contiguous(in.grad_y, true);
+  const Tensor kept = contiguous(in.kept, true);
+  const Tensor norm_map =
+      call.shape.channels_last ? in.norm_map : map_channels_last(in.norm_map, conv);
+  const Weight weight = make_weight(call, in.weight, in.eps);
+  const Tensor compute_weight = to_dtype(weight.stored, call.compute);
+  double factor = 1.0;
+  if (in.batch_mean)
+    factor = scalar_of<A>(in.mean, call.compute);
+  if (in.norm_mean.has_value())
+    factor = scalar_of<A>(*in.norm_mean, call.compute);
+  const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, std::nullopt);
+
+  DepthwisePlan plan = make_plan(conv, sizeof(A));
+  DepthwiseShape& s = plan.shape;
+  DepthwiseGradParams p{};
+  const Phases rows(s.rows), columns(s.columns);
+  p.left = (s.columns.kernel - 1) * s.columns.dilation / s.columns.stride;
+  const int64_t reach = (s.columns.input - 1 + s.columns.before) / s.columns.stride + 1;
+  p.width = ((p.left + std::max(s.columns.output, reach)) | 1) * s.lanes;
+  p.depth = (s.rows.kernel - 1) * s.rows.dilation / s.rows.stride + 1;
+  p.images = ceil_div(s.n, kMostImageGroups);
+  const int64_t block_bytes =
+      (s.layout.rows * s.layout.width + 2 * p.depth * p.width) * int64_t{sizeof(A)};
+  const int64_t fitting = std::max<int64_t>(kGradRingBytes / block_bytes, 4);
+  const int64_t groups = std::max(ceil_div(s.blocks(), fitting), ceil_div(kLeastTasks, s.n));
+  s.group = ceil_div(s.blocks(), std::min(groups, s.blocks()));
+  s.layout.elements = s.layout.rows * s.group * s.layout.width;
+
+  const Parameters<A> parameters(
+      s,
+      filters,
+      by_phase(s, static_cast<const A*>(compute_weight.const_data_ptr()), rows, columns).data()
+  );
+  p.forward.shape = s;
+  p.forward.op = call.op;
+  p.forward.filters = parameters.pointers;
+  p.forward.row_sources = plan.row_sources.data();
+  p.forward.column_sources = plan.column_sources.data();
+  p.forward.column_offsets = plan.column_offsets.data();
+  p.forward.x = x.const_data_ptr();
+  p.row_starts = rows.starts.data();
+  p.kernel_rows = rows.taps.data();
+  p.column_starts = columns.starts.data();
+  p.kernel_columns = columns.taps.data();
+  p.kept_is = in.kept_is;
+  p.grad_y = grad_y.const_data_ptr();
+  p.kept = kept.const_data_ptr();
+  p.norm = norm_map.const_data_ptr();
+  const bool wants_rho =
+      in.radius.has_value() && ((in.needs & (kRadius | kNormMean)) != 0 || barrier);
+  const bool weighted =
+      call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
+  const bool wants_a = weighted && needs_weight;
+  const bool wants_sums = wants_rho || wants_a || (in.needs & (kBias | kK)) != 0;
+
+  std::vector<A> parts;
+  std::vector<double> sums(static_cast<std::size_t>(s.o * kSumKinds), 0.0);
+  const auto run = [&] {
+    p.parameters = wants_sums && parts.empty();
+    if (p.parameters) {
+      parts.resize(static_cast<std::size_t>(p.tasks() * s.group * kSumKinds * s.lanes));
+      p.sums = parts.data();
+    }
+    run_tasks(p.tasks(), [&](int64_t begin, int64_t end) {
+      call.table.depthwise_backward(p, begin, end);
+    });
+    if (p.parameters)
+      add_parts(p, parts, kSumKinds, sums);
+  };
+  const auto kind = [&](int64_t i) {
+    std::vector<double> to;
+    for (int64_t filter = 0; filter < s.o; ++filter)
+      to.push_back(sums[static_cast<std::size_t>(filter * kSumKinds + i)]);
+    return to;
+  };
+  // The radius' totals, zero where rho sits on its floor.
+  double mean_grad = 0;
+  std::vector<double> rho;
+  const auto finish_rho = [&] {
+    rho = kind(0);
+    const std::vector<A> radii = FilterVectors<A>::values(in.radius, s.o, A(1));
+    for (std::size_t i = 0; i < rho.size(); ++i) {
+      if (radii[i] * A(factor) < A(kRhoFloor))
+        rho[i] = 0;
+      mean_grad += double(radii[i]) * rho[i];
+    }
+  };
+  if (barrier && wants_rho) {
+    // The mean of the norms depends on every patch: its gradient comes first.
+    p.sums_only = true;
+    run();
+    finish_rho();
+    p.sums_only = false;
+    p.add = mean_grad / double(std::max<int64_t>(call.map_elements(), 1));
+  }
+
+  const auto none = [&] { return empty({0}, call.storage); };
+  const auto none_compute = [&] { return empty({0}, call.compute); };
+  Tensor grad_x = none(), grad_weight = none(), grad_bias = none();
+  if (needs_x) {
+    grad_x = empty({s.n, s.c, s.rows.input, s.columns.input}, call.storage, true);
+    p.grad_x = grad_x.mutable_data_ptr();
+  }
+  std::vector<A> weight_parts;
+  if (needs_weight) {
+    weight_parts.resize(static_cast<std::size_t>(p.tasks() * s.group * s.taps() * s.lanes));
+    p.grad_weight = weight_parts.data();
+  }
+  if (needs_x || needs_weight || (wants_sums && parts.empty()))
+    run();
+  if (rho.empty() && wants_rho)
+    finish_rho();
+
+  if (needs_x && !call.shape.channels_last)
+    grad_x = contiguous(grad_x, false);
+  if (needs_weight) {
+    std::vector<double> total;
+    add_parts(p, weight_parts, s.taps(), total);
+    const std::vector<A> folded(total.begin(), total.end());
+    const std::vector<double> a = kind(1);
+    const std::vector<A> extra(a.begin(), a.end());
+    const Ints sizes(in.weight.sizes().begin(), in.weight.sizes().end());
+    grad_weight = empty(sizes, call.storage, call.weight_last);
+    FilterParams f{};
+    f.o = s.o;
+    f.size = s.taps();
+    f.weight = weight.stored.const_data_ptr();
+    f.a = weight.a.data_ptr();
+    f.grad_folded = folded.data();
+    f.project = true;
+    f.extra = weighted ? extra.data() : nullptr;
+    f.grad_weight = grad_weight.mutable_data_ptr();
+    call.table.filter_grad(f, 0, s.o);
+  }
+  if ((in.needs & kBias) != 0) {
+    Tensor bias = empty({s.o}, call.compute);
+    const std::vector<double> total = kind(3);
+    std::copy(total.begin(), total.end(), static_cast<A*>(bias.mutable_data_ptr()));
+    grad_bias = to_dtype(bias, call.storage);
+  }
+  Tensor grad_radius = none_compute(), grad_mean = none_compute(), grad_k = none_compute();
+  if ((in.needs & kRadius) != 0 && in.radius.has_value())
+    grad_radius = parameter_grad<A>(*in.radius, rho, factor);
+  if ((in.needs & kNormMean) != 0 && in.norm_mean.has_value())
+    grad_mean = torch::stable::fill_(empty({}, call.compute), mean_grad);
+  if ((in.needs & kK) != 0 && in.k.has_value())
+    grad_k = parameter_grad<A>(*in.k, kind(2), 1.0);
+  return {grad_x, grad_weight, grad_bias, grad_radius, grad_mean, grad_k};
 }
 
 }  // namespace
@@ -153,6 +321,14 @@ bool takes_depthwise(const Call& call) {
   const ConvShape& s = call.shape;
   return s.groups == s.c && s.o / s.c <= kMaxMultiplier && !call.norm_free &&
          forced_scheme() != Scheme::library;
+}
+
+bool takes_depthwise_backward(const Call& call) {
+  return call.shape.n > 0 && call.shape.rows.mode == PaddingMode::zeros && takes_depthwise(call);
+}
+
+BackwardResults depthwise_backward(const Call& call, const BackwardInputs& in) {
+  return call.dtype == Dtype::f64 ? backward<double>(call, in) : backward<float>(call, in);
 }
 
 ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in) {

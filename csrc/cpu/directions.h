@@ -36,7 +36,9 @@ BackwardResults library_backward(const Call& call, const BackwardInputs& in);
 
 // Through kernels of its own: filters of one channel each, unless the library is forced.
 bool takes_depthwise(const Call& call);
+bool takes_depthwise_backward(const Call& call);
 ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in);
+BackwardResults depthwise_backward(const Call& call, const BackwardInputs& in);
 
 }  // namespace cpu
 }  // namespace dcconv

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include <immintrin.h>
+
 #include "cpu/kernels.h"
 
 #if defined(__clang__)

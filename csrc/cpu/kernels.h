@@ -204,6 +204,7 @@ struct Kernels {
   // library dtype to storage dtype
   void (*round)(const void* from, void* to, int64_t begin, int64_t end);
   void (*depthwise_forward)(const DepthwiseParams&, int64_t begin, int64_t end);
+  void (*depthwise_backward)(const DepthwiseGradParams&, int64_t begin, int64_t end);
   void (*magnitude)(const FunctionParams&);
   void (*angular)(const FunctionParams&);
   // Float32 products, and the columns in a panel of theirs.

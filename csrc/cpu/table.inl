@@ -1,6 +1,7 @@
 // Assembles the kernel tables of one instruction set; included once by each isa_*.cpp with
 // DCCONV_ISA defined and, where needed, the target switched on.
 
+#include "cpu/depthwise/backward.h"
 #include "cpu/depthwise/forward.h"
 #include "cpu/filter.h"
 #include "cpu/gemm.h"
@@ -92,6 +93,7 @@ constexpr Kernels make_table() {
       accumulate<U, A>,
       round_to<U, T>,
       depthwise_forward<T, A>,
+      depthwise_backward<T, A>,
       magnitude_function<A>,
       angular_function<A>,
       gemm,
