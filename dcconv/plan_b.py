@@ -17,13 +17,16 @@ from dcconv.problem import NORM_BATCH, Operands, Problem
 
 DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"
 
-# Most channels of a stem.
+# Most channels of a stem, and the longest filter, c r s: the taps of a tile of positions and the
+# filters of a block stand in shared memory side by side.
 STEM_CHANNELS = 4
+STEM_TAPS = {torch.bfloat16: 304, torch.float16: 304, torch.float32: 160, torch.float64: 62}
 # Channels and filters of a group come in vectors of 16 bytes.
 VECTOR_BYTES = 16
 # The implicit GEMM multiplies with the tensor cores' bfloat16 and float16 instructions.
 GEMM_DTYPES = (torch.bfloat16, torch.float16)
-GEMM_CAPABILITY = (8, 0)
+# Tensor cores for both 16-bit types, asynchronous copies, shared memory beyond 96 KiB.
+CAPABILITY = (8, 0)
 # Let each kernel choose its tile.
 OWN_RULE = -1
 
@@ -45,7 +48,9 @@ def kernel_of(weight: Tensor, problem: Problem) -> str:
     return STEM if problem.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
 
 
-def _why_not_any(problem: Problem) -> str | None:
+def _why_not_any(x: Tensor, problem: Problem) -> str | None:
+    if x.device.type == "cuda" and _capability(x.device.index) < CAPABILITY:
+        return "its kernels are for GPUs from sm_80 on"
     if problem.norm_free:
         return "norm-free operators are one library convolution"
     if problem.padding_mode != "zeros":
@@ -61,8 +66,6 @@ def _aligned(t: Tensor) -> bool:
 def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     if x.dtype not in GEMM_DTYPES:
         return f"the implicit GEMM takes bfloat16 and float16, got {x.dtype}"
-    if x.device.type == "cuda" and _capability(x.device.index) < GEMM_CAPABILITY:
-        return "the implicit GEMM needs a GPU from sm_80 on"
     if ops.memory_format(x, weight) != torch.channels_last:
         return "the implicit GEMM takes channels_last tensors"
     channels, filters = weight.shape[1], weight.shape[0] // problem.groups
@@ -77,20 +80,22 @@ def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     return None
 
 
-def _why_not_stem(x: Tensor, weight: Tensor) -> str | None:
-    if ops.memory_format(x, weight) != torch.channels_last:
-        return "the stem kernel takes channels_last tensors"
+def _why_not_stem(weight: Tensor) -> str | None:
+    taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    most = STEM_TAPS[weight.dtype]
+    if taps > most:
+        return f"the stem kernel takes filters of at most {most} {weight.dtype} values, got {taps}"
     return None
 
 
 def why_not(operands: Operands, problem: Problem) -> str | None:
     """Return None if the forward pass of a call can run, else one sentence why not."""
-    reason = _why_not_any(problem)
+    reason = _why_not_any(operands.x, problem)
     if reason is not None:
         return reason
     kernel = kernel_of(operands.weight, problem)
     if kernel == STEM:
-        return _why_not_stem(operands.x, operands.weight)
+        return _why_not_stem(operands.weight)
     if kernel == IMPLICIT_GEMM:
         return _why_not_gemm(operands.x, operands.weight, problem)
     return None
@@ -98,7 +103,7 @@ def why_not(operands: Operands, problem: Problem) -> str | None:
 
 def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
     """Return None if the gradient of x can be computed, else one sentence why not."""
-    reason = _why_not_any(problem)
+    reason = _why_not_any(operands.x, problem)
     if reason is not None:
         return reason
     kernel = kernel_of(operands.weight, problem)
@@ -113,7 +118,7 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
 
 def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
     """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
-    reason = _why_not_any(problem)
+    reason = _why_not_any(operands.x, problem)
     if reason is not None:
         return reason
     if kernel_of(operands.weight, problem) != DEPTHWISE:

@@ -35,7 +35,7 @@ def need_kernel(kernel: str, x: Tensor, weight: Tensor, groups: int, last: bool)
     elif kernel == "depthwise":
         assert channels == 1 and groups == x.shape[1]
     else:
-        assert kernel == "stem" and last and groups == 1 and channels <= 4
+        assert kernel == "stem" and groups == 1 and channels <= 4
 
 
 def filter_norm(weight: Tensor, eps: float) -> Tensor:
@@ -77,6 +77,7 @@ def conv2d_one_pass(
     need_kernel(kernel, x, weight, groups, channels_last)
     assert padding_mode == "zeros" and tile == -1
     kernel_size = list(weight.shape[2:])
+    assert map is None or map_is_norm or kernel == "implicit_gemm"
     if map is None:
         assert kernel != "implicit_gemm" or (kernel_size == [1, 1] and not any(padding))
         map = flat_map(pixel_squares(x, groups), channels_last)

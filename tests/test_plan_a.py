@@ -97,7 +97,7 @@ def plan_a_ops(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def cuda_backend(plan_a_ops: str) -> Iterator[None]:
     """Every call of a test runs on plan A."""
-    with backends.use_backend("cuda"):
+    with backends.use_backend("cuda"), backends.plans("A"):
         yield
 
 
