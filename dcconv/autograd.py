@@ -12,8 +12,12 @@ from dcconv.dispatch import Plans
 from dcconv.keep import DOT, NOTHING, OUTPUT
 from dcconv.problem import Operands, Problem, without_autocast
 
-# How a patch norm runs: one compiled op per direction, or plan A's composition.
-ONE_OP, PLAN_A = "one_op", "plan_a"
+# How a patch norm runs: one compiled op per direction, or plan A's composition, of compiled passes
+# or of Triton's.
+ONE_OP, PLAN_A, TRITON = "one_op", "plan_a", "triton"
+
+# Namespace of the passes that a plan composes.
+PASSES = {PLAN_A: plan_a.COMPILED, TRITON: "dcconv_triton"}
 
 
 def conv2d_forward(
@@ -86,7 +90,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         plans: Plans | None = ctx.plans
         if plans is not None:
             (a,) = more
-            planned = plans.backward(
+            planned = plan_a.backward(
                 grad_y,
                 kept_tensor,
                 norm_map,
@@ -96,6 +100,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                 problem,
                 ctx.kept,
                 needs,
+                plans.namespace,
                 plans.input_gradient,
                 plans.weight_gradient,
             )
@@ -147,8 +152,8 @@ class PatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kernel: tuple[int, int], problem: Problem, plan: str
     ) -> Tensor:
-        if plan == PLAN_A:
-            b = plan_a.window_norm(x, kernel, problem)
+        if plan in PASSES:
+            b = plan_a.window_norm(x, kernel, problem, PASSES[plan])
         else:
             b = torch.ops.dcconv.patch_norm_forward(
                 x,
@@ -175,8 +180,9 @@ class PatchNormFunction(torch.autograd.Function):
                 again = reference.window_norm(x, ctx.kernel, problem)
                 (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
             return grad_x, None, None, None
-        if ctx.plan == PLAN_A:
-            return plan_a.window_norm_grad(grad_b, x, b, ctx.kernel, problem), None, None, None
+        if ctx.plan in PASSES:
+            grad_x = plan_a.window_norm_grad(grad_b, x, b, ctx.kernel, problem, PASSES[ctx.plan])
+            return grad_x, None, None, None
         grad_x = torch.ops.dcconv.patch_norm_backward(
             grad_b,
             x,

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 import dcconv.fakes
 import dcconv.fakes_one_pass  # noqa: F401  (registers them)
 from dcconv import autograd, checks, dispatch, ops, plan_a, reference
-from dcconv.autograd import ONE_OP, PLAN_A
+from dcconv.autograd import ONE_OP, PASSES, PLAN_A, TRITON
 from dcconv.dispatch import Plans, pin_table
 from dcconv.dispatch import allowed as plans
 from dcconv.keep import NOTHING, kept
@@ -167,9 +167,15 @@ def _reference_conv2d(
     return reference.forward(operands, problem)
 
 
+def _triton_forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
+    return plan_a.forward(operands, problem, kept, PASSES[TRITON])
+
+
+_TRITON_PLANS = Plans(_triton_forward, PASSES[TRITON])
+
 _BACKENDS = (
     Backend("cuda", _why_not_cuda, _planned_conv2d, _patch_norm_by(PLAN_A)),
-    Backend("triton", _why_not_triton, _conv2d_by(Plans(plan_a.forward)), _patch_norm_by(PLAN_A)),
+    Backend("triton", _why_not_triton, _conv2d_by(_TRITON_PLANS), _patch_norm_by(TRITON)),
     Backend("cpu", _why_not_cpu, _conv2d_by(None), _patch_norm_by(ONE_OP)),
     Backend("reference", _why_not_reference, _reference_conv2d, reference.window_norm),
 )

@@ -3,7 +3,8 @@
 Forward: norms, library convolution, epilogue. Backward: the pass over dy, the library's two
 gradients, the filter side, and the pass that finishes grad_x. The passes work on tensors that are
 dense in the layout of the library's result (``ops.memory_format``); their schemas, with what each
-result holds, stand in ``csrc/ops.cpp``.
+result holds, stand in ``csrc/schemas.h``. Every function takes the namespace of the ops: several
+libraries implement them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ InputGradient: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Problem], Tensor
 ]
 WeightGradient: TypeAlias = Callable[[Tensor, Tensor, Tensor, Problem], Tensor]
+
+#: Namespace of the compiled library's ops.
+COMPILED = "dcconv"
 
 _multiprocessors: dict[int, int] = {}
 
@@ -162,7 +166,7 @@ def _convolution_backward(
 
 
 def forward(
-    operands: Operands, problem: Problem, kept: str
+    operands: Operands, problem: Problem, kept: str, namespace: str = COMPILED
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator.
 
@@ -171,6 +175,7 @@ def forward(
         the mean but with ``norm="batch"``, u but with ``kept="dot"``, and for norm-free operators
         all but y and, where filters are divided by it, a.
     """
+    passes = getattr(torch.ops, namespace)
     x, weight, bias, radius, norm_mean, k = operands
     layout = ops.memory_format(x, weight)
     channels_last = layout == torch.channels_last
@@ -181,7 +186,7 @@ def forward(
     if problem.norm_free:
         a = x.new_empty(0, dtype=compute)
         if _scales_filters(problem):
-            weight, a = torch.ops.dcconv.filter_scale(
+            weight, a = passes.filter_scale(
                 weight, problem.alpha, problem.eps, problem.weighting == "none"
             )
         y = _convolution(x, weight, bias, problem, layout)
@@ -189,7 +194,7 @@ def forward(
         return y, norm_map, mean, x.new_empty(0), a
 
     batch_mean = problem.norm == NORM_BATCH
-    a, norms, mean = torch.ops.dcconv.conv2d_norms(
+    a, norms, mean = passes.conv2d_norms(
         x, weight, *geometry(problem), problem.eps, batch_mean, channels_last
     )
     u = _convolution(x, weight, None, problem, layout)
@@ -209,10 +214,10 @@ def forward(
         channels_last,
     )
     if kept == DOT:
-        y, norm_map = torch.ops.dcconv.conv2d_epilogue(u, *arguments)
+        y, norm_map = passes.conv2d_epilogue(u, *arguments)
         dot = u
     else:
-        norm_map = torch.ops.dcconv.conv2d_epilogue_(u, *arguments)
+        norm_map = passes.conv2d_epilogue_(u, *arguments)
         y, dot = u, x.new_empty(0)
     return y, norms if batch_mean else norm_map, mean, dot, a
 
@@ -227,6 +232,7 @@ def backward(
     problem: Problem,
     kept: str,
     needs: int,
+    namespace: str = COMPILED,
     input_gradient: InputGradient | None = None,
     weight_gradient: WeightGradient | None = None,
 ) -> tuple[Tensor | None, ...]:
@@ -237,9 +243,11 @@ def backward(
         kept_tensor: y or u, as ``kept`` says.
         norm_map, mean, a: from the forward of any plan.
         operands: as in forward; the bias is not read.
+        namespace: of the passes.
         input_gradient, weight_gradient: who makes them; None for the library and the pass after it.
             Norm-free operators leave both to the library.
     """
+    passes = getattr(torch.ops, namespace)
     x, weight, _, radius, norm_mean, k = operands
     layout = ops.memory_format(x, weight)
     channels_last = layout == torch.channels_last
@@ -248,7 +256,7 @@ def backward(
     grad_y = grad_y.contiguous(memory_format=layout)
     needs_x, needs_weight = bool(needs & ops.NEEDS_X), bool(needs & ops.NEEDS_WEIGHT)
     if problem.norm_free:
-        return _backward_norm_free(grad_y, x, weight, a, problem, layout, needs)
+        return _backward_norm_free(grad_y, x, weight, a, problem, layout, needs, namespace)
 
     kept_tensor = kept_tensor.contiguous(memory_format=layout)
     batch_mean = problem.norm == NORM_BATCH
@@ -266,7 +274,7 @@ def backward(
     factor = mean if batch_mean else norm_mean
     positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
     rows = partial_rows(x, positions, problem.groups, channels_last)
-    grad_u, t, parts = torch.ops.dcconv.conv2d_grad_dot(
+    grad_u, t, parts = passes.conv2d_grad_dot(
         grad_y,
         kept_tensor,
         norm_map,
@@ -292,7 +300,7 @@ def backward(
     grads: list[Tensor | None] = [None] * 6
     sigma: Tensor | None = None
     if sums or needs_weight:
-        *grads[1:], sigma = torch.ops.dcconv.conv2d_grad_filters(
+        *grads[1:], sigma = passes.conv2d_grad_filters(
             parts,
             library_weight,
             weight,
@@ -307,7 +315,9 @@ def backward(
         )
     added = sigma if barrier else None
     if library_x is not None:
-        grads[0] = _finish_input(library_x, x, t, norm_map, added, weight, problem, channels_last)
+        grads[0] = _finish_input(
+            library_x, x, t, norm_map, added, weight, problem, channels_last, namespace
+        )
     elif needs_x and input_gradient is not None:
         grads[0] = input_gradient(grad_u, x, weight, t, norm_map, added, problem)
     return tuple(grad if needs >> i & 1 else None for i, grad in enumerate(grads))
@@ -327,7 +337,7 @@ def input_gradient(
     grad_x, _, _ = _convolution_backward(grad_u, x, weight, problem, layout, [True, False, False])
     assert grad_x is not None
     last = layout == torch.channels_last
-    return _finish_input(grad_x, x, t, norm_map, sigma, weight, problem, last)
+    return _finish_input(grad_x, x, t, norm_map, sigma, weight, problem, last, COMPILED)
 
 
 def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
@@ -349,15 +359,15 @@ def _finish_input(
     weight: Tensor,
     problem: Problem,
     channels_last: bool,
+    namespace: str,
 ) -> Tensor:
     """Return grad_x: the library's part, its padding folded back, plus x times the window sums."""
+    passes = getattr(torch.ops, namespace)
     arguments = (x, t, norm_map, sigma, _kernel(weight), *geometry(problem))
     if problem.symmetric_zeros:
-        torch.ops.dcconv.conv2d_grad_input_(library_grad, *arguments, channels_last)
+        passes.conv2d_grad_input_(library_grad, *arguments, channels_last)
         return library_grad
-    grad_x: Tensor = torch.ops.dcconv.conv2d_grad_input(
-        library_grad, *arguments, True, channels_last
-    )
+    grad_x: Tensor = passes.conv2d_grad_input(library_grad, *arguments, True, channels_last)
     return grad_x
 
 
@@ -369,41 +379,50 @@ def _backward_norm_free(
     problem: Problem,
     layout: torch.memory_format,
     needs: int,
+    namespace: str,
 ) -> tuple[Tensor | None, ...]:
+    passes = getattr(torch.ops, namespace)
     divide = problem.weighting == "none"
     scaled = weight
     if _scales_filters(problem) and needs & ops.NEEDS_X:
-        scaled, _ = torch.ops.dcconv.filter_scale(weight, problem.alpha, problem.eps, divide)
+        scaled, _ = passes.filter_scale(weight, problem.alpha, problem.eps, divide)
     wanted = [bool(needs & bit) for bit in (ops.NEEDS_X, ops.NEEDS_WEIGHT, ops.NEEDS_BIAS)]
     grad_x, grad_weight, grad_bias = _convolution_backward(
         grad_y, x, scaled, problem, layout, wanted
     )
     if grad_weight is not None and _scales_filters(problem):
-        grad_weight = torch.ops.dcconv.filter_scale_grad(
-            grad_weight, weight, a, problem.alpha, divide
-        )
+        grad_weight = passes.filter_scale_grad(grad_weight, weight, a, problem.alpha, divide)
     if grad_x is not None and not problem.symmetric_zeros:
         # Only the padding is left to undo: the pass with t = 0.
         positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
         t = x.new_zeros(positions * problem.groups, dtype=compute_dtype(x.dtype))
         channels_last = layout == torch.channels_last
-        grad_x = _finish_input(grad_x, x, t, t, None, weight, problem, channels_last)
+        grad_x = _finish_input(grad_x, x, t, t, None, weight, problem, channels_last, namespace)
     return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+def window_norm(
+    x: Tensor, kernel: tuple[int, int], problem: Problem, namespace: str = COMPILED
+) -> Tensor:
     """Return the patch norm, [n, groups, p, q]."""
+    passes = getattr(torch.ops, namespace)
     x = x.contiguous(memory_format=ops.memory_format(x))
-    b: Tensor = torch.ops.dcconv.window_norm(x, list(kernel), *geometry(problem), problem.eps)
+    b: Tensor = passes.window_norm(x, list(kernel), *geometry(problem), problem.eps)
     return b
 
 
 def window_norm_grad(
-    grad_b: Tensor, x: Tensor, b: Tensor, kernel: tuple[int, int], problem: Problem
+    grad_b: Tensor,
+    x: Tensor,
+    b: Tensor,
+    kernel: tuple[int, int],
+    problem: Problem,
+    namespace: str = COMPILED,
 ) -> Tensor:
     """Return the gradient of x from that of the patch norm."""
+    passes = getattr(torch.ops, namespace)
     layout = ops.memory_format(x)
-    grad_x: Tensor = torch.ops.dcconv.window_norm_grad(
+    grad_x: Tensor = passes.window_norm_grad(
         grad_b.contiguous(memory_format=layout),
         x.contiguous(memory_format=layout),
         b,

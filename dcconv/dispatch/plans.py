@@ -14,7 +14,6 @@ from dcconv.plan_a import InputGradient, WeightGradient
 from dcconv.problem import Operands, Problem
 
 Forward: TypeAlias = Callable[[Operands, Problem, str], tuple[Tensor, ...]]
-Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
 Predicate: TypeAlias = Callable[[Operands, Problem], str | None]
 
 
@@ -23,12 +22,12 @@ class Plans(NamedTuple):
 
     Attributes:
         forward: as ``plan_a.forward``.
-        backward: as ``plan_a.backward``.
-        input_gradient, weight_gradient: what backward is given for them; None for the library.
+        namespace: of the passes of ``plan_a.backward``.
+        input_gradient, weight_gradient: what it is given for them; None for the library.
     """
 
     forward: Forward
-    backward: Backward = plan_a.backward
+    namespace: str = plan_a.COMPILED
     input_gradient: InputGradient | None = None
     weight_gradient: WeightGradient | None = None
 
