@@ -6,8 +6,10 @@ real ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import plan_a_model
@@ -18,11 +20,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcconv import backends, ops
 
-IMPLEMENTATIONS = plan_a_model.implementations | plan_b_model.implementations
+sys.path.insert(0, str(Path(__file__).resolve().parent / "simt"))
+
+import builds
+from emulated import ops_library
+
+Implementations = dict[str, Callable[..., Any]]
+
+MODELS: Implementations = plan_a_model.implementations | plan_b_model.implementations
+
+
+def emulated() -> Implementations:
+    """The CUDA sources, run in the SIMT model."""
+    reason = builds.why_not(builds.FAST)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.ops.load_library(str(ops_library()))
+    return {name: getattr(torch.ops.dcconv_simt, name).default for name in MODELS}
 
 
 @contextmanager
-def cuda_backend_on_cpu() -> Iterator[list[str]]:
+def cuda_backend_on_cpu(implementations: Implementations = MODELS) -> Iterator[list[str]]:
     """Run calls on CPU tensors on the cuda backend; yields the names of the ops that ran."""
     if ops.missing is not None:
         pytest.skip(ops.missing)
@@ -38,14 +56,14 @@ def cuda_backend_on_cpu() -> Iterator[list[str]]:
     def noted(name: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             ran.append(name)
-            return IMPLEMENTATIONS[name](*arguments)
+            return implementations[name](*arguments)
 
         return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "_BACKENDS", tuple(records))
         try:
-            for name in IMPLEMENTATIONS:
+            for name in implementations:
                 library.impl(name, noted(name), "CPU")
             torch.set_num_threads(1)  # the tensors are tiny
             with backends.use_backend("cuda"):

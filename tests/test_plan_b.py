@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
 from cases import DTYPES, OPERATORS, Case, Inputs, by_id, make_inputs
-from stand_ins import Recorder, cuda_backend_on_cpu
+from stand_ins import MODELS, Recorder, cuda_backend_on_cpu
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,10 +58,14 @@ ONE_PASS, GRAD_INPUT = "conv2d_one_pass", "conv2d_one_pass_grad_input"
 GRAD_WEIGHT = "depthwise_grad_weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ran() -> Iterator[list[str]]:
+# What the ops of plans A and B are on CPU tensors.
+PROVIDERS: dict[str, Callable[[], dict[str, Callable[..., Any]]]] = {"model": lambda: MODELS}
+
+
+@pytest.fixture(scope="module", autouse=True, params=PROVIDERS)
+def ran(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """The names of the ops that ran, with the cuda backend on CPU tensors."""
-    with cuda_backend_on_cpu() as names:
+    with cuda_backend_on_cpu(PROVIDERS[request.param]()) as names:
         yield names
 
 
