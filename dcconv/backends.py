@@ -24,6 +24,7 @@ from dcconv.dispatch import Plans, pin_table
 from dcconv.dispatch import allowed as plans
 from dcconv.keep import NOTHING, kept
 from dcconv.problem import Operands, Problem
+from dcconv.triton_impl import features
 from dcconv.warn import warn_once
 
 __all__ = [
@@ -100,10 +101,25 @@ def _why_not_cuda(call: Call) -> str | None:
     return _why_not_gpu(call.gpu) or _why_not_transformed(call)
 
 
+_kernels: dict[int, str | None] = {}
+
+
+# Constant for tracing, and asked once per GPU: it imports the kernels.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_kernels(index: int) -> str | None:
+    if index not in _kernels:
+        _kernels[index] = features.why_not(index)
+    return _kernels[index]
+
+
 def _why_not_triton(call: Call) -> str | None:
-    if call.device != "cuda":
-        return f"it runs on CUDA tensors, got a {call.device} tensor"
-    return "this version has no Triton kernels for the operator"
+    device = "cpu" if features.INTERPRETED else "cuda"
+    if call.device != device:
+        suffix = " in Triton's interpreter" if features.INTERPRETED else ""
+        return f"it runs on {device.upper()} tensors{suffix}, got a {call.device} tensor"
+    if call.dtype == torch.float64:
+        return "its functions are float32 polynomials, got a float64 tensor"
+    return _why_not_kernels(call.gpu) or _why_not_transformed(call)
 
 
 def _why_not_cpu(call: Call) -> str | None:
@@ -183,7 +199,8 @@ _BACKENDS = (
 #: Names of all backends, in order of preference.
 names: tuple[str, ...] = tuple(backend.name for backend in _BACKENDS)
 
-# The backends meant for a device; taking "reference" there instead is worth a warning.
+# The backends meant for a device; taking "reference" there instead is worth a warning. Others that
+# are willing, such as interpreted kernels, run where they are named.
 _FAST = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 _default = os.environ.get("DCCONV_BACKEND", AUTO)
@@ -294,8 +311,9 @@ def choose(x: Tensor, requested: str | None = None) -> Backend:
         if reason is not None:
             raise NotImplementedError(f"dcconv: backend '{name}' cannot run this call: {reason}")
         return backend
+    meant = (*_FAST.get(call.device, ()), "reference")
     for backend in _BACKENDS:
-        if backend.why_not(call) is None:
+        if backend.name in meant and backend.why_not(call) is None:
             break
     if backend.name == "reference" and not call.transformed:
         _warn_slow(call)

@@ -1,0 +1,79 @@
+"""What of Triton there is: asked before any kernel is imported, which needs Triton."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+
+import torch
+
+from dcconv.functions import angulars, magnitudes, weightings
+
+#: The first release with everything that the kernels use, and PyTorch's from 2.10 on.
+OLDEST = (3, 5)
+
+#: Whether kernels run in Triton's interpreter, on CPU tensors: as Triton reads its own variable.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing() -> str | None:
+    """Return None when a usable Triton is installed, else one sentence."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"Triton does not load: {error}"
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) < OLDEST:
+        return f"the kernels need Triton {OLDEST[0]}.{OLDEST[1]} or newer, found {version}"
+    return None
+
+
+def twin_of(magnitude: str, weighting: str) -> str:
+    """Return the name of the Triton function that stands for a magnitude and a weighting."""
+    return magnitude if weightings[weighting].only_with is None else f"{magnitude}_{weighting}"
+
+
+def twinless() -> str | None:
+    """Return None when every function of ``dcconv.functions`` has a twin, else one sentence."""
+    twins = importlib.import_module("dcconv.triton_impl.functions")
+    for kind, wanted, known in (
+        (
+            "magnitude",
+            {
+                twin_of(name, weighting.name)
+                for name in magnitudes
+                for weighting in weightings.values()
+                if weighting.only_with in (None, name)
+            },
+            twins.MAGNITUDES,
+        ),
+        ("angular function", set(angulars), twins.ANGULARS),
+    ):
+        absent = sorted(wanted - set(known))
+        if absent:
+            return f"it has no Triton twin of the {kind} '{absent[0]}'"
+    return None
+
+
+def why_not_capability(index: int) -> str | None:
+    """Return None when kernels can be compiled for a GPU, else one sentence."""
+    if INTERPRETED or torch.version.hip is not None:
+        return None
+    if index >= torch.cuda.device_count():
+        return f"this machine has no GPU {index}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"this GPU is sm_{major}{minor}; the Triton kernels are for sm_80 and newer"
+    return None
+
+
+def why_not(index: int) -> str | None:
+    """Return None when kernels run on a GPU (or interpreted), else one sentence; register ops."""
+    reason = missing() or twinless() or why_not_capability(index)
+    if reason is None:
+        importlib.import_module("dcconv.triton_impl.ops")
+    return reason

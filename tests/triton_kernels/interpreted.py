@@ -1,0 +1,531 @@
+"""Checks of the Triton backend in Triton's interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch._dynamo.testing
+from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
+from cases import CASES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from triton_kernels.probes import angular_kernel, magnitude_kernel, offsets_kernel
+from triton_kernels.worker import serve
+
+import dcconv
+from dcconv import backends, functional, ops, plan_a, reference
+from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
+from dcconv.numerics import ANGLE_DELTA
+from dcconv.triton_impl import features, functions, launch
+
+NORMS = ("batch", "given", "none")
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+# Several tiles of channels that share a group, tiles of several groups, more tiles than rows of
+# partial sums.
+LARGE = {
+    "filter-chunks": Case("filter-chunks", 1, 5, 3, 4, 600, (1, 1)),
+    "channel-chunks": Case("channel-chunks", 2, 530, 3, 2, 3, (1, 1)),
+    "chunks-groups3": Case("chunks-groups3", 1, 822, 2, 3, 801, (1, 1), groups=3),
+    "depthwise-300": Case("depthwise-300", 1, 300, 4, 4, 300, (3, 3), padding=1, groups=300),
+    "groups50-of-3": Case("groups50-of-3", 1, 100, 3, 3, 150, (2, 2), groups=50),
+    "groups80-of-4": Case("groups80-of-4", 1, 320, 3, 3, 320, (2, 2), groups=80),
+    "tiles": Case("tiles", 2, 16, 14, 16, 32, (1, 1)),
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def compare(name: str, inputs: Inputs, **extra: Any) -> None:
+    """Judge y and all gradients by the accuracy rule."""
+    cotangent = random_cotangent(inputs)
+    truth, peer = truth_and_peer(inputs, cotangent)
+    got = evaluate(functional.decoupled_conv2d, inputs, cotangent, **extra)
+    check_all(name, got, truth, peer, inputs.tensors["x"].dtype)
+
+
+def lists() -> dict[str, Any]:
+    return {
+        "magnitudes": functions.MAGNITUDES,
+        "angulars": functions.ANGULARS,
+        "twinless": features.twinless(),
+    }
+
+
+def points() -> tuple[Tensor, Tensor, Tensor]:
+    """Points a, b, rho that avoid b = rho."""
+    a = torch.logspace(-2, 1, 7)
+    b = torch.logspace(-2, 2, 41)
+    rho = torch.tensor([0.0123, 0.77, 3.3, 250.0])
+    found = torch.cartesian_prod(a, b, rho).T
+    return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
+
+
+def magnitude_of(name: str, weighting: str, a: Tensor, b: Tensor, rho: Tensor) -> Tensor:
+    out = torch.empty(5, b.numel())
+    magnitude_kernel[(1,)](
+        a,
+        b,
+        rho,
+        out,
+        b.numel(),
+        1.5,
+        0.25,
+        NAME=features.twin_of(name, weighting),
+        TIMES_A=weighting == "linear",
+        B=launch.power_of_two_at_least(b.numel()),
+    )
+    return out
+
+
+def magnitude(name: str, weighting: str) -> None:
+    """Value and derivatives against the specification's, d = b h_b - h."""
+    a, b, rho = points()
+
+    def values(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (b, rho, a)]
+        h = weighted_magnitude(name, weighting, leaves[2], leaves[0], leaves[1], 1.5, 0.25)
+        h = h.expand(b.shape) + 0 * leaves[0]
+        grads = torch.autograd.grad(h.sum(), leaves, materialize_grads=True, allow_unused=True)
+        return [h.detach(), h.detach(), *grads]
+
+    got = magnitude_of(name, weighting, a, b, rho)
+    got[2] = (got[2] + got[1]) / b
+    truth, peer = values(torch.float64), values(torch.float32)
+    for label, g, t, p in zip(("value", "h", "h_b", "h_rho", "h_a"), got, truth, peer, strict=True):
+        check(f"{name} {weighting} {label}", g, t, p, torch.float32)
+    # The difference itself, where forming it would cancel.
+    defect = values(torch.float64)
+    want = b.double() * defect[2] - defect[0]
+    small = want.abs() > 0
+    relative = ((magnitude_of(name, weighting, a, b, rho)[2].double() - want) / want)[small]
+    if name in ("tanh", "log", "mix"):
+        assert float(relative.abs().max()) < 2e-5, float(relative.abs().max())
+    nan = torch.full_like(b, torch.nan)
+    if name != "sphere":
+        assert bool(magnitude_of(name, weighting, a, nan, rho)[:2].isnan().all())
+    if magnitudes[name].uses_rho:
+        assert bool(magnitude_of(name, weighting, a, b, nan)[:2].isnan().all())
+
+
+def tie(name: str) -> list[float]:
+    """Value and derivatives by b and rho where b = rho = 2."""
+    two = torch.full((1,), 2.0)
+    _, h, d, h_rho, _ = magnitude_of(name, "none", torch.ones(1), two, two)
+    return [float(h), float((d + h) / two), float(h_rho)]
+
+
+def angle(name: str) -> None:
+    """Value, derivatives and inverse against the specification's, with NaN and ends."""
+    c = torch.cat((torch.linspace(-1, 1, 401), torch.logspace(-6, -2, 9)), 0)
+    c, k = (t.contiguous() for t in torch.cartesian_prod(c, torch.tensor([0.05, 0.3, 2.0])).T)
+    delta = ANGLE_DELTA[torch.float32]
+    record = angulars[name]
+
+    def values(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (c, k)]
+        g = record.value(leaves[0], leaves[1], 2.5, delta) + 0 * leaves[1]
+        g_c, g_k = torch.autograd.grad(g.sum(), leaves)
+        return [g.detach(), g.detach(), g_c, g.detach() - leaves[0].detach() * g_c, g_k]
+
+    def run(c: Tensor, k: Tensor) -> Tensor:
+        out = torch.empty(6, c.numel())
+        block = launch.power_of_two_at_least(c.numel())
+        angular_kernel[(1,)](
+            c, k, out, c.numel(), 2.5, delta, NAME=name, INVERTIBLE=record.invertible, B=block
+        )
+        return out
+
+    got, truth, peer = run(c, k), values(torch.float64), values(torch.float32)
+    for label, g, t, p in zip(("value", "g", "g_c", "e", "g_k"), got, truth, peer, strict=False):
+        check(f"{name} {label}", g, t, p, torch.float32)
+    if record.invertible:
+        check(f"{name} inverse", got[5], c.double(), c, torch.float32)
+    beyond = torch.tensor([-1.5, 1.5, torch.nan, 0.0, 0.3])
+    curvature = torch.tensor([0.3, 0.3, 0.3, 0.3, -0.3])
+    got = run(beyond, curvature)
+    if name in ("linear", "sigmoid"):
+        check("ends", got[0, :2], torch.tensor([-1.0, 1.0]), torch.ones(2), torch.float32)
+    assert bool(got[:3, 2].isnan().all())
+    assert float(got[0, 3]) == 0.0
+    if record.uses_k:
+        mirrored = run(beyond, -curvature)
+        check("even in k", got[:4, 4], mirrored[:4, 4].double(), mirrored[:4, 4], torch.float32)
+        check("odd in k", got[4, 4:5], -mirrored[4, 4:5].double(), mirrored[4, 4:5], torch.float32)
+
+
+def ulps() -> dict[str, float]:
+    """Largest error of tanh, log(1 + x), asin and powers, in units of the last place."""
+
+    def largest(got: Tensor, truth: Tensor) -> float:
+        rounded = truth.float().abs()
+        spacing = torch.nextafter(rounded, torch.tensor(torch.inf)) - rounded
+        return float(((got.double() - truth).abs() / spacing.double()).max())
+
+    count = 50_000
+    one, z = torch.ones(count), torch.logspace(-6, 1.5, count)
+
+    def h(name: str, row: int) -> Tensor:
+        out = torch.empty(5, count)
+        block = launch.power_of_two_at_least(count)
+        magnitude_kernel[(1,)](
+            one, z, one, out, count, 1.0, 0.5, NAME=name, TIMES_A=False, B=block
+        )
+        return out[row]
+
+    def g(name: str, c: Tensor, power: float) -> Tensor:
+        out = torch.empty(6, count)
+        block = launch.power_of_two_at_least(count)
+        angular_kernel[(1,)](
+            c, one, out, count, power, 1e-6, NAME=name, INVERTIBLE=False, B=block
+        )
+        return out[0]
+
+    c = torch.linspace(-1, 1, count)
+    size = c.abs()
+    found = {
+        "tanh": largest(h("tanh", 0), z.double().tanh()),
+        "tanh and slope": largest(h("tanh", 1), z.double().tanh()),
+        "log1p": largest(h("log", 0), z.double().log1p()),
+        "asin": largest(g("linear", c, 2.0), c.double().asin() * (2 / torch.pi)),
+    }
+    for power in (1.0, 1.5, 3.0):
+        normal = size**power > 1e-30
+        truth = (size.double() ** power)[normal]
+        found[f"power {power}"] = largest(g("power", size, power)[normal], truth)
+    return found
+
+
+def geometry(case: str, dtype: str) -> None:
+    """A case in two layouts, with operators, norms and biases that change from case to case."""
+    kind = dtype_of(dtype)
+    number = CASES.index(by_id(case))
+    start = 7 * number + 13 * (kind == torch.float16) + 26 * (kind == torch.bfloat16)
+    for i in range(2):
+        name, weighting, angular = OPERATORS[(start + 37 * i) % len(OPERATORS)]
+        norm, scalar = NORMS[(start + i) % 3], (start + i) % 5 == 0
+        # With a bias the cotangent's sign is not that of g: no sums to one number then.
+        bias = (start + i) % 4 == 0 and norm != "given" and not scalar
+        layout = LAYOUTS[(start // 2 + i) % len(LAYOUTS)]
+        inputs = make_inputs(
+            by_id(case),
+            kind,
+            layout,
+            magnitude=name,
+            weighting=weighting,
+            angular=angular,
+            norm=norm,
+            bias=bias,
+            scalar=scalar,
+        )
+        compare(f"{case} {layout} {name} {weighting} {angular} {norm}", inputs)
+
+
+def operators(magnitude: str, weighting: str) -> None:
+    """Every angular function with a weighted magnitude, one small grouped problem."""
+    case = Case("small", 2, 4, 4, 5, 6, (2, 3), stride=(1, 2), padding=1, groups=2)
+    for i, angular in enumerate(angulars):
+        inputs = make_inputs(
+            case,
+            torch.float32,
+            ("contiguous", "channels_last")[i % 2],
+            magnitude=magnitude,
+            weighting=weighting,
+            angular=angular,
+            norm=NORMS[i % 3],
+            bias=i == 0,
+            power=2.5,
+        )
+        compare(f"{magnitude} {weighting} {angular}", inputs, keep=("dot", "auto")[i % 2])
+
+
+def large(case: str) -> None:
+    """Both layouts; the column sums of rho, a, k and bias together."""
+    for layout in ("contiguous", "channels_last"):
+        inputs = make_inputs(
+            LARGE[case],
+            torch.float32,
+            layout,
+            weighting="product",
+            angular="sigmoid",
+            norm="none",
+            bias=True,
+        )
+        compare(case, inputs)
+
+
+def offsets_beyond_int32() -> None:
+    """The last tile of tensors with more than 2^31 elements; nothing is allocated."""
+    images, pixels, channels = 700, 301 * 301, 70
+    for last in (False, True):
+        tiling = launch.tiling(images, pixels, channels, 1, last)
+        out = torch.empty(tiling.positions, tiling.in_group, dtype=torch.int64)
+        offsets_kernel[(1,)](
+            out,
+            tiling.tiles - 1,
+            images,
+            pixels,
+            channels,
+            LAST=last,
+            P=tiling.positions,
+            IN_GROUP=tiling.in_group,
+        )
+        assert int(out.max()) == images * pixels * channels - 1 > 2**31
+        there = out[out >= 0]
+        assert there.unique().numel() == there.numel() and int(there.min()) > 2**31
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of the Triton ops, their tensors copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == launch.NAMESPACE:
+            copies = tuple(t.clone() if isinstance(t, Tensor) else t for t in args)
+            self.calls.append((func, copies))
+        return func(*args, **(kwargs or {}))
+
+
+def opcheck() -> list[str]:
+    """Check schema, fake and registration of every op; return which there were."""
+    seen = set()
+    variants: tuple[dict[str, Any], ...] = (
+        {"case": by_id("3x3-p1"), "weighting": "product", "angular": "sigmoid", "bias": True},
+        {"case": by_id("same-s2-even"), "magnitude": "ball", "norm": "given", "layout": LAYOUTS[1]},
+        {"case": by_id("1x1-groups2"), "magnitude": "linear", "layout": LAYOUTS[1]},
+        {"case": by_id("n0"), "magnitude": "tanh"},
+        {"case": LARGE["filter-chunks"], "magnitude": "log", "layout": LAYOUTS[1]},
+    )
+    for options in variants:
+        case = options["case"]
+        inputs = make_inputs(**options, dtype=torch.float16)
+        with Recorder() as recorder:
+            evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))
+            x = inputs.tensors["x"].detach().requires_grad_()
+            functional.patch_norm(x, case.kernel, **case.geometry).sum().backward()
+        for func, arguments in recorder.calls:
+            torch.library.opcheck(
+                func,
+                arguments,
+                test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+            )
+            seen.add(func._schema.name.partition("::")[2])
+    return sorted(seen)
+
+
+def schemas() -> list[list[str]] | None:
+    """Return name, own schema and compiled library's schema of each op; None without a library."""
+    if ops.missing is not None:
+        return None
+    found = []
+    for name in importable():
+        rows = []
+        for namespace in (launch.NAMESPACE, plan_a.COMPILED):
+            schema = getattr(getattr(torch.ops, namespace), name).default._schema
+            # Results have no names here; the mutated argument has its own letter.
+            arguments = [(a.name, str(a.type), a.is_write) for a in schema.arguments]
+            rows.append(str([arguments, [str(r.type) for r in schema.returns]]))
+        found.append([name, *rows])
+    return found
+
+
+def importable() -> tuple[str, ...]:
+    from dcconv.triton_impl import ops as triton_ops
+
+    return triton_ops.names
+
+
+def patch_norm(dtype: str) -> None:
+    for i, case in enumerate(c for c in CASES if "same" in c.id or c.padding_mode != "zeros"):
+        x = make_inputs(case, dtype_of(dtype), ("contiguous", "channels_last")[i % 2]).tensors["x"]
+        results = []
+        for source, call in (
+            (x.double(), reference.patch_norm),
+            (x, reference.patch_norm),
+            (x, functional.patch_norm),
+        ):
+            leaf = source.detach().requires_grad_()
+            b = call(leaf, case.kernel, **case.geometry)
+            cotangent = torch.linspace(0.5, 1.5, b.numel(), dtype=b.dtype).reshape(b.shape)
+            results.append([b.detach(), *torch.autograd.grad(b, leaf, cotangent)])
+        for name, truth, peer, got in zip(("b", "grad_x"), *results, strict=True):
+            check(f"{case.id} {name}", got, truth, peer, x.dtype)
+
+
+def repeats() -> None:
+    """The same bits twice, with every uninitialised element NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for i, case in enumerate((LARGE["tiles"], by_id("groups3-odd"), by_id("same-s2-odd"))):
+            for layout in ("contiguous", "channels_last"):
+                inputs = make_inputs(
+                    case,
+                    (torch.float32, torch.bfloat16, torch.float16)[i],
+                    layout,
+                    weighting="separate",
+                    angular="sigmoid",
+                    bias=True,
+                )
+                cotangent = random_cotangent(inputs)
+                one, two = (
+                    evaluate(functional.decoupled_conv2d, inputs, cotangent) for _ in range(2)
+                )
+                for name in one:
+                    assert bool(one[name].isfinite().all()), name
+                    assert torch.equal(one[name], two[name]), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def empty_batch() -> None:
+    for name in ("tanh", "linear"):
+        for layout in FORMATS:
+            x = torch.zeros(0, 3, 5, 6).to(memory_format=layout).requires_grad_()
+            layer = dcconv.DecoupledConv2d(3, 4, 3, bias=True, magnitude=name)
+            y = layer(x)
+            y.sum().backward()
+            assert y.shape == (0, 4, 3, 4)
+            assert x.grad is not None and x.grad.shape == x.shape
+            for label, p in layer.named_parameters():
+                assert p.grad is not None and not p.grad.any(), label
+
+
+def hard_points() -> None:
+    """Zero filters and patches, aligned vectors, huge float16 inputs, radii on their floor."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 5, 5, generator=generator)
+    weight = torch.randn(6, 4, 3, 3, generator=generator)
+    x[0] = 0.0
+    weight[1] = 0.0
+    weight[2] = 3.0 * x[1, :, 1:4, 1:4]
+    weight[3] = -weight[2]
+    radius = torch.tensor([1.0, 0.5, 2.0, 1e-15, -1.0, 3.0])
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 300.0), (torch.float32, 1e-12)):
+        for angular in ("linear", "sigmoid", "square_cosine"):
+            tensors = {"x": (scale * x).to(dtype), "weight": weight.to(dtype), "radius": radius}
+            inputs = Inputs(
+                tensors, {"angular": angular, "norm_mean": "batch", "magnitude": "segmented"}
+            )
+            y = functional.decoupled_conv2d(**tensors, **inputs.options)
+            peer = reference.decoupled_conv2d(**tensors, **inputs.options)
+            wide = {name: t.double() for name, t in tensors.items()}
+            truth = reference.decoupled_conv2d(**wide, **inputs.options)
+            check(f"{dtype} {scale} {angular}", y, truth, peer, dtype)
+    nan = x.clone()
+    nan[1, 2, 3, 4] = torch.nan
+    y = functional.decoupled_conv2d(nan, weight, norm_mean=torch.tensor(6.0))
+    assert bool(y[1, :, 1:, 2].isnan().all()) and bool(y[0].isfinite().all())
+
+
+def compiles(dynamic: bool) -> None:
+    """One graph forward and backward; the ops are opaque to it in the interpreter."""
+    variants: tuple[dict[str, Any], ...] = (
+        {},
+        {"magnitude": "linear", "padding": "same", "stride": 2},
+        {"angular": "sigmoid", "learn_k": True, "bias": True, "weighting": "separate"},
+    )
+    for i, options in enumerate(variants):
+        torch._dynamo.reset()
+        layout = FORMATS[i % 2]
+        eager = dcconv.DecoupledConv2d(4, 6, 3, **options).to(memory_format=layout)
+        other = copy.deepcopy(eager)
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(other, fullgraph=True, backend=counter, dynamic=dynamic or None)
+        for n in (2, 3) if dynamic else (2,):
+            x = torch.randn(n, 4, 6, 5).to(memory_format=layout)
+            results = []
+            for module in (eager, compiled):
+                leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+                y = module(leaf)
+                parameters = list((eager if module is eager else other).parameters())
+                grads = torch.autograd.grad(y, [leaf, *parameters], torch.ones_like(y))
+                results.append([y, *grads])
+            assert results[0][0].stride() == results[1][0].stride()
+            for one, two in zip(*results, strict=True):
+                check("compiled", two, one, one, torch.float32)
+        assert counter.frame_count == 1
+
+
+def flops() -> None:
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    weight = torch.randn(6, 4, 3, 3, requires_grad=True)
+    totals = []
+    for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d):
+        with FlopCounterMode(display=False) as counter:
+            call(x, weight, None, 1, 1).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def autocast() -> None:
+    layer = dcconv.DecoupledConv2d(4, 6, 3, bias=True)
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+def second_derivatives() -> None:
+    x = torch.randn(1, 2, 3, 3, requires_grad=True)
+    weight = torch.randn(2, 2, 2, 2, requires_grad=True)
+    for call in (functional.decoupled_conv2d, reference.decoupled_conv2d):
+        (grad,) = torch.autograd.grad(call(x, weight).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), weight)
+        if call is functional.decoupled_conv2d:
+            got = second
+    check("second", got, second, second, torch.float32)
+
+
+def choice() -> dict[str, Any]:
+    """Who runs what: interpreted kernels only where they are named."""
+    x = torch.zeros(1, 3, 4, 4)
+    with backends.use_backend("auto"):
+        chosen = backends.choose(x).name
+    return {
+        "auto": chosen,
+        "float32": backends.why_not("triton", x),
+        "float64": backends.why_not("triton", x.double()),
+        "meta": backends.why_not("triton", x.to("meta")),
+    }
+
+
+def absent_twin() -> list[str | None]:
+    """A function of the specification without a twin is a sentence."""
+    known = functions.ANGULARS, functions.MAGNITUDES
+    found = []
+    try:
+        functions.ANGULARS = tuple(n for n in known[0] if n != "power")
+        found.append(features.why_not(0))
+        functions.ANGULARS = known[0]
+        functions.MAGNITUDES = tuple(n for n in known[1] if n != "tanh_separate")
+        found.append(features.why_not(0))
+    finally:
+        functions.ANGULARS, functions.MAGNITUDES = known
+    return [*found, features.why_not(0)]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    assert features.INTERPRETED and len(weightings) == 4
+    with backends.use_backend("triton"):
+        serve({name: value for name, value in globals().items() if callable(value)})
+
+
+if __name__ == "__main__":
+    main()
