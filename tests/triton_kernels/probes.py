@@ -60,13 +60,14 @@ def offsets_kernel(
     images,
     pixels,
     channels,
+    chunks,
     LAST: tl.constexpr,
     P: tl.constexpr,
     IN_GROUP: tl.constexpr,
 ):
-    """Offsets of a tile of an ungrouped tensor; nothing is read there."""
+    """Offsets of the last channels of a tile of an ungrouped tensor; nothing is read there."""
     image, pixel, inside = place(tile, images, pixels, P, LAST)
-    channel, exists, _ = lanes(0, channels, 1, 1, IN_GROUP, 1, False)
+    channel, exists, _ = lanes(chunks - 1, channels, 1, chunks, IN_GROUP, 1, False)
     at = offsets(image, pixel, channel, channels, pixels, LAST)
     at = tl.where(inside[:, None] & exists[None, :], at, -1)
     where = tl.arange(0, P)[:, None] * IN_GROUP + tl.arange(0, IN_GROUP)[None, :]
