@@ -10,14 +10,12 @@ import pytest
 import torch
 from cases import ANGULARS, CASES, WEIGHTED_MAGNITUDES, Case
 from plan_a_model import implementations
-from triton_kernels.worker import Worker
+from triton_checks.worker import Worker
 
-from dcconv import backends
+from dcconv import backends, plan_a
 from dcconv.triton_impl import features
 
-pytestmark = pytest.mark.skipif(
-    features.missing() is not None, reason=str(features.missing())
-)
+pytestmark = pytest.mark.skipif(features.missing() is not None, reason=str(features.missing()))
 
 LARGE = (
     "filter-chunks",
@@ -170,3 +168,92 @@ def test_willing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         call = backends.Call("cuda", torch.bfloat16, transformed)
         assert isinstance(backends._why_not_triton(call), want)
     assert all(hasattr(torch.ops.dcconv_triton, name) for name in implementations)
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    folder = tmp_path_factory.mktemp("triton")
+    worker = Worker("compiled", {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)})
+    yield worker
+    worker.close()
+
+
+KERNELS = (
+    "column_sums_kernel",
+    "epilogue_kernel",
+    "filter_grad_kernel",
+    "filter_norm_kernel",
+    "grad_dot_kernel",
+    "grad_input_kernel",
+    "parameter_grads_kernel",
+    "pixel_sumsq_kernel",
+    "window_norm_kernel",
+)
+
+# Those that read and write activations: 16 bytes per access.
+WIDE = ("epilogue_kernel", "grad_dot_kernel", "grad_input_kernel", "pixel_sumsq_kernel")
+
+
+def test_every_kernel_is_launched_by_some_op(compiler: Worker) -> None:
+    assert compiler.ask("names") == list(KERNELS)
+
+
+Operator = tuple[str, str, str]
+
+
+def built(
+    compiler: Worker,
+    kernel: str,
+    target: str,
+    dtype: str = "float16",
+    last: bool = True,
+    operator: Operator = ("tanh", "none", "cosine"),
+    sums: int = plan_a.SUM_RHO,
+) -> None:
+    found = compiler.ask(
+        "build",
+        kernel=kernel,
+        target=target,
+        dtype=dtype,
+        last=last,
+        operator=operator,
+        sums=sums,
+    )
+    assert found["kind"] == ("amdgcn" if target == "gfx942" else "ptx")
+    assert found["stack"] == found["spills"] == 0, found
+    if kernel in WIDE and sums == plan_a.SUM_RHO:
+        # The sums of pixels are one number per row of channels.
+        wide = 32 if kernel == "pixel_sumsq_kernel" else 128
+        assert found["load"] == 128 and found["store"] >= wide, found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_compiles(compiler: Worker, kernel: str, target: str) -> None:
+    built(compiler, kernel, target)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "last", "operator"),
+    [
+        ("epilogue_kernel", "float32", True, ("segmented", "linear", "sigmoid")),
+        ("epilogue_kernel", "bfloat16", False, ("log", "none", "power")),
+        ("grad_dot_kernel", "bfloat16", True, ("mix", "linear", "linear")),
+        ("grad_dot_kernel", "float32", False, ("ball", "none", "square_cosine")),
+        ("grad_input_kernel", "bfloat16", False, ("tanh", "none", "cosine")),
+        ("pixel_sumsq_kernel", "float32", False, ("tanh", "none", "cosine")),
+    ],
+)
+def test_kernel_compiles_for_other_operands(
+    compiler: Worker, kernel: str, dtype: str, last: bool, operator: Operator
+) -> None:
+    built(compiler, kernel, "sm_90", dtype, last, operator)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_all_sums_of_the_largest_operator_stay_in_registers(
+    compiler: Worker, last: bool, dtype: str
+) -> None:
+    operator = ("tanh", "separate", "sigmoid")
+    built(compiler, "grad_dot_kernel", "sm_90", dtype, last, operator, sums=15)

@@ -137,9 +137,7 @@ def epilogue_kernel(
     norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
     rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
     if PER_POSITION:
-        h = spread(
-            magnitude_value(1.0, b, rho, alpha, beta, MAGNITUDE), P, IN_GROUP, BY_GROUP
-        )
+        h = spread(magnitude_value(1.0, b, rho, alpha, beta, MAGNITUDE), P, IN_GROUP, BY_GROUP)
     else:
         wide = spread(b, P, IN_GROUP, BY_GROUP)
         h = magnitude_value(norm, wide, rho, alpha, beta, MAGNITUDE)

@@ -1,7 +1,7 @@
-"""dy and (y or u) -> du = dy h g_c / (a b), the row scalar t = sum_o dy (d g + h e) / b^2 of the
-patch-norm gradient, and partial column sums where parameters need them.
+"""The pass over dy: du, the row scalar t of the patch-norm gradient, and partial column sums.
 
-Sums have a fixed order; a program leaves one row of column sums, ``column_sums_kernel`` adds them.
+du = dy h g_c / (a b), t = sum_o dy (d g + h e) / b^2. Sums have a fixed order: a program leaves one
+row of column sums, ``column_sums_kernel`` adds them.
 """
 
 import triton

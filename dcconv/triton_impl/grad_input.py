@@ -1,5 +1,7 @@
-"""dx = fold(library gradient of the padded input) + x S, with S the transposed window sum of what
-the output positions say about the norms of their windows."""
+"""The pass that finishes dx = fold(library gradient of the padded input) + x S.
+
+S is the transposed window sum of what the output positions say about the norms of their windows.
+"""
 
 import triton
 import triton.language as tl

@@ -29,6 +29,7 @@ from dcconv.triton_impl.grad_dot import column_sums_kernel, grad_dot_kernel
 from dcconv.triton_impl.grad_input import grad_input_kernel
 from dcconv.triton_impl.launch import (
     BLOCK,
+    ELEMENTS,
     NAMESPACE,
     blocks,
     filter_tile,
@@ -451,7 +452,9 @@ def conv2d_grad_dot(
     n, filters, p, q = grad_y.shape
     count = norm_map.shape[0]
     kinds = bin(sums).count("1")
-    tiles = tiling(n, p * q, filters, groups, channels_last)
+    # Every sum takes a register per element: more of them leave registers for smaller tiles.
+    elements = ELEMENTS >> (kinds + 1) // 2
+    tiles = tiling(n, p * q, filters, groups, channels_last, elements)
     grad_u = _empty_like(grad_y, channels_last)
     t = a.new_empty(tiles.chunks * count if wants_t else 0)
     parts = a.new_empty((kinds, rows, filters) if kinds else 0)
@@ -799,9 +802,7 @@ def window_norm(
     last = _format_of(x)
     p, q = _windows(h, w, kernel_size, stride, padding, dilation)
     sums = _pixel_sumsq(x, groups, last)
-    b = torch.empty(
-        (n, groups, p, q), dtype=COMPUTE, device=x.device, memory_format=_layout(last)
-    )
+    b = torch.empty((n, groups, p, q), dtype=COMPUTE, device=x.device, memory_format=_layout(last))
     _window_norm(
         sums,
         b,

@@ -27,7 +27,7 @@ class Worker:
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"triton_kernels.{module}"],
+            [sys.executable, "-m", f"triton_checks.{module}"],
             cwd=TESTS,
             env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", **environment},
             stdin=subprocess.PIPE,

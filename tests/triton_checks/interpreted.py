@@ -14,14 +14,14 @@ from cases import CASES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from triton_kernels.probes import angular_kernel, magnitude_kernel, offsets_kernel
-from triton_kernels.worker import serve
 
 import dcconv
 from dcconv import backends, functional, ops, plan_a, reference
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.numerics import ANGLE_DELTA
 from dcconv.triton_impl import features, functions, launch
+from triton_checks.probes import angular_kernel, magnitude_kernel, offsets_kernel
+from triton_checks.worker import serve
 
 NORMS = ("batch", "given", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -196,17 +196,13 @@ def ulps() -> dict[str, float]:
     def h(name: str, row: int) -> Tensor:
         out = torch.empty(5, count)
         block = launch.power_of_two_at_least(count)
-        magnitude_kernel[(1,)](
-            one, z, one, out, count, 1.0, 0.5, NAME=name, TIMES_A=False, B=block
-        )
+        magnitude_kernel[(1,)](one, z, one, out, count, 1.0, 0.5, NAME=name, TIMES_A=False, B=block)
         return out[row]
 
     def g(name: str, c: Tensor, power: float) -> Tensor:
         out = torch.empty(6, count)
         block = launch.power_of_two_at_least(count)
-        angular_kernel[(1,)](
-            c, one, out, count, power, 1e-6, NAME=name, INVERTIBLE=False, B=block
-        )
+        angular_kernel[(1,)](c, one, out, count, power, 1e-6, NAME=name, INVERTIBLE=False, B=block)
         return out[0]
 
     c = torch.linspace(-1, 1, count)

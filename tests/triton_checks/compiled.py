@@ -1,0 +1,203 @@
+"""Compiles kernels for GPUs that need not be there, from the launches that the ops would do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from cuda_resources import find_cuobjdump
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dcconv.numerics import ANGLE_DELTA, EPS
+from dcconv.triton_impl import ops
+from triton_checks.worker import serve
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+class Launches:
+    """Stands in for ``wrap_triton``: keeps what would have been launched."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __call__(self, kernel: Any) -> Any:
+        launches = self
+
+        class Grid:
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def launch(*args: Any, **kwargs: Any) -> None:
+                    launches.seen[kernel.__name__] = (kernel, args, kwargs)
+
+                return launch
+
+        return Grid()
+
+
+@contextmanager
+def recorded() -> Iterator[Launches]:
+    real, launches = ops.wrap_triton, Launches()
+    ops.wrap_triton = launches
+    try:
+        yield launches
+    finally:
+        ops.wrap_triton = real
+
+
+def launches_of(
+    dtype: torch.dtype, last: bool, operator: tuple[str, str, str], sums: int
+) -> Launches:
+    """Call every op for a 3x3 layer of 64 channels with everything wanted, on no device."""
+    magnitude, weighting, angular = operator
+    layout = torch.channels_last if last else torch.contiguous_format
+
+    def empty(*shape: int) -> Tensor:
+        t = torch.empty(shape, dtype=dtype, device="meta")
+        return t.to(memory_format=layout) if len(shape) == 4 else t
+
+    def compute(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    n, c, h, o = 8, 64, 28, 128
+    x, weight, u = empty(n, c, h, h), empty(o, c, 3, 3), empty(n, o, h, h)
+    geometry = ([1, 1], [1, 1, 1, 1], [1, 1], 1, "zeros")
+    functions = (magnitude, angular, weighting, 1.0, 0.5, 2.0, ANGLE_DELTA[dtype])
+    k = compute(o) if angular == "sigmoid" else None
+    with recorded() as launches:
+        a, _, mean = ops.conv2d_norms(x, weight, *geometry, EPS, True, last)
+        norm = compute(n * h * h)
+        ops.conv2d_epilogue(
+            u,
+            a,
+            norm,
+            empty(o),
+            compute(o),
+            mean,
+            k,
+            [h, h],
+            [3, 3],
+            *geometry,
+            *functions,
+            EPS,
+            False,
+            last,
+        )
+        _, t, _ = ops.conv2d_grad_dot(
+            u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, 132, last
+        )
+        ops.conv2d_grad_filters(
+            compute(4, 132, o), weight, weight, a, compute(o), mean, k, norm.numel(), 15, True, 63
+        )
+        ops.conv2d_grad_input(x, x, t, norm, compute(), [3, 3], *geometry, False, last)
+    return launches
+
+
+def names() -> list[str]:
+    """Return the kernels that the ops launch."""
+    return sorted(launches_of(torch.float16, True, ("tanh", "none", "cosine"), 1).seen)
+
+
+def build(
+    kernel: str,
+    target: str,
+    dtype: str,
+    last: bool,
+    operator: tuple[str, str, str],
+    sums: int,
+) -> dict[str, Any]:
+    """Compile a launch as Triton would: ones are constants, multiples of 16 are known as such.
+
+    Returns:
+        The kind of the assembly, the widest global load and store in bits, bytes of stack and
+        number of spilled registers.
+    """
+    launches = launches_of(getattr(torch, dtype), last, operator, sums)
+    function, args, constants = launches.seen[kernel]
+    signature, constexprs, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(zip(function.arg_names, args, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constexprs[(i,)] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    for name, value in constants.items():
+        signature[name] = "constexpr"
+        constexprs[(function.arg_names.index(name),)] = value
+    signature = {name: signature[name] for name in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=TARGETS[target])
+    if target == "gfx942":
+        return of_amdgcn(compiled.asm["amdgcn"])
+    return of_ptx(compiled.asm["ptx"], compiled.asm["cubin"])
+
+
+def of_ptx(text: str, cubin: bytes) -> dict[str, Any]:
+    def widest(access: str) -> int:
+        found = re.findall(rf"{access}\.global\S*?(?:\.v(\d))?\.b(\d+)", text)
+        return max((int(count or 1) * int(bits) for count, bits in found), default=0)
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        usage = subprocess.run(
+            [str(find_cuobjdump()), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "kind": "ptx" if ".visible .entry" in text else "",
+        "load": widest("ld"),
+        "store": widest("st"),
+        "stack": int(found[1]),
+        "spills": int(found[2]),
+    }
+
+
+def of_amdgcn(text: str) -> dict[str, Any]:
+    def widest(access: str) -> int:
+        found = re.findall(rf"(?:global|buffer)_{access}_dword(?:x(\d))?\b", text)
+        return max((32 * int(count or 1) for count in found), default=0)
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        assert found is not None, key
+        return int(found[1])
+
+    return {
+        "kind": "amdgcn" if "-gfx942" in text and "s_endpgm" in text else "",
+        "load": widest("load"),
+        "store": widest("store"),
+        "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count"),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve({"names": names, "build": build})
