@@ -257,3 +257,12 @@ def test_all_sums_of_the_largest_operator_stay_in_registers(
 ) -> None:
     operator = ("tanh", "separate", "sigmoid")
     built(compiler, "grad_dot_kernel", "sm_90", dtype, last, operator, sums=15)
+
+
+def test_compilers_see_the_kernels(compiler: Worker) -> None:
+    """Forward: squares, window norms, filter norms, epilogue; backward: five more."""
+    assert compiler.ask("traced") == {
+        "triton_kernel_wrapper_functional": 9,
+        "aten.convolution.default": 1,
+        "aten.convolution_backward.default": 1,
+    }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ import torch
 import triton
 from cuda_resources import find_cuobjdump
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dcconv import plan_a
+from dcconv.keep import OUTPUT
 from dcconv.numerics import ANGLE_DELTA, EPS
-from dcconv.triton_impl import ops
+from dcconv.ops import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
+from dcconv.problem import Operands, Problem
+from dcconv.triton_impl import launch, ops
 from triton_checks.worker import serve
 
 TARGETS = {
@@ -198,6 +205,40 @@ def of_amdgcn(text: str) -> dict[str, Any]:
     }
 
 
+class NoGpu:
+    """The driver of a GPU that is not there: enough for PyTorch to look into kernels."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS["sm_90"]
+
+
+def traced() -> dict[str, int]:
+    """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
+    triton.runtime.driver.set_active(NoGpu())
+    ops.on_device = lambda t: nullcontext()
+    plan_a._multiprocessors[0] = 132
+    problem = Problem(padding=(1, 1, 1, 1), norm="batch", weighting="linear")
+
+    def step(x: Tensor, weight: Tensor, radius: Tensor, grad_y: Tensor) -> tuple[Any, ...]:
+        operands = Operands(x, weight, None, radius, None, None)
+        y, norm_map, mean, _, a = plan_a.forward(operands, problem, OUTPUT, launch.NAMESPACE)
+        needs = NEEDS_X | NEEDS_WEIGHT | NEEDS_RADIUS
+        grads = plan_a.backward(
+            grad_y, y, norm_map, mean, a, operands, problem, OUTPUT, needs, launch.NAMESPACE
+        )
+        return y, *(grad for grad in grads if grad is not None)
+
+    def half(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="cuda:0")
+
+    with FakeTensorMode():
+        radius = torch.empty(16, device="cuda:0")
+        operands = (half(2, 8, 6, 6), half(16, 8, 3, 3), radius, half(2, 16, 6, 6))
+        graph = aot_export_joint_simple(step, operands, trace_joint=False).graph
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+    return {name: calls[name] for name in calls if "convolution" in name or "triton" in name}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve({"names": names, "build": build})
+    serve({"names": names, "build": build, "traced": traced})
