@@ -23,6 +23,7 @@
 #endif
 #endif
 #if defined(SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -43,8 +44,14 @@ public:
   Stacks& operator=(const Stacks&) = delete;
 
   ~Stacks() {
-    for (void* mapping : mappings)
+    for (void* mapping : mappings) {
+#if defined(SIMT_ASAN)
+      // A fiber's first frame never returns, and the marks round its variables stay behind. The
+      // addresses may become another thread's.
+      __asan_unpoison_memory_region(mapping, page + kStackBytes);
+#endif
       munmap(mapping, page + kStackBytes);
+    }
   }
 
   // The lowest address of kStackBytes.
