@@ -21,10 +21,8 @@ import pytest
 import torch
 from accuracy import check_all, evaluate, random_cotangent, truth_and_peer
 from cases import (
-    ANGULARS,
     CASES,
     OPERATORS,
-    WEIGHTED_MAGNITUDES,
     Case,
     Inputs,
     by_id,
@@ -40,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcconv import checks, cudnn_ops, expressions, keep, ops, plan_a, plan_g
 from dcconv.cudnn_ops import Key
 from dcconv.expressions import Operator
+from dcconv.functions import angulars, magnitudes, weightings
 from dcconv.numerics import TF32_ANGLE_DELTA
 from dcconv.problem import NORM_BATCH, Operands, Problem
 
@@ -255,7 +254,10 @@ def test_key_tells_devices_and_directions_apart() -> None:
 
 
 def run_both(seed: int = 0) -> None:
-    compare("fallback", make_inputs(by_id("3x3-p1"), torch.float32, "channels_last", seed=seed))
+    """Compare both directions, once with y kept and once with u: three graphs, four executions."""
+    inputs = make_inputs(by_id("3x3-p1"), torch.float32, "channels_last", seed=seed)
+    compare("y kept", inputs)
+    compare("u kept", inputs, keep_="dot")
 
 
 def test_capture_without_a_plan_runs_plan_a(world: World) -> None:
@@ -267,13 +269,13 @@ def test_capture_without_a_plan_runs_plan_a(world: World) -> None:
     run_both()  # no second warning
     world.capturing = False
     run_both()
-    assert (world.frontend.built, world.frontend.executed) == (2, 2)
+    assert (world.frontend.built, world.frontend.executed) == (3, 4)
     world.capturing = True
     run_both()
-    assert (world.frontend.built, world.frontend.executed) == (2, 4)
+    assert (world.frontend.built, world.frontend.executed) == (3, 8)
     inputs = make_inputs(by_id("1x1-s2"), torch.float32, "channels_last")
     compare("another shape", inputs)
-    assert (world.frontend.built, world.frontend.executed) == (2, 4)
+    assert (world.frontend.built, world.frontend.executed) == (3, 8)
 
 
 @pytest.mark.parametrize("error", [NotSupportedError, RuntimeError])
@@ -282,9 +284,9 @@ def test_a_refused_graph_runs_plan_a(error: type[Exception], world: World) -> No
     with pytest.warns(RuntimeWarning, match="cuDNN cannot build it: no engine$") as caught:
         run_both()
     assert len(caught) == 1
-    assert (world.frontend.built, world.frontend.executed) == (2, 0)
+    assert (world.frontend.built, world.frontend.executed) == (3, 0)
     run_both(seed=1)
-    assert world.frontend.built == 2
+    assert world.frontend.built == 3
 
 
 def test_other_errors_of_a_build_come_through(world: World) -> None:
@@ -316,7 +318,8 @@ def test_unaligned_tensors_are_copied() -> None:
 @pytest.mark.parametrize("direction", ["forward", "input gradient"])
 def test_opcheck(direction: str, world: World) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for case, bias, kept in (("3x3-p1", True, keep.DOT), ("1x1-s2", False, keep.NOTHING)):
+    calls = (("3x3-p1", True, keep.DOT), ("asymmetric", False, keep.NOTHING))
+    for case, bias, kept in calls:
         inputs = make_inputs(by_id(case), torch.float32, "channels_last", bias=bias)
         operands, problem = prepare(inputs)
         x, weight, bias_tensor, radius, _, k = operands
@@ -516,12 +519,40 @@ def test_every_operator_is_a_valid_graph(planned: dict[str, Any]) -> None:
 
 def test_cudnn_has_engines_for_every_function(planned: dict[str, Any]) -> None:
     names = [name.split() for name in planned["plans"]]
-    assert {(name[0], name[1]) for name in names} == set(WEIGHTED_MAGNITUDES)
-    assert {name[2] for name in names} == set(ANGULARS)
+    for place, functions in enumerate((magnitudes, weightings, angulars)):
+        assert {name[place] for name in names} == set(functions)
     assert all(isinstance(said, int) and said > 0 for said in planned["plans"].values()), planned
 
 
 def test_cudnn_compiles_both_directions(planned: dict[str, Any]) -> None:
-    assert set(planned["compiled"]) == {"forward", "forward with u", "input gradient"}
+    assert set(planned["compiled"]) == {"forward", "input gradient"}
     for name, engine in planned["compiled"].items():
         assert engine.startswith("eng"), (name, engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.backend("cuda")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_graphs_agree_with_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
+    case = Case("gpu", 2, 16, 12, 11, 24, (3, 3), padding=1)
+    for i, (magnitude, weighting, angular) in enumerate(OPERATORS[::7]):
+        inputs = make_inputs(
+            case,
+            dtype,
+            "channels_last",
+            magnitude=magnitude,
+            weighting=weighting,
+            angular=angular,
+            norm=("batch", "given", "none")[i % 3],
+            bias=i % 4 == 0,
+            device="cuda",
+        )
+        operands, problem = prepare(inputs)
+        reason = plan_g.why_not_input_gradient(operands, problem)
+        if cudnn_ops.why_not_installed() is not None:
+            pytest.skip(str(reason))
+        if problem.norm_free:
+            continue
+        assert reason is None
+        compare(f"{magnitude} {weighting} {angular}", inputs)
+    assert all(isinstance(built, cudnn_ops.Plan) for built in cudnn_ops._plans.values())
