@@ -476,6 +476,13 @@ FAULTS = {
         "taps",
         "norms: error",
     ),
+    "operands of another column": (
+        "columns.cuh",
+        "column / (kPiece / 2) % 2",
+        "(column + 4) / (kPiece / 2) % 2",
+        "groups",
+        "y: error",
+    ),
     "the window not turned around": (
         "problem.cuh",
         "1, w.before, -w.dilation}",

@@ -85,16 +85,15 @@ __device__ __forceinline__ void filter_magnitudes(
   });
 }
 
-// One vector of u, stored or in compute dtype: position operands inverse_b and b_or_h, filter
-// operands of filters first + j step.
-template <class G, class T, class U, class A, int V>
+// One vector: position operands inverse_b and b_or_h, filter operands of filters first + j step.
+template <class G, class T, class A, int V>
 __device__ __forceinline__ Vector<T, V> epilogue_vector(
     const EpilogueArgs& args,
     const Constants<A>& constants,
     const FilterValues<A, V>& filters,
     int64_t first,
     int step,
-    const Vector<U, V>& u,
+    const Vector<T, V>& u,
     const A (&inverse_b)[V],
     const A (&b_or_h)[V]
 ) {
@@ -217,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2) epilogue_channels_last_kernel(Epi
         }
         store_vector(
             y + offset + int64_t(row) * p.o,
-            epilogue_vector<G, T>(
+            epilogue_vector<G>(
                 args, constants, filters, channel, 1, current, row_inverse, row_value
             )
         );
@@ -288,9 +287,7 @@ __global__ void __launch_bounds__(kThreads, 2) epilogue_contiguous_kernel(Epilog
         filters.load(p.filters, filter, 0);
         store_vector(
             y + c * outputs,
-            epilogue_vector<G, T>(
-                args, constants, filters, filter, 0, current, own_inverse, own_value
-            )
+            epilogue_vector<G>(args, constants, filters, filter, 0, current, own_inverse, own_value)
         );
         current = next;
         next = after;

@@ -3,7 +3,7 @@
 // reads.
 #pragma once
 
-#include "cuda/epilogue.cuh"
+#include "cuda/implicit_gemm/columns.cuh"
 #include "cuda/implicit_gemm/main_loop.cuh"
 #include "cuda/implicit_gemm/row_sums.cuh"
 
@@ -13,8 +13,8 @@ namespace cuda {
 struct GemmForwardArgs {
   GemmProblem problem;
   GemmGrid grid;
-  EpilogueArgs epilogue;
-  void* dot;  // T: u, or null
+  OnePassParams p;
+  bool per_position;  // h depends on the position alone, up to a factor a
 };
 
 // What a row of the tile needs of b: 1 / b, and h or b. The first column tile writes the norms.
@@ -27,10 +27,10 @@ __device__ __forceinline__ void store_row_operands(
     float* inverse_b,
     float* b_or_h
 ) {
-  const EpilogueParams& p = args.epilogue.p;
+  const OnePassParams& p = args.p;
   inverse_b[row] = 1.0f / b;
   b_or_h[row] =
-      args.epilogue.per_position
+      args.per_position
           ? position_magnitude(p.op, constants_of<float>(p.op), b, radius_of<float>(p.filters, 0))
           : b;
   if (p.norm != nullptr && place.first_column == 0)
@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_row_operands(
 template <class Tile>
 __device__ __forceinline__ float
 mapped_norm(const GemmForwardArgs& args, const GemmPlace<Tile>& place, int row) {
-  const EpilogueParams& p = args.epilogue.p;
+  const OnePassParams& p = args.p;
   const float* map = static_cast<const float*>(p.map);
   const int64_t position = place.first_row + row;
   if (p.map_is_norm)
@@ -51,57 +51,111 @@ mapped_norm(const GemmForwardArgs& args, const GemmPlace<Tile>& place, int row) 
   return sqrt_of(sum + float(p.eps));
 }
 
+// y of eight columns of a row.
+template <class T, class Tile>
+__device__ __forceinline__ Vector<T, kPiece> outputs_of(
+    const GemmForwardArgs& args,
+    const Constants<float>& constants,
+    const float* columns,
+    int vector,
+    const Vector<float, kPiece>& u,
+    float inverse_b,
+    float b_or_h
+) {
+  constexpr int kHalf = kPiece / 2;
+  const OnePassParams& p = args.p;
+  Vector<T, kPiece> y;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto read = [&](ColumnArray array, float (&out)[kHalf]) {
+      const Vector<float, kHalf> all = load_vector<float, kHalf>(
+          columns + array * Tile::kColumns + column_place<Tile::kColumns>(vector, half)
+      );
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j)
+        out[j] = all.at[j];
+    };
+    float a[kHalf], h[kHalf], k[kHalf], c[kHalf], g[kHalf], bias[kHalf];
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      a[j] = k[j] = 1;
+      h[j] = b_or_h;
+    }
+    if (wants_a(p.op))
+      read(kA, a);
+    if (!args.per_position) {
+      FilterValues<float, kHalf> filters;
+      read(kRho, filters.rho);
+      read(kInverseRho, filters.inverse_rho);
+      const float b[kHalf] = {b_or_h, b_or_h, b_or_h, b_or_h};
+      filter_magnitudes(p.op, constants, filters, 0, a, b, h);
+    }
+    if (p.filters.k != nullptr)
+      read(kCurvature, k);
+    read(kInverseA, c);
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      c[j] = u.at[half * kHalf + j] * (c[j] * inverse_b);
+      h[j] = p.op.times_a ? h[j] * a[j] : h[j];
+    }
+    angular_values<AnyAngular>(p.op, constants, c, k, g);
+    read(kBias, bias);
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j)
+      y.at[half * kHalf + j] = Store<T>::from(h[j] * g[j] + bias[j]);
+  }
+  return y;
+}
+
 // y (and u) of the tile, 16 bytes at a time.
 template <class T, class Tile>
 __device__ __forceinline__ void store_outputs(
     const GemmForwardArgs& args,
     const GemmPlace<Tile>& place,
     const float* product,
+    const float* columns,
     const float* inverse_b,
     const float* b_or_h
 ) {
   constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
-  const EpilogueParams& p = args.epilogue.p;
+  const OnePassParams& p = args.p;
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int column = place.first_column + vector * kPiece;
   if (column >= args.problem.columns)
     return;
   const int64_t filter = int64_t(place.group) * args.problem.columns + column;
   const Constants<float> constants = constants_of<float>(p.op);
-  FilterValues<float, kPiece> filters;
-  filters.load(p.filters, filter, 1);
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kVectors; row < place.rows; row += kStride) {
     const Vector<float, kPiece> u = product_at<Tile>(product, row, vector);
     const int64_t offset = (place.first_row + row) * p.o + filter;
-    if (args.dot != nullptr) {
+    if (p.dot != nullptr) {
       Vector<T, kPiece> rounded;
 #pragma unroll
       for (int j = 0; j < kPiece; ++j)
         rounded.at[j] = Store<T>::from(u.at[j]);
-      store_vector(static_cast<T*>(args.dot) + offset, rounded);
-    }
-    float row_inverse[kPiece], row_value[kPiece];
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) {
-      row_inverse[j] = inverse_b[row];
-      row_value[j] = b_or_h[row];
+      store_vector(static_cast<T*>(p.dot) + offset, rounded);
     }
     store_vector(
         static_cast<T*>(p.y) + offset,
-        epilogue_vector<AnyAngular, T>(
-            args.epilogue, constants, filters, filter, 1, u, row_inverse, row_value
-        )
+        outputs_of<T, Tile>(args, constants, columns, vector, u, inverse_b[row], b_or_h[row])
     );
   }
 }
 
+// Bytes of the stages, or of what takes their place.
+template <class Tile>
+constexpr int kForwardBytes =
+    Tile::kProductBytes + kColumnArrays * Tile::kColumns * 4 > Tile::kBytes
+        ? Tile::kProductBytes + kColumnArrays * Tile::kColumns * 4
+        : Tile::kBytes;
+
 template <class T, class Tile, bool Squares>
 __global__ void
 __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwardArgs args) {
-  const EpilogueParams& p = args.epilogue.p;
+  const OnePassParams& p = args.p;
   SharedMemory shared;
-  unsigned char* stages = shared.take<unsigned char>(Tile::kBytes);
+  unsigned char* stages = shared.take<unsigned char>(kForwardBytes<Tile>);
   float* inverse_b = shared.take<float>(Tile::kRows);
   float* b_or_h = shared.take<float>(Tile::kRows);
   const GemmPlace<Tile> place(args.problem, args.grid);
@@ -116,9 +170,13 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
   });
   if constexpr (Squares)
     loop.store_squares(inverse_b);
-  // The product takes the place of the stages.
+  const int column = place.first_column + thread;
+  const bool owns = thread < Tile::kColumns && column < args.problem.columns;
+  const ColumnOperands<T> operands(p, int64_t(place.group) * args.problem.columns + column, owns);
+  // The product and the operands of columns take the place of the stages.
   __syncthreads();
   float* product = reinterpret_cast<float*>(stages);
+  float* columns = product + Tile::kRows * Tile::kColumns;
   loop.store_product(product);
   if constexpr (Squares) {
 #pragma unroll 1
@@ -127,33 +185,17 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
           args, place, row, sqrt_of(inverse_b[row] + float(p.eps)), inverse_b, b_or_h
       );
   }
+  if (owns)
+    operands.template store<Tile::kColumns>(columns, thread);
   __syncthreads();
-  store_outputs<T>(args, place, product, inverse_b, b_or_h);
-}
-
-inline EpilogueParams epilogue_params(const OnePassParams& p) {
-  EpilogueParams e{};
-  e.n = p.n;
-  e.o = p.o;
-  e.groups = p.groups;
-  e.window = p.window;
-  e.channels_last = p.channels_last;
-  e.op = p.op;
-  e.eps = p.eps;
-  e.filters = p.filters;
-  e.bias = p.bias;
-  e.y = p.y;
-  e.map = p.map;
-  e.map_is_norm = p.map_is_norm;
-  e.norm = p.norm;
-  return e;
+  store_outputs<T>(args, place, product, columns, inverse_b, b_or_h);
 }
 
 template <class T, class Tile>
 void launch_implicit_gemm(const OnePassParams& p, Stream stream) {
   const GemmProblem problem = forward_problem(p);
   const GemmForwardArgs args{
-      problem, gemm_grid<Tile>(problem), epilogue_args(epilogue_params(p), kPiece), p.dot
+      problem, gemm_grid<Tile>(problem), p, h_per_position(Magnitudes{}, p.op, p.filters)
   };
   launch(
       "implicit_gemm",
@@ -161,7 +203,7 @@ void launch_implicit_gemm(const OnePassParams& p, Stream stream) {
       Grid{args.grid.blocks},
       Tile::kThreads,
       SharedBytes()
-          .take<unsigned char>(Tile::kBytes)
+          .take<unsigned char>(kForwardBytes<Tile>)
           .template take<float>(Tile::kRows)
           .template take<float>(Tile::kRows)
           .total(),

@@ -34,6 +34,7 @@ struct GemmTile {
   static_assert(kRowFragments * 16 * WarpRows == Rows, "whole fragments");
   static_assert(kColumnFragments * 8 * WarpColumns == Columns, "whole fragments");
   static_assert(kColumnFragments % 2 == 0, "fragments of the weight are read in pairs");
+  static_assert(Columns <= kThreads, "a thread per column");
 };
 
 // Configurations by number. None has been measured on a GPU.
