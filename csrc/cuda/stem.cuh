@@ -182,8 +182,11 @@ __global__ void __launch_bounds__(kStemThreads, 4) stem_kernel(StemArgs args) {
     A* out = dots + (warp_row + lane / 4) * kStemPitch + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kStemTiles; ++i) {
-      store_vector(out + i * 8, Vector<A, 2>{{sums[i][0], sums[i][1]}});
-      store_vector(out + 8 * kStemPitch + i * 8, Vector<A, 2>{{sums[i][2], sums[i][3]}});
+      // store_vector is for global memory.
+      auto* low = reinterpret_cast<Vector<A, 2>*>(out + i * 8);
+      auto* high = reinterpret_cast<Vector<A, 2>*>(out + 8 * kStemPitch + i * 8);
+      *low = {{sums[i][0], sums[i][1]}};
+      *high = {{sums[i][2], sums[i][3]}};
     }
     __syncthreads();
 #pragma unroll 1

@@ -183,17 +183,17 @@ void depthwise_problems() {
   const Problem multiplier{1, 3, 6, 3, 5, 6, 3, 2, 1, true};
   Problem planes = vectors, small = groups;
   planes.channels_last = small.channels_last = false;
-  forward<float>(vectors, false, launch_depthwise_channels_last<float, 4, 3, 1>);
-  forward<float>(vectors, true, launch_depthwise_channels_last<float, 4, 3, 1>);
-  forward<float>(groups, false, launch_depthwise_channels_last<float, 1, 0, 1>);
-  forward<float>(planes, false, launch_depthwise_contiguous<float, 3, 1>);
-  forward<float>(small, false, launch_depthwise_contiguous<float, 0, 1>);
+  forward<float>(vectors, false, launch_depthwise_channels_last<float, 4, 3>);
+  forward<float>(vectors, true, launch_depthwise_channels_last<float, 4, 3>);
+  forward<float>(groups, false, launch_depthwise_channels_last<float, 1, 0>);
+  forward<float>(planes, false, launch_depthwise_contiguous<float, 3>);
+  forward<float>(small, false, launch_depthwise_contiguous<float, 0>);
   grad_input(vectors, launch_depthwise_grad_input_channels_last<float, 4, 3>);
   grad_input(groups, launch_depthwise_grad_input_channels_last<float, 1, 0>);
   grad_input(planes, launch_depthwise_grad_input_contiguous<float, 3>);
   grad_input(small, launch_depthwise_grad_input_contiguous<float, 0>);
-  grad_weight(vectors, launch_grad_weight_channels_last<float, 4, 3, 1>);
-  grad_weight(multiplier, launch_grad_weight_channels_last<float, 1, 0, 1>);
+  grad_weight(vectors, launch_grad_weight_channels_last<float, 4, 3>);
+  grad_weight(multiplier, launch_grad_weight_channels_last<float, 1, 0>);
   grad_weight(planes, launch_grad_weight_contiguous<float>);
   grad_dot(70, 12);
 }

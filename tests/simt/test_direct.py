@@ -1,4 +1,4 @@
-"""The direct CUDA kernels by themselves: schedules, sanitizers, and faults put into their sources."""
+"""The direct CUDA kernels by themselves: schedules, sanitizers, and faults in their sources."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ struct DepthwiseArgs {
 // Threads per multiprocessor that the registers allow.
 constexpr int kDepthwiseResident = 2 * kThreads;
 
-// K, S: of strip_sums. V > 1: one channel and one filter per group.
-template <class T, int V, int K, int S>
+// K: of strip_sums. V > 1: one channel and one filter per group.
+template <class T, int V, int K>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(DepthwiseArgs args) {
   using A = typename ComputeType<T>::type;
   const OnePassParams& p = args.p;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(De
                      int64_t(group) * channels;
 #pragma unroll 1
     for (int c = 0; c < channels; ++c) {
-      strip_sums<K, S>(
+      strip_sums<K>(
           g,
           image + c,
           at.y,
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(De
   }
 }
 
-template <class T, int K, int S>
+template <class T, int K>
 __global__ void __launch_bounds__(kThreads, 3) depthwise_contiguous_kernel(DepthwiseArgs args) {
   using A = typename ComputeType<T>::type;
   const OnePassParams& p = args.p;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 3) depthwise_contiguous_kernel(Depth
     for (int c = 0; c < channels; ++c) {
       const int64_t channel = plane.image * p.c + int64_t(group) * channels + c;
       const T* w = static_cast<const T*>(p.weight) + (int64_t(filter) * channels + c) * taps;
-      strip_sums<K, S>(
+      strip_sums<K>(
           g,
           static_cast<const T*>(p.x) + channel * inputs,
           at.x,
@@ -176,7 +176,7 @@ int direct_columns(int64_t values_per_channel, int vector) {
   return columns;
 }
 
-template <class T, int V, int K, int S>
+template <class T, int V, int K>
 void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int64_t values = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.c / p.groups;
@@ -191,7 +191,7 @@ void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
   const Grid grid = strip_grid(args.lanes, true, kDepthwiseResident);
   launch(
       "depthwise_channels_last",
-      depthwise_channels_last_kernel<T, V, K, S>,
+      depthwise_channels_last_kernel<T, V, K>,
       grid,
       args.lanes.threads,
       direct_shared<A>(values, int64_t(args.lanes.columns) * V),
@@ -200,7 +200,7 @@ void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
   );
 }
 
-template <class T, int K, int S>
+template <class T, int K>
 void launch_depthwise_contiguous(const OnePassParams& p, Stream stream) {
   DepthwiseArgs args{
       p,
@@ -209,15 +209,15 @@ void launch_depthwise_contiguous(const OnePassParams& p, Stream stream) {
   };
   const Grid grid = strip_grid(args.lanes, false, kDepthwiseResident);
   launch(
-      "depthwise_contiguous", depthwise_contiguous_kernel<T, K, S>, grid, kThreads, 0, stream, args
+      "depthwise_contiguous", depthwise_contiguous_kernel<T, K>, grid, kThreads, 0, stream, args
   );
 }
 
-// K of an undilated K x K window of one stride for both axes, padded with zeros, else 0.
-inline int plain_kernel(const Window& w, int stride) {
-  const bool plain = w.rows.kernel == w.columns.kernel && w.rows.stride == stride &&
-                     w.columns.stride == stride && w.rows.dilation == 1 &&
-                     w.columns.dilation == 1 && w.rows.mode == PaddingMode::zeros;
+// K of an undilated K x K window at stride 1, padded with zeros, else 0.
+inline int plain_kernel(const Window& w) {
+  const bool plain = w.rows.kernel == w.columns.kernel && w.rows.stride == 1 &&
+                     w.columns.stride == 1 && w.rows.dilation == 1 && w.columns.dilation == 1 &&
+                     w.rows.mode == PaddingMode::zeros;
   return plain ? w.rows.kernel : 0;
 }
 
@@ -234,21 +234,18 @@ template <class T>
 void depthwise_typed(const OnePassParams& p, Stream stream) {
   constexpr bool kDouble = std::is_same<T, double>::value;
   const bool vectors = takes_channel_vectors(p.c, p.o, p.groups, {p.x, p.y, p.dot, p.map, p.norm});
-  auto run = p.channels_last ? launch_depthwise_channels_last<T, 1, 0, 1>
-                             : launch_depthwise_contiguous<T, 0, 1>;
+  auto run =
+      p.channels_last ? launch_depthwise_channels_last<T, 1, 0> : launch_depthwise_contiguous<T, 0>;
   if constexpr (!kDouble) {
     constexpr int kV = kDirectVector;
-    const int kernel = plain_kernel(p.window, 1);
+    const int kernel = plain_kernel(p.window);
     if (p.channels_last && vectors) {
-      run = kernel == 3                      ? launch_depthwise_channels_last<T, kV, 3, 1>
-            : kernel == 5                    ? launch_depthwise_channels_last<T, kV, 5, 1>
-            : kernel == 7                    ? launch_depthwise_channels_last<T, kV, 7, 1>
-            : plain_kernel(p.window, 2) == 3 ? launch_depthwise_channels_last<T, kV, 3, 2>
-                                             : launch_depthwise_channels_last<T, kV, 0, 1>;
+      run = kernel == 3   ? launch_depthwise_channels_last<T, kV, 3>
+            : kernel == 5 ? launch_depthwise_channels_last<T, kV, 5>
+            : kernel == 7 ? launch_depthwise_channels_last<T, kV, 7>
+                          : launch_depthwise_channels_last<T, kV, 0>;
     } else if (!p.channels_last && kernel == 3) {
-      run = launch_depthwise_contiguous<T, 3, 1>;
-    } else if (!p.channels_last && kernel == 7) {
-      run = launch_depthwise_contiguous<T, 7, 1>;
+      run = launch_depthwise_contiguous<T, 3>;
     }
   }
   run(p, stream);

@@ -89,7 +89,7 @@ __device__ __forceinline__ void grad_input_strip(
         },
         sum
     );
-    strip_sums<K, 1>(
+    strip_sums<K>(
         t,
         grad_u,
         across,
@@ -306,7 +306,7 @@ void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream) 
     constexpr int kV = kDirectVector;
     const bool vectors =
         takes_channel_vectors(p.c, p.o, p.groups, {p.x, p.grad_u, p.t, p.norm, p.grad_x});
-    const int kernel = p.o == p.groups && p.c == p.groups ? plain_kernel(p.window, 1) : 0;
+    const int kernel = p.o == p.groups && p.c == p.groups ? plain_kernel(p.window) : 0;
     if (p.channels_last && vectors) {
       run = kernel == 3   ? launch_depthwise_grad_input_channels_last<T, kV, 3>
             : kernel == 5 ? launch_depthwise_grad_input_channels_last<T, kV, 5>
@@ -314,8 +314,6 @@ void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream) 
                           : launch_depthwise_grad_input_channels_last<T, kV, 0>;
     } else if (!p.channels_last && kernel == 3) {
       run = launch_depthwise_grad_input_contiguous<T, 3>;
-    } else if (!p.channels_last && kernel == 7) {
-      run = launch_depthwise_grad_input_contiguous<T, 7>;
     }
   }
   run(p, stream);

@@ -18,9 +18,9 @@ struct DepthwiseGradWeightArgs {
 // Taps of a pass over the positions in contiguous layout.
 constexpr int kTapsAtOnce = 8;
 
-// Sums over the strips of a block, for its chunk of channels. K > 0: a K x K window of stride S as
+// Sums over the strips of a block, for its chunk of channels. K > 0: a K x K window as
 // in strip_sums, a row of taps per thread; K = 0: any window, a tap per thread.
-template <class T, int V, int K, int S>
+template <class T, int V, int K>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_grad_weight_channels_last_kernel(
     DepthwiseGradWeightArgs args
 ) {
@@ -64,19 +64,19 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_grad_weight_channels_la
         for (int q = 0; q < kStrip; ++q)
           if (along + q < g.along.output)
             load_values(grad_u + q * g.out.along, du[q]);
-        const int left = along * S - g.along.before;
+        const int left = along - g.along.before;
 #pragma unroll
-        for (int c = 0; c < (kStrip - 1) * S + K; ++c) {
+        for (int c = 0; c < kStrip - 1 + K; ++c) {
           A value[V] = {};
           if (left + c >= 0 && left + c < g.along.input)
             load_values(x + (left + c) * g.in.along, value);
 #pragma unroll
           for (int q = 0; q < kStrip; ++q) {
-            if (c < q * S || c >= q * S + K)
+            if (c < q || c >= q + K)
               continue;
 #pragma unroll
             for (int v = 0; v < V; ++v)
-              total[c - q * S][v] += du[q][v] * value[v];
+              total[c - q][v] += du[q][v] * value[v];
           }
         }
       } else {
@@ -210,7 +210,7 @@ __launch_bounds__(kThreads) depthwise_weight_sums_kernel(DepthwiseGradWeightPara
   }
 }
 
-template <class T, int V, int K, int S>
+template <class T, int V, int K>
 void launch_grad_weight_channels_last(const DepthwiseGradWeightParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int taps = p.window.rows.kernel * p.window.columns.kernel;
@@ -228,7 +228,7 @@ void launch_grad_weight_channels_last(const DepthwiseGradWeightParams& p, Stream
   lanes.block_strips = ceil_div(lanes.strips, p.rows);
   launch(
       "depthwise_grad_weight_channels_last",
-      depthwise_grad_weight_channels_last_kernel<T, V, K, S>,
+      depthwise_grad_weight_channels_last_kernel<T, V, K>,
       Grid{p.rows, lanes.chunks},
       lanes.threads,
       SharedBytes().take<A>(int64_t(lanes.threads) * (K > 0 ? K : 1) * V).total(),
@@ -274,16 +274,16 @@ void sum_weight_parts(const DepthwiseGradWeightParams& p, Stream stream) {
 
 template <class T>
 void depthwise_grad_weight_typed(const DepthwiseGradWeightParams& p, Stream stream) {
-  auto run = p.channels_last ? launch_grad_weight_channels_last<T, 1, 0, 1>
+  auto run = p.channels_last ? launch_grad_weight_channels_last<T, 1, 0>
                              : launch_grad_weight_contiguous<T>;
   if constexpr (!std::is_same<T, double>::value) {
     constexpr int kV = kDirectVector;
     if (p.channels_last && takes_channel_vectors(p.c, p.o, p.c, {p.x, p.grad_u, p.parts})) {
-      const int kernel = plain_kernel(p.window, 1);
-      run = kernel == 3   ? launch_grad_weight_channels_last<T, kV, 3, 1>
-            : kernel == 5 ? launch_grad_weight_channels_last<T, kV, 5, 1>
-            : kernel == 7 ? launch_grad_weight_channels_last<T, kV, 7, 1>
-                          : launch_grad_weight_channels_last<T, kV, 0, 1>;
+      const int kernel = plain_kernel(p.window);
+      run = kernel == 3   ? launch_grad_weight_channels_last<T, kV, 3>
+            : kernel == 5 ? launch_grad_weight_channels_last<T, kV, 5>
+            : kernel == 7 ? launch_grad_weight_channels_last<T, kV, 7>
+                          : launch_grad_weight_channels_last<T, kV, 0>;
     }
   }
   run(p, stream);

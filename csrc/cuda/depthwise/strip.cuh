@@ -117,11 +117,11 @@ __device__ __forceinline__ void squares_of(const Vector<T, V>& x, A (&squares)[V
 }
 
 // Adds what element c of a line says to the positions of a strip whose windows see it.
-template <int K, int S, class A, int V>
+template <int K, class A, int V>
 __device__ __forceinline__ void add_to_windows(int c, const A (&values)[V], A (&sum)[kStrip][V]) {
 #pragma unroll
   for (int q = 0; q < kStrip; ++q) {
-    if (c < q * S || c >= q * S + K)
+    if (c < q || c >= q + K)
       continue;
 #pragma unroll
     for (int v = 0; v < V; ++v)
@@ -130,11 +130,11 @@ __device__ __forceinline__ void add_to_windows(int c, const A (&values)[V], A (&
 }
 
 // dot[q] += w x over one row of K taps; weight(column of the tap, values).
-template <int K, int S, class T, class A, int V, int kLoads, class Weight>
+template <int K, class T, class A, int V, int kLoads, class Weight>
 __device__ __forceinline__ void
 row_products(const Vector<T, V> (&loaded)[kLoads], Weight&& weight, A (&dot)[kStrip][V]) {
-  if constexpr (std::is_same<T, A>::value || S > 1) {
-    // Little to convert: a tap at a time, which needs fewer registers.
+  if constexpr (std::is_same<T, A>::value) {
+    // Nothing to convert: a tap at a time, which needs fewer registers.
 #pragma unroll
     for (int s = 0; s < K; ++s) {
       A w[V];
@@ -143,7 +143,7 @@ row_products(const Vector<T, V> (&loaded)[kLoads], Weight&& weight, A (&dot)[kSt
       for (int q = 0; q < kStrip; ++q) {
 #pragma unroll
         for (int v = 0; v < V; ++v)
-          dot[q][v] += w[v] * load(loaded[q * S + s].at[v]);
+          dot[q][v] += w[v] * load(loaded[q + s].at[v]);
       }
     }
   } else {
@@ -159,20 +159,20 @@ row_products(const Vector<T, V> (&loaded)[kLoads], Weight&& weight, A (&dot)[kSt
         x[v] = load(loaded[c].at[v]);
 #pragma unroll
       for (int q = 0; q < kStrip; ++q) {
-        if (c < q * S || c >= q * S + K)
+        if (c < q || c >= q + K)
           continue;
 #pragma unroll
         for (int v = 0; v < V; ++v)
-          dot[q][v] += w[c - q * S][v] * x[v];
+          dot[q][v] += w[c - q][v] * x[v];
       }
     }
   }
 }
 
 // dot[q] += w x and, with `squares`, sum[q] += x x over the taps of the strip that begins at output
-// (across, along). K > 0: a K x K window of stride S without dilation, padded with zeros, every
+// (across, along). K > 0: a K x K window of stride 1 without dilation, padded with zeros, every
 // element loaded once per row of taps; K = 0: any. base: of image and channel; weight(tap, values).
-template <int K, int S, class T, class A, int V, class Weight>
+template <int K, class T, class A, int V, class Weight>
 __device__ __forceinline__ void strip_sums(
     const StripGeometry& g,
     const T* base,
@@ -188,7 +188,7 @@ __device__ __forceinline__ void strip_sums(
   const int top = across * rows.stride - rows.before;
   const int left = along * line.stride - line.before;
   if constexpr (K > 0) {
-    constexpr int kLoads = (kStrip - 1) * S + K;
+    constexpr int kLoads = kStrip - 1 + K;
 #pragma unroll 1
     for (int r = 0; r < K; ++r) {
       const int i = top + r;
@@ -208,10 +208,10 @@ __device__ __forceinline__ void strip_sums(
         for (int c = 0; c < kLoads; ++c) {
           A square[V];
           squares_of(loaded[c], square);
-          add_to_windows<K, S>(c, square, sum);
+          add_to_windows<K>(c, square, sum);
         }
       }
-      row_products<K, S>(
+      row_products<K>(
           loaded,
           [&](int s, A(&w)[V]) { weight(static_cast<int>(r * g.tap.across + s * g.tap.along), w); },
           dot
@@ -267,7 +267,7 @@ strip_box(const StripGeometry& g, int across, int along, Value&& value, A (&sum)
         continue;
       A values[V];
       value(i, j, values);
-      add_to_windows<K, 1>(c, values, sum);
+      add_to_windows<K>(c, values, sum);
     }
   }
 }
