@@ -2,21 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/kernels.h"
-#include "elementary.h"
-
-// Floats of a vector register; the files of one instruction set say more.
-#ifndef DCCONV_LANES
-#define DCCONV_LANES 4
-#endif
+#include "cpu/vector.h"
 
 namespace dcconv {
 namespace cpu {
 namespace DCCONV_ISA {
-
-constexpr int64_t kLanes = DCCONV_LANES;
 
 // Vectors beside each other in a tile, of which a panel is as wide, and rows of a tile that is
 // `vectors` wide: accumulators, one row of b and a broadcast fit 32 registers with AVX-512 and 16
@@ -30,18 +22,6 @@ constexpr int tile_height(int vectors) {
 
 // Longest sum in one accumulator; longer ones are sums of such sums, which rounds less.
 constexpr int64_t kDepth = 384;
-
-typedef float Vector __attribute__((vector_size(sizeof(float) * DCCONV_LANES)));
-
-DC_HD Vector load_vector(const float* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-DC_HD void store_vector(float* to, Vector v) {
-  std::memcpy(to, &v, sizeof(v));
-}
 
 // One register tile of a product.
 struct ProductTile {
@@ -163,6 +143,64 @@ inline void gemm(const GemmParams& p) {
       product_part(p, tile);
       tile.add = true;
     }
+}
+
+// Rows of a and b in a tile of inner products: as many sums as a vector has lanes.
+constexpr int64_t kInnerRows = kLanes == 16 ? 4 : 2;
+constexpr int64_t kInnerColumns = kLanes / kInnerRows;
+
+// One tile of inner products. Rows behind the last repeat it and are not stored.
+inline void inner_tile(const InnerParams& p, int64_t row, int64_t column) {
+  const float *a[kInnerRows], *b[kInnerColumns];
+  for (int64_t i = 0; i < kInnerRows; ++i)
+    a[i] = p.a + std::min(row + i, p.m - 1) * p.a_row;
+  for (int64_t j = 0; j < kInnerColumns; ++j)
+    b[j] = p.b + std::min(column + j, p.n - 1) * p.b_row;
+  Vector sums[kLanes];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i)
+    sums[i] = Vector{};
+  const int64_t whole = p.k / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    Vector right[kInnerColumns];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kInnerColumns; ++j)
+      right[j] = load_vector(b[j] + k);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kInnerRows; ++i) {
+      const Vector left = load_vector(a[i] + k);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kInnerColumns; ++j)
+        sums[i * kInnerColumns + j] += left * right[j];
+    }
+  }
+  if (whole < p.k) {
+    Vector right[kInnerColumns];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kInnerColumns; ++j)
+      right[j] = load_lanes(b[j] + whole, p.k - whole);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kInnerRows; ++i) {
+      const Vector left = load_lanes(a[i] + whole, p.k - whole);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kInnerColumns; ++j)
+        sums[i * kInnerColumns + j] += left * right[j];
+    }
+  }
+  float values[kLanes];
+  store_vector(values, lane_sums(sums));
+  for (int64_t i = 0; i < std::min(kInnerRows, p.m - row); ++i)
+    for (int64_t j = 0; j < std::min(kInnerColumns, p.n - column); ++j) {
+      float& c = p.c[(row + i) * p.c_row + column + j];
+      const float value = values[i * kInnerColumns + j];
+      c = p.add ? c + value : value;
+    }
+}
+
+inline void inner_products(const InnerParams& p) {
+  for (int64_t column = 0; column < p.n; column += kInnerColumns)
+    for (int64_t row = 0; row < p.m; row += kInnerRows)
+      inner_tile(p, row, column);
 }
 
 // Panels [begin, end) of a matrix: kPanel columns beside each other, zeros behind the last one.

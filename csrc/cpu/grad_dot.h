@@ -205,7 +205,7 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
         g.kept = static_cast<const T*>(p.kept) + offset;
         g.inverse_a = vector_of<A>(p.filters.inverse_a, filter);
         g.k = vector_of<A>(p.filters.k, filter);
-        g.grad_u = static_cast<U*>(p.grad_u) + offset;
+        g.grad_u = static_cast<U*>(p.grad_u) + (p.grad_u_row > 0 ? filter * p.grad_u_row : offset);
         angular(g);
         const int64_t sum = task * shape.o + filter;
         if (rho)

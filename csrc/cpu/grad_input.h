@@ -72,12 +72,13 @@ void grad_input_planar(const GradInputParams& p, int64_t begin, int64_t end) {
   const bool plain = p.library_grad != nullptr && p.rows.padded() == h && library_row == w;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t map = task / p.c * p.groups + task % p.c / channels;
-    const T* x = static_cast<const T*>(p.x) + task * h * w;
+    const int64_t plane = p.plane > 0 ? p.plane : h * w;
+    const T* x = static_cast<const T*>(p.x) + task * plane;
     const A* t = static_cast<const A*>(p.t) + map * h * w;
-    T* out = static_cast<T*>(p.grad_x) + task * h * w;
+    T* out = static_cast<T*>(p.grad_x) + task * plane;
     const U* grad = static_cast<const U*>(p.library_grad);
     if (grad != nullptr)
-      grad += task * p.rows.padded() * library_row;
+      grad += task * (plain ? plane : p.rows.padded() * library_row);
     if (plain) {
 #pragma omp simd
       for (int64_t i = 0; i < h * w; ++i)

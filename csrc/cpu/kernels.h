@@ -83,8 +83,10 @@ struct GradDotParams {
   const void* kept;    // storage dtype
   const void* norm;    // b
   void* grad_u;        // library dtype
-  void* t;             // like norm, or null
-  ColumnSums sums;     // per task; null members are not computed
+  // Contiguous layout: 0, or the distance of filters in a grad_u that holds one task alone.
+  int64_t grad_u_row;
+  void* t;          // like norm, or null
+  ColumnSums sums;  // per task; null members are not computed
 };
 
 // Window sums of a map of `planes` images with `width` interleaved values per pixel.
@@ -128,6 +130,8 @@ struct GradInputParams {
   const void* x;             // storage dtype
   const void* t;             // window sums of t, like the pixel sums
   void* grad_x;              // storage dtype; may be library_grad when nothing was padded
+  // Contiguous layout without padding: 0, or the distance of planes that are parts of larger ones.
+  int64_t plane;
 
   int64_t tasks() const { return channels_last ? n * rows.input : n * c; }
 };
@@ -158,6 +162,18 @@ struct GemmParams {
   const float* b;
   int64_t b_k, b_segment;
   int64_t b_panel;  // distance of every `Kernels::panel` columns
+  float* c;
+  int64_t c_row;
+  bool add;
+};
+
+// c = a b^T, or c + a b^T: a [m, k] and b [n, k] with neighbouring values in rows.
+struct InnerParams {
+  int64_t m, n, k;
+  const float* a;
+  int64_t a_row;
+  const float* b;
+  int64_t b_row;
   float* c;
   int64_t c_row;
   bool add;
@@ -209,6 +225,7 @@ struct Kernels {
   void (*angular)(const FunctionParams&);
   // Float32 products, and the columns in a panel of theirs.
   void (*gemm)(const GemmParams&);
+  void (*inner_products)(const InnerParams&);
   void (*pack_panels)(const PanelParams&, int64_t begin, int64_t end);
   int64_t panel;
 };

@@ -50,7 +50,7 @@ inline bool one_pass_fits(const Call& call, bool backward) {
   if (call.dtype != Dtype::f32 || call.norm_free || shape.groups != 1 || shape.n == 0)
     return false;
   if (!shape.channels_last)
-    return !backward && is_pointwise(shape);
+    return is_pointwise(shape);
   const bool zeros = shape.rows.mode == PaddingMode::zeros;
   return !backward || (zeros && shape.rows.stride == 1 && shape.columns.stride == 1);
 }

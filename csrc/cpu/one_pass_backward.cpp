@@ -14,14 +14,15 @@ constexpr int64_t kSlack = 16;
 // What the tasks of one call share.
 struct Pass {
   const Call& call;
-  const PackedFilters* turned;  // null where x needs no gradient
+  const PackedFilters* turned;  // null where x needs no gradient and in contiguous layout
   GradDotParams grad_dot;       // without shape and pointers to maps
   const float *grad_y, *kept, *norm, *x;
   float* grad_x;   // null where not needed
-  float* t;        // of the whole batch behind a barrier, else null
+  float* t;        // of the whole batch: behind a barrier and in contiguous layout, else null
   float* weights;  // [groups, o, r s c], or null where not needed
   int64_t groups;
   int64_t sums_per_unit;
+  bool barrier;  // x t is added when all of the batch is done
 
   // du and t of positions [first, first + count), the unit-th of their kind.
   void positions(int64_t unit, int64_t first, int64_t count, float* grad_u, float* t_block) const {
@@ -52,6 +53,21 @@ struct Pass {
     g.library_grad = g.grad_x = grad_x + first_pixel * g.c;
     g.x = x + first_pixel * g.c;
     g.t = sums;
+    call.table.grad_input(g, 0, g.tasks());
+  }
+
+  // The same for `count` pixels of all planes of an image in contiguous layout.
+  void add_planar_norm_term(int64_t input, int64_t count, const float* t_pixels) const {
+    GradInputParams g{};
+    g.n = 1;
+    g.c = call.shape.c;
+    g.groups = 1;
+    g.rows = {1, 1, 1, 1, 1, 0, 0, PaddingMode::zeros};
+    g.columns = {count, count, 1, 1, 1, 0, 0, PaddingMode::zeros};
+    g.plane = call.shape.output_pixels();
+    g.library_grad = g.grad_x = grad_x + input;
+    g.x = x + input;
+    g.t = t_pixels;
     call.table.grad_input(g, 0, g.tasks());
   }
 
@@ -113,6 +129,71 @@ void pointwise(const Pass& pass) {
         p.c_row = c;
         p.add = unit > from;
         call.table.gemm(p);
+      }
+    }
+  });
+}
+
+// In contiguous layout a unit is a block of pixels of one image, as in the elementwise passes, and
+// the rows of its du lie apart by a little more than kTile, which keeps them in different cache
+// sets.
+void planar_pointwise(const Pass& pass, const float* filters) {
+  const Call& call = pass.call;
+  const int64_t c = call.shape.c, o = call.shape.o, pixels = call.shape.output_pixels();
+  const int64_t row = kTile + kSlack;
+  GradDotParams grad_dot = pass.grad_dot;
+  grad_dot.shape.n = call.shape.n;
+  grad_dot.grad_y = pass.grad_y;
+  grad_dot.kept = pass.kept;
+  grad_dot.norm = pass.norm;
+  grad_dot.t = pass.t;
+  grad_dot.grad_u_row = row;
+  const int64_t blocks = grad_dot.shape.blocks();
+  run_tasks(pass.groups, [&](int64_t begin, int64_t end) {
+    const Scratch grad_u(o * row);
+    const int64_t offset = 0;
+    GradDotParams dot = grad_dot;
+    dot.grad_u = grad_u.get();
+    for (int64_t group = begin; group < end; ++group) {
+      const auto [from, to] = pass.range(group, call.shape.n * blocks);
+      for (int64_t unit = from; unit < to; ++unit) {
+        const int64_t image = unit / blocks, first = unit % blocks * kTile;
+        const int64_t count = std::min(kTile, pixels - first), map = image * pixels + first;
+        const int64_t input = image * c * pixels + first;
+        call.table.grad_dot(dot, unit, unit + 1);
+        if (pass.grad_x != nullptr) {
+          GemmParams p{};
+          p.m = c;
+          p.n = count;
+          p.k = o;
+          p.segments = 1;
+          p.a = filters;
+          p.a_row = 1;
+          p.a_k = c;
+          p.a_offsets = &offset;
+          p.b = grad_u.get();
+          p.b_k = row;
+          p.b_panel = call.table.panel;
+          p.c = pass.grad_x + input;
+          p.c_row = pixels;
+          call.table.gemm(p);
+          if (!pass.barrier)
+            pass.add_planar_norm_term(input, count, pass.t + map);
+        }
+        if (pass.weights == nullptr)
+          continue;
+        InnerParams p{};
+        p.m = o;
+        p.n = c;
+        p.k = count;
+        p.a = grad_u.get();
+        p.a_row = row;
+        p.b = pass.x + input;
+        p.b_row = pixels;
+        p.c = pass.weights + group * o * c;
+        p.c_row = c;
+        p.add = unit > from;
+        call.table.inner_products(p);
       }
     }
   });
@@ -234,51 +315,61 @@ Tensor summed(const Call& call, const Ints& sizes, const float* weights, int64_t
 
 BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in) {
   const ConvShape& shape = call.shape;
+  const bool last = shape.channels_last;
   const bool needs_x = in.needs & kX, needs_weight = in.needs & kWeight;
   // The mean of the norms depends on every patch: t is finished after all of the batch.
   const bool barrier = in.batch_mean && in.norm_grad && needs_x;
-  const Tensor x = contiguous(in.x, true), grad_y = contiguous(in.grad_y, true);
-  const Tensor kept = contiguous(in.kept, true);
+  const Tensor x = contiguous(in.x, last), grad_y = contiguous(in.grad_y, last);
+  const Tensor kept = contiguous(in.kept, last);
   const Weight weight = make_weight(call, in.weight, in.eps);
   const double factor = backward_factor<float>(call, in);
   const FilterVectors<float> vectors(call, weight.a, in.radius, factor, in.k, std::nullopt);
   std::optional<PackedFilters> turned;
-  if (needs_x)
+  if (needs_x && last)
     turned.emplace(call, weight.stored, true);
 
-  const int64_t block = is_pointwise(shape) ? pointwise_block(shape) : shape.output_pixels();
-  const int64_t units = (shape.positions() + block - 1) / block;
+  // Positions of a unit of work: in contiguous layout the epilogue's own, else what suits the
+  // cache.
+  const int64_t block = !last                 ? shape.output_pixels()
+                        : is_pointwise(shape) ? pointwise_block(shape)
+                                              : shape.output_pixels();
   GradDotParams grad_dot{};
   grad_dot.shape = positions_of(call, 1, vectors.radius_per_filter);
   grad_dot.shape.pixels = block;
   grad_dot.op = call.op;
   grad_dot.filters = vectors.pointers();
   grad_dot.kept_is = in.kept_is;
-  const int64_t sums_per_unit = grad_dot.shape.tasks();
+  const int64_t sums_per_unit = last ? grad_dot.shape.tasks() : 1;
+  const int64_t units =
+      last ? (shape.positions() + block - 1) / block : shape.n * grad_dot.shape.blocks();
   ParameterSums<float> sums(call, in, barrier);
   grad_dot.sums = sums.prepare(units * sums_per_unit);
 
   const auto none = [&] { return empty({0}, call.storage); };
   const Ints input_sizes{shape.n, shape.c, shape.rows.input, shape.columns.input};
-  Tensor grad_x = needs_x ? empty(input_sizes, call.storage, true) : none();
-  Tensor t = empty({barrier ? call.map_elements() : 0}, call.compute);
+  Tensor grad_x = needs_x ? empty(input_sizes, call.storage, last) : none();
+  const bool whole_t = barrier || (needs_x && !last);
+  Tensor t = empty({whole_t ? call.map_elements() : 0}, call.compute);
   const int64_t groups = needs_weight ? std::min(units, most_groups(shape)) : units;
   const Scratch weights(needs_weight ? groups * shape.o * shape.filter_size() : 0);
   const Pass pass{
       call,
-      needs_x ? &*turned : nullptr,
+      turned.has_value() ? &*turned : nullptr,
       grad_dot,
       static_cast<const float*>(grad_y.const_data_ptr()),
       static_cast<const float*>(kept.const_data_ptr()),
       static_cast<const float*>(in.norm_map.const_data_ptr()),
       static_cast<const float*>(x.const_data_ptr()),
       needs_x ? static_cast<float*>(grad_x.mutable_data_ptr()) : nullptr,
-      barrier ? static_cast<float*>(t.mutable_data_ptr()) : nullptr,
+      whole_t ? static_cast<float*>(t.mutable_data_ptr()) : nullptr,
       needs_weight ? weights.get() : nullptr,
       groups,
-      sums_per_unit
+      sums_per_unit,
+      barrier
   };
-  if (is_pointwise(shape)) {
+  if (!last) {
+    planar_pointwise(pass, static_cast<const float*>(weight.stored.const_data_ptr()));
+  } else if (is_pointwise(shape)) {
     pointwise(pass);
   } else {
     windows(pass);
@@ -291,10 +382,18 @@ BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in) {
         Window(shape, in.eps)
             .transposed(call.table, shape, shape.n, t.const_data_ptr(), call.compute);
     const float* values = static_cast<const float*>(t_sums.const_data_ptr());
-    run_tasks(shape.n * shape.rows.input, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * shape.columns.input;
-      pass.add_norm_term(first, end - begin, shape.columns.input, values + first);
-    });
+    if (last) {
+      run_tasks(shape.n * shape.rows.input, [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * shape.columns.input;
+        pass.add_norm_term(first, end - begin, shape.columns.input, values + first);
+      });
+    } else {
+      const int64_t pixels = shape.output_pixels();
+      run_tasks(shape.n, [&](int64_t begin, int64_t end) {
+        for (int64_t image = begin; image < end; ++image)
+          pass.add_planar_norm_term(image * shape.c * pixels, pixels, values + image * pixels);
+      });
+    }
   }
   Tensor grad_weight = none();
   if (needs_weight) {

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/vector.h"
 #include "storage.h"
 
 namespace dcconv {
@@ -47,19 +49,52 @@ void small_sumsq(const T* x, A* sums, int64_t count) {
   }
 }
 
+// As many pixels at a time as a vector has lanes, whose running sums are added up together: a sum
+// over the lanes of one vector takes longer than the squares of 16 channels. Returns the pixels
+// done.
+template <class T>
+int64_t grouped_sumsq(const T* x, float* sums, int64_t count, int64_t channels) {
+  if (channels % kLanes != 0 || channels > 8 * kLanes)
+    return 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Vector lanes[kLanes];
+    for (int64_t pixel = 0; pixel < kLanes; ++pixel) {
+      const T* v = x + (i + pixel) * channels;
+      Vector sum{};
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        float values[kLanes];
+#pragma omp simd
+        for (int64_t j = 0; j < kLanes; ++j)
+          values[j] = load(v[c + j]);
+        const Vector squared = load_vector(values);
+        sum += squared * squared;
+      }
+      lanes[pixel] = sum;
+    }
+    store_vector(sums + i, lane_sums(lanes));
+  }
+  return i;
+}
+
 template <class T, class A>
 void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
   A* sums = static_cast<A*>(p.sums);
   const int64_t channels = p.c / p.groups;
   if (p.channels_last) {
-    const int64_t step = p.task_pixels();
-    const int64_t first = begin * step, last = std::min(end * step, p.n * p.pixels);
-    const int64_t from = first * p.groups, to = last * p.groups;
-    if (channels == 3) {
-      small_sumsq<3>(x + from * 3, sums + from, to - from);
-    } else {
-      for (int64_t i = from; i < to; ++i)
+    // Task by task: which pixels are added up together must not depend on the number of threads.
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t from = task * p.task_pixels() * p.groups;
+      const int64_t to = std::min((task + 1) * p.task_pixels(), p.n * p.pixels) * p.groups;
+      int64_t i = from;
+      if (channels == 3) {
+        small_sumsq<3>(x + from * 3, sums + from, to - from);
+        continue;
+      }
+      if constexpr (std::is_same_v<A, float>)
+        i += grouped_sumsq(x + from * channels, sums + from, to - from, channels);
+      for (; i < to; ++i)
         sums[i] = sum_of_squares<A>(x + i * channels, channels);
     }
     return;

@@ -97,6 +97,7 @@ constexpr Kernels make_table() {
       magnitude_function<A>,
       angular_function<A>,
       gemm,
+      inner_products,
       pack_panels,
       kPanel,
   };

@@ -3,9 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/kernels.h"
-#include "elementary.h"
+#include "cpu/vector.h"
 
 namespace dcconv {
 namespace cpu {
@@ -65,7 +66,23 @@ struct Tile {
   // to [rows, groups] += sums over the filters of each group of values [rows, filters]
   template <class A>
   void add_sums(const A* values, A* to) const {
-    for (int64_t r = 0; r < rows; ++r)
+    int64_t r = 0;
+    if constexpr (std::is_same_v<A, float>) {
+      // Rows of one or a few vectors: the lanes of several rows are added up together.
+      if (groups == 1 && filters % kLanes == 0 && filters <= 8 * kLanes)
+        for (; r + kLanes <= rows; r += kLanes) {
+          Vector lanes[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i) {
+            const float* v = values + (r + i) * filters;
+            Vector sum = load_vector(v);
+            for (int64_t j = kLanes; j < filters; j += kLanes)
+              sum += load_vector(v + j);
+            lanes[i] = sum;
+          }
+          store_vector(to + r, load_vector(to + r) + lane_sums(lanes));
+        }
+    }
+    for (; r < rows; ++r)
       for (int64_t i = 0; i < groups; ++i) {
         const A* v = values + r * filters;
         const int64_t first = begin_of(i), last = end_of(i);
