@@ -59,6 +59,9 @@ PRODUCTS = (
     Case("c770-o36", 1, 770, 3, 5, 36, (1, 1)),
     Case("c8-o600", 1, 8, 5, 9, 600, (1, 1)),
     Case("c20-pixels", 2, 20, 27, 21, 34, (1, 1)),
+    # More blocks than sums for the filters (32).
+    Case("c8-blocks", 2, 8, 265, 270, 8, (1, 1)),
+    Case("c3-k3-n40", 40, 3, 5, 6, 4, (3, 3), padding=1),
     Case("c64-k3", 2, 64, 7, 9, 20, (3, 3), padding=1),
     Case("c16-k3-long", 1, 16, 21, 27, 24, (3, 3), padding=1),
     Case("c3-k7-s2", 2, 3, 17, 19, 33, (7, 7), stride=2, padding=3),
