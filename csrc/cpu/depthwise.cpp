@@ -47,9 +47,8 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   const Tensor compute_weight = to_dtype(weight.stored, call.compute);
   const Ints sizes{conv.n, conv.o, conv.rows.output, conv.columns.output};
   Tensor y = empty(sizes, call.storage, conv.channels_last);
-  Tensor dot = empty(
-      in.keep_dot ? sizes : Ints{0}, call.storage, conv.channels_last && in.keep_dot
-  );
+  Tensor dot =
+      empty(in.keep_dot ? sizes : Ints{0}, call.storage, conv.channels_last && in.keep_dot);
   Tensor norm_map = empty({in.keep_map ? call.map_elements() : 0}, call.compute);
   Tensor mean = empty(in.batch_mean ? Ints{} : Ints{0}, call.compute);
 
@@ -89,7 +88,9 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   if (in.bias.has_value())
     bias = to_dtype(*in.bias, call.compute);
   const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, bias);
-  const Parameters<A> parameters(plan.shape, filters, static_cast<const A*>(compute_weight.const_data_ptr()));
+  const Parameters<A> parameters(
+      plan.shape, filters, static_cast<const A*>(compute_weight.const_data_ptr())
+  );
   p.filters = parameters.pointers;
   p.y = y.mutable_data_ptr();
   p.dot = in.keep_dot ? dot.mutable_data_ptr() : nullptr;
@@ -114,9 +115,8 @@ struct Phases {
 
 // The weight [o, taps] with the taps phase by phase.
 template <class A>
-std::vector<A> by_phase(
-    const DepthwiseShape& s, const A* weight, const Phases& rows, const Phases& columns
-) {
+std::vector<A>
+by_phase(const DepthwiseShape& s, const A* weight, const Phases& rows, const Phases& columns) {
   std::vector<A> to;
   for (int64_t filter = 0; filter < s.o; ++filter)
     for (std::size_t i = 0; i + 1 < rows.starts.size(); ++i)
@@ -125,8 +125,7 @@ std::vector<A> by_phase(
           for (int64_t c = columns.starts[j]; c < columns.starts[j + 1]; ++c)
             to.push_back(
                 weight
-                    [filter * s.taps() +
-                     rows.taps[static_cast<std::size_t>(r)] * s.columns.kernel +
+                    [filter * s.taps() + rows.taps[static_cast<std::size_t>(r)] * s.columns.kernel +
                      columns.taps[static_cast<std::size_t>(c)]]
             );
   return to;

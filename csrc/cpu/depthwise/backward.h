@@ -23,7 +23,12 @@ struct GradLaneTile {
 };
 
 template <class M, bool kTimesA, class A>
-void magnitude_grad_lanes(int64_t count, const BlockFilters<A>& filters, const Constants<A>& constants, GradLaneTile<A>& tile) {
+void magnitude_grad_lanes(
+    int64_t count,
+    const BlockFilters<A>& filters,
+    const Constants<A>& constants,
+    GradLaneTile<A>& tile
+) {
   constexpr int64_t lanes = Lanes<A>::count;
   const BlockFilters<A> f = filters;
   const Constants<A> k = constants;
@@ -32,8 +37,7 @@ void magnitude_grad_lanes(int64_t count, const BlockFilters<A>& filters, const C
     A *h = tile.h + i, *d = tile.d + i, *h_rho = tile.h_rho + i, *h_a = tile.h_a + i;
 #pragma omp simd
     for (int64_t j = 0; j < lanes; ++j) {
-      const MagnitudeGrad<A> m =
-          M::grad(f.a[j], b[j], Radius<A>{f.rho[j], f.inverse_rho[j]}, k);
+      const MagnitudeGrad<A> m = M::grad(f.a[j], b[j], Radius<A>{f.rho[j], f.inverse_rho[j]}, k);
       const A scale = kTimesA ? f.a[j] : A(1);
       h[j] = m.h * scale;
       d[j] = m.d * scale;
@@ -48,7 +52,7 @@ struct GradLanes {
   int64_t count;
   BlockFilters<A> filters;
   Constants<A> constants;
-  A add;    // to t b
+  A add;  // to t b
   A* du;
   A* t;
   A* sums;  // [kinds, lanes], added to
@@ -94,9 +98,8 @@ using MagnitudeGradLanes =
     void (*)(int64_t, const BlockFilters<A>&, const Constants<A>&, GradLaneTile<A>&);
 
 template <class A, class... M, class... W>
-MagnitudeGradLanes<A> pick_magnitude_grad_lanes(
-    TypeList<M...>, TypeList<W...>, const Operator& op
-) {
+MagnitudeGradLanes<A>
+pick_magnitude_grad_lanes(TypeList<M...>, TypeList<W...>, const Operator& op) {
   static constexpr MagnitudeGradLanes<A> plain[] = {
       magnitude_grad_lanes<M, false, A>..., magnitude_grad_lanes<W, false, A>...
   };
@@ -174,17 +177,14 @@ public:
   explicit ChannelsBackward(const DepthwiseGradParams& p)
       : p_(p), s_(p.forward.shape), x_(s_.layout.elements), du_(p.depth * s_.group * p.width),
         t_(p.depth * s_.group * p.width), columns_(p.width),
-        magnitude_(pick_magnitude_grad_lanes<A>(
-            Magnitudes{}, WeightedMagnitudes{}, p.forward.op
-        )),
+        magnitude_(pick_magnitude_grad_lanes<A>(Magnitudes{}, WeightedMagnitudes{}, p.forward.op)),
         angular_(
-            p.kept_is == Kept::output
-                ? pick_angular_grad_lanes<A, Kept::output>(
-                      Angulars{}, p.forward.op.angular, p.parameters
-                  )
-                : pick_angular_grad_lanes<A, Kept::dot>(
-                      Angulars{}, p.forward.op.angular, p.parameters
-                  )
+            p.kept_is == Kept::output ? pick_angular_grad_lanes<A, Kept::output>(
+                                            Angulars{}, p.forward.op.angular, p.parameters
+                                        )
+                                      : pick_angular_grad_lanes<A, Kept::dot>(
+                                            Angulars{}, p.forward.op.angular, p.parameters
+                                        )
         ) {
     // The columns of zeros; nothing else is ever written there.
     std::fill_n(du_.data(), p.depth * s_.group * p.width, A(0));
@@ -229,7 +229,8 @@ private:
       if (p_.grad_weight != nullptr)
         filters_row(at, row, loaded);
       if (p_.grad_x != nullptr)
-        for (; input < s_.rows.input && input + s_.rows.before < (row + 1) * s_.rows.stride; ++input)
+        for (; input < s_.rows.input && input + s_.rows.before < (row + 1) * s_.rows.stride;
+             ++input)
           input_row(at, input);
     }
     if (!p_.sums_only && p_.grad_x != nullptr)

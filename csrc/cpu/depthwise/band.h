@@ -83,8 +83,8 @@ void load_row(const DepthwiseParams& p, const Place& at, int64_t padded_row, A* 
   constexpr int64_t lanes = Lanes<A>::count;
   const int64_t h = p.row_sources[padded_row], blocks = at.end_block - at.first_block;
   const int64_t first = at.first_block * s.block_channels();
-  const T* row = static_cast<const T*>(p.x) +
-                 (at.image * s.rows.input + h) * s.columns.input * s.c + first;
+  const T* row =
+      static_cast<const T*>(p.x) + (at.image * s.rows.input + h) * s.columns.input * s.c + first;
   const bool full = s.multiplier() == 1 && at.end_block * lanes <= s.c;
   for (int64_t j = 0; j < s.columns.padded(); ++j) {
     const int64_t w = p.column_sources[j];
@@ -121,8 +121,8 @@ void load_band(const DepthwiseParams& p, const Place& at, A* band) {
   const DepthwiseShape& s = p.shape;
   const T* plane = static_cast<const T*>(p.x) +
                    (at.image * s.c + at.first_block) * s.rows.input * s.columns.input;
-  const int64_t rows = (at.end_row - at.first_row - 1) * s.rows.stride +
-                       (s.rows.kernel - 1) * s.rows.dilation + 1;
+  const int64_t rows =
+      (at.end_row - at.first_row - 1) * s.rows.stride + (s.rows.kernel - 1) * s.rows.dilation + 1;
   const int64_t before = s.columns.before, input = s.columns.input;
   for (int64_t i = 0; i < rows; ++i) {
     A* to = band + i % s.rows.stride * s.layout.row_phase + i / s.rows.stride * s.layout.width;

@@ -51,9 +51,9 @@ struct TapRun {
   int64_t taps;
   int64_t step;
   A* out;
-  const A* w;    // [taps, lanes]
+  const A* w;  // [taps, lanes]
   A eps;
-  A* inverse;    // 1 / b
+  A* inverse;  // 1 / b
 };
 
 // Of the instruction that classifies: +0, -0 and +infinity.
@@ -69,7 +69,7 @@ DC_HD void root_of(
 ) {
 #if DCCONV_VECTOR_BYTES == 64
   if constexpr (sizeof(A) == sizeof(float)) {
-    const __m512 v = (__m512)s, y = _mm512_rsqrt14_ps(v), half = _mm512_set1_ps(0.5f);
+    const __m512 v = (__m512)s, y = _mm512_maskz_rsqrt14_ps(0xffff, v), half = _mm512_set1_ps(0.5f);
     const __mmask16 usual = _knot_mask16(_mm512_fpclass_ps_mask(v, kZeroOrInfinity));
     const __m512 root = _mm512_mask_mul_ps(v, usual, v, y);
     // (1 - root y) / 2, what the estimate is wrong by
@@ -153,9 +153,7 @@ void tap_sums(TapRun<A> r, int64_t count) {
 
 // out[i] = sum over rows of x[offsets[row] + i]^2, or of x itself; count is rounded up to vectors.
 template <class A, bool kSquare>
-void column_sums(
-    const A* x, const int64_t* offsets, int64_t rows, int64_t count, A* out
-) {
+void column_sums(const A* x, const int64_t* offsets, int64_t rows, int64_t count, A* out) {
   using Vector = typename Lanes<A>::Vector;
   constexpr int64_t kUnroll = 4;
   int64_t i = 0;

@@ -29,9 +29,7 @@ public:
       : p_(p), s_(p.shape), ring_(s_.layout.elements), columns_(s_.layout.width),
         y_(s_.columns.output * s_.group * lanes),
         magnitude_(pick_magnitude_lanes<A>(Magnitudes{}, WeightedMagnitudes{}, p.op)),
-        angular_(
-            pick_angular_lanes<T, A>(Angulars{}, p.op.angular, p.filters.bias != nullptr)
-        ) {}
+        angular_(pick_angular_lanes<T, A>(Angulars{}, p.op.angular, p.filters.bias != nullptr)) {}
 
   double run(int64_t task) {
     const Place at(s_, task);
@@ -79,8 +77,7 @@ private:
 
   void store_row(const Place& at, int64_t row) {
     const int64_t count = pitch(at);
-    T* y = static_cast<T*>(p_.y) +
-           (at.image * s_.rows.output + row) * s_.columns.output * s_.o +
+    T* y = static_cast<T*>(p_.y) + (at.image * s_.rows.output + row) * s_.columns.output * s_.o +
            at.first_block * s_.block_filters();
     const bool all = count == s_.o;
     for (int64_t i = 0; i < (all ? 1 : s_.columns.output); ++i) {
@@ -135,7 +132,14 @@ private:
       if (p_.y == nullptr)
         continue;
       tap_sums<A, Run::dot>(
-          {x + first * step, offsets_.data(), rows * s_.columns.kernel, step, tile_.u, weight, A(0), nullptr},
+          {x + first * step,
+           offsets_.data(),
+           rows * s_.columns.kernel,
+           step,
+           tile_.u,
+           weight,
+           A(0),
+           nullptr},
           count
       );
       const int64_t offset = (position + first) * s_.o + block * s_.block_filters();
@@ -236,9 +240,7 @@ private:
     };
     for (int64_t row = 0; row < at.end_row - at.first_row; ++row) {
       const A* x = band_.data() + row * s_.layout.width;
-      column_sums<A, true>(
-          x, p_.row_offsets, s_.rows.kernel, s_.layout.width, columns_.data()
-      );
+      column_sums<A, true>(x, p_.row_offsets, s_.rows.kernel, s_.layout.width, columns_.data());
       for (int64_t first = 0; first < s_.columns.output; first += piece) {
         const int64_t pixels = std::min(piece, s_.columns.output - first);
         if (count + pixels > capacity)
@@ -276,9 +278,8 @@ private:
   }
 
   // Returns the sum of b.
-  double tile(
-      const Place& at, int64_t filter, bool first_of_channel, int64_t start, int64_t count
-  ) {
+  double
+  tile(const Place& at, int64_t filter, bool first_of_channel, int64_t start, int64_t count) {
     double sum = 0;
     if (first_of_channel && p_.norm_sums != nullptr)
 #pragma omp simd reduction(+ : sum)

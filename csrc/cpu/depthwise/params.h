@@ -36,9 +36,9 @@ struct DepthwiseShape {
   int64_t n, c, o;
   Axis rows, columns;
   bool channels_last;
-  int64_t lanes;   // per 64 bytes
-  int64_t band;    // output rows of a task
-  int64_t group;   // blocks of a task
+  int64_t lanes;  // per 64 bytes
+  int64_t band;   // output rows of a task
+  int64_t group;  // blocks of a task
   BandLayout layout;
 
   int64_t multiplier() const { return o / c; }
@@ -96,10 +96,10 @@ struct DepthwiseGradParams {
   const void* norm;    // b, [n, pixels, c]
   double add;          // what the mean norm adds to t b
   bool sums_only;
-  bool parameters;     // whether sums are wanted
-  void* grad_x;        // storage dtype, or null
-  void* grad_weight;   // [tasks, group, taps, lanes] sums of du x, or null
-  void* sums;          // [tasks, group, 4, lanes]: dy g h_rho, dy g h_a, dy h g_k, dy
+  bool parameters;    // whether sums are wanted
+  void* grad_x;       // storage dtype, or null
+  void* grad_weight;  // [tasks, group, taps, lanes] sums of du x, or null
+  void* sums;         // [tasks, group, 4, lanes]: dy g h_rho, dy g h_a, dy h g_k, dy
 
   int64_t image_groups() const { return (forward.shape.n + images - 1) / images; }
   int64_t tasks() const { return image_groups() * forward.shape.groups(); }

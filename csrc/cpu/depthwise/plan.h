@@ -60,8 +60,9 @@ inline DepthwisePlan make_plan(const ConvShape& conv, int64_t element) {
     const int64_t fitting = kBandBytes / (l.width * element);
     most = std::max<int64_t>((fitting - halo) / s.rows.stride + 1, 1);
   }
-  const int64_t bands =
-      std::max(ceil_div(s.rows.output, most), ceil_div(kLeastTasks, std::max<int64_t>(s.n, 1) * s.groups()));
+  const int64_t bands = std::max(
+      ceil_div(s.rows.output, most), ceil_div(kLeastTasks, std::max<int64_t>(s.n, 1) * s.groups())
+  );
   s.band = ceil_div(s.rows.output, std::min(bands, s.rows.output));
   if (s.channels_last) {
     l.elements = l.rows * s.group * l.width;
