@@ -1,0 +1,62 @@
+"""One pass forward for groups of one channel: norms, dot product and epilogue in one kernel.
+
+Plan A would read x twice and its result three times; here x is read and y written. What backward
+needs is plan A's, whose backward serves. Only Triton's passes have the op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcconv import ops, plan_a
+from dcconv.keep import DOT
+from dcconv.numerics import compute_dtype
+from dcconv.problem import NORM_BATCH, Operands, Problem
+
+
+def why_not(weight: Tensor, problem: Problem) -> str | None:
+    """Return None where one pass does it, else one sentence why not."""
+    if weight.shape[1] != 1 or problem.groups == 1:
+        return "only groups of one channel have a kernel without matrix products"
+    if problem.norm_free:
+        return "without a norm the library convolution is all there is"
+    return None
+
+
+def forward(
+    operands: Operands, problem: Problem, kept: str, namespace: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator; returns what :func:`dcconv.plan_a.forward` does."""
+    passes = getattr(torch.ops, namespace)
+    x, weight, bias, radius, norm_mean, k = operands
+    layout = ops.memory_format(x, weight)
+    channels_last = layout == torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    weight = weight.contiguous(memory_format=ops.memory_format(weight))
+    geometry = plan_a._geometry(problem)
+    batch_mean = problem.norm == NORM_BATCH
+    if batch_mean:
+        a, norms, mean = passes.conv2d_norms(
+            x, weight, *geometry, problem.eps, batch_mean, channels_last
+        )
+    else:
+        _, a = passes.filter_scale(weight, 1.0, problem.eps, False)
+        norms = mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    y, norm_map, dot = passes.conv2d_depthwise(
+        x,
+        weight,
+        a,
+        norms,
+        bias,
+        radius,
+        mean if batch_mean else norm_mean,
+        k,
+        *geometry,
+        *plan_a._operator(problem),
+        problem.eps,
+        batch_mean,
+        kept == DOT,
+        channels_last,
+    )
+    return y, norms if batch_mean else norm_map, mean, dot, a
