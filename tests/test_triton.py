@@ -12,7 +12,8 @@ from cases import ANGULARS, CASES, WEIGHTED_MAGNITUDES, Case
 from plan_a_model import implementations
 from triton_checks.worker import Worker
 
-from dcconv import backends, plan_a
+from dcconv import backends, plan_a, plan_direct
+from dcconv.problem import Problem
 from dcconv.triton_impl import features
 
 pytestmark = pytest.mark.skipif(features.missing() is not None, reason=str(features.missing()))
@@ -102,12 +103,40 @@ def test_large_layers(interpreter: Worker, case: str) -> None:
     interpreter.ask("large", case=case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "zeros-s2",
+        "same-s2-multiplier2",
+        "dilation2",
+        "reflect",
+        "replicate",
+        "circular",
+        "many-filters",
+    ],
+)
+def test_depthwise(interpreter: Worker, case: str) -> None:
+    interpreter.ask("depthwise", case=case)
+
+
+def test_depthwise_kernel_is_for_groups_of_one_channel() -> None:
+    weight = torch.zeros(4, 1, 3, 3)
+    tanh, linear = Problem(groups=4), Problem(groups=4, magnitude="linear")
+    assert plan_direct.why_not(weight, tanh) is None
+    assert plan_direct.why_not(weight, linear) == (
+        "without a norm the library convolution is all there is"
+    )
+    only = "only groups of one channel have a kernel without matrix products"
+    assert plan_direct.why_not(weight.expand(4, 2, 3, 3), tanh._replace(groups=2)) == only
+    assert plan_direct.why_not(weight, tanh._replace(groups=1)) == only
+
+
 def test_offsets_beyond_int32(interpreter: Worker) -> None:
     interpreter.ask("offsets_beyond_int32")
 
 
 def test_opcheck_of_every_op(interpreter: Worker) -> None:
-    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 11
+    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 12
 
 
 def test_schemas_are_those_of_the_compiled_library(interpreter: Worker) -> None:
@@ -180,6 +209,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 KERNELS = (
     "column_sums_kernel",
+    "depthwise_kernel",
     "epilogue_kernel",
     "filter_grad_kernel",
     "filter_norm_kernel",
@@ -191,7 +221,13 @@ KERNELS = (
 )
 
 # Those that read and write activations: 16 bytes per access.
-WIDE = ("epilogue_kernel", "grad_dot_kernel", "grad_input_kernel", "pixel_sumsq_kernel")
+WIDE = (
+    "depthwise_kernel",
+    "epilogue_kernel",
+    "grad_dot_kernel",
+    "grad_input_kernel",
+    "pixel_sumsq_kernel",
+)
 
 
 def test_every_kernel_is_launched_by_some_op(compiler: Worker) -> None:

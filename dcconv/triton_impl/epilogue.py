@@ -41,6 +41,54 @@ def curvature_of(k, channel, exists, CURVATURE: tl.constexpr):
 
 
 @triton.jit
+def decoupled(
+    u,
+    b,
+    a,
+    bias,
+    radius,
+    mean,
+    k,
+    channel,
+    exists,
+    alpha,
+    beta,
+    power,
+    floor,
+    MAGNITUDE: tl.constexpr,
+    ANGULAR: tl.constexpr,
+    TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr,
+    RADIUS: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    P: tl.constexpr,
+    IN_GROUP: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+):
+    """y of a tile, u [P, LANES] and b [P, BY_GROUP].
+
+    PER_POSITION: h depends on the position alone, up to a factor a.
+    """
+    norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
+    rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
+    if PER_POSITION:
+        h = spread(magnitude_value(1.0, b, rho, alpha, beta, MAGNITUDE), P, IN_GROUP, BY_GROUP)
+    else:
+        wide = spread(b, P, IN_GROUP, BY_GROUP)
+        h = magnitude_value(norm, wide, rho, alpha, beta, MAGNITUDE)
+    if TIMES_A:
+        h = h * norm
+    cosine = u * ((1.0 / norm) * spread(1.0 / b, P, IN_GROUP, BY_GROUP))
+    curvature = curvature_of(k, channel, exists, CURVATURE)
+    y = h * angular_value(cosine, curvature, power, ANGULAR)
+    if HAS_BIAS:
+        y += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
 def epilogue_kernel(
     u,
     y,
@@ -89,10 +137,7 @@ def epilogue_kernel(
     BY_GROUP: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """A tile of y. ``map`` holds b, or sums of squares, from which b is taken and written.
-
-    PER_POSITION: h depends on the position alone, up to a factor a.
-    """
+    """A tile of y. ``map`` holds b, or sums of squares, from which b is taken and written."""
     program = tl.program_id(0)
     tile = program // all_chunks
     chunk = program - tile * all_chunks
@@ -134,18 +179,30 @@ def epilogue_kernel(
         # Tiles that share a group write the same values: only its first does.
         if chunk % chunks == 0:
             tl.store(norm_map + map_at, b, mask=map_mask)
-    norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
-    rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
-    if PER_POSITION:
-        h = spread(magnitude_value(1.0, b, rho, alpha, beta, MAGNITUDE), P, IN_GROUP, BY_GROUP)
-    else:
-        wide = spread(b, P, IN_GROUP, BY_GROUP)
-        h = magnitude_value(norm, wide, rho, alpha, beta, MAGNITUDE)
-    if TIMES_A:
-        h = h * norm
-    cosine = dot * ((1.0 / norm) * spread(1.0 / b, P, IN_GROUP, BY_GROUP))
-    curvature = curvature_of(k, channel, exists, CURVATURE)
-    value = h * angular_value(cosine, curvature, power, ANGULAR)
-    if HAS_BIAS:
-        value += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    value = decoupled(
+        dot,
+        b,
+        a,
+        bias,
+        radius,
+        mean,
+        k,
+        channel,
+        exists,
+        alpha,
+        beta,
+        power,
+        floor,
+        MAGNITUDE,
+        ANGULAR,
+        TIMES_A,
+        PER_POSITION,
+        RADIUS,
+        HAS_MEAN,
+        CURVATURE,
+        HAS_BIAS,
+        P,
+        IN_GROUP,
+        BY_GROUP,
+    )
     tl.store(y + at, value, mask=mask)

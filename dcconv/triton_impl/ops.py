@@ -22,6 +22,7 @@ from dcconv.ops import (
 )
 from dcconv.plan_a import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
 from dcconv.problem import output_size
+from dcconv.triton_impl.depthwise import depthwise_kernel
 from dcconv.triton_impl.epilogue import epilogue_kernel
 from dcconv.triton_impl.features import twin_of
 from dcconv.triton_impl.filters import filter_grad_kernel, parameter_grads_kernel
@@ -424,6 +425,119 @@ def conv2d_epilogue_(
         map_is_norm,
         channels_last,
     )
+
+
+@op("conv2d_depthwise", fakes._conv2d_depthwise_fake)
+def conv2d_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    map: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | None,
+    mean: Tensor | None,
+    k: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    padding_mode: str,
+    magnitude: str,
+    angular: str,
+    weighting: str,
+    alpha: float,
+    beta: float,
+    power: float,
+    delta: float,
+    eps: float,
+    map_is_norm: bool,
+    keep_dot: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    filters, _, rows, columns = weight.shape
+    p, q = _windows(h, w, [rows, columns], stride, padding, dilation)
+    y, norm_map, dot = fakes._conv2d_depthwise_fake(
+        x,
+        weight,
+        a,
+        map,
+        bias,
+        radius,
+        mean,
+        k,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        magnitude,
+        angular,
+        weighting,
+        alpha,
+        beta,
+        power,
+        delta,
+        eps,
+        map_is_norm,
+        keep_dot,
+        channels_last,
+    )
+    tiles = tiling(n, p * q, filters, groups, channels_last)
+    if y.numel() > 0:
+        with on_device(x):
+            wrap_triton(depthwise_kernel)[(tiles.tiles * tiles.all_chunks,)](
+                x,
+                weight,
+                y,
+                dot,
+                a,
+                map,
+                norm_map,
+                _dense(bias, a),
+                _dense(radius, a),
+                _dense(mean, a),
+                _dense(k, a),
+                n,
+                p * q,
+                groups,
+                filters // groups,
+                tiles.chunks,
+                tiles.all_chunks,
+                h,
+                w,
+                q,
+                stride[0],
+                stride[1],
+                padding[0],
+                padding[2],
+                dilation[0],
+                dilation[1],
+                alpha,
+                beta,
+                power,
+                eps,
+                RHO_FLOOR,
+                ROWS=rows,
+                COLUMNS=columns,
+                MODE=padding_mode,
+                MAGNITUDE=twin_of(magnitude, weighting),
+                ANGULAR=angular,
+                TIMES_A=weighting == "linear",
+                PER_POSITION=_per_position(magnitude, weighting, radius),
+                RADIUS=_count(radius),
+                HAS_MEAN=mean is not None,
+                CURVATURE=_count(k),
+                HAS_BIAS=bias is not None,
+                MAP_IS_NORM=map_is_norm,
+                KEEPS_DOT=keep_dot,
+                LAST=channels_last,
+                P=tiles.positions,
+                IN_GROUP=tiles.in_group,
+                BY_GROUP=tiles.by_group,
+                EXACT=tiles.exact,
+            )
+    return y, norm_map, dot
 
 
 @op("conv2d_grad_dot", fakes._conv2d_grad_dot_fake)
@@ -855,8 +969,10 @@ def window_norm_grad(
     return grad_x
 
 
-#: Names of the ops.
-names = tuple(name for name in fakes._FAKES if hasattr(getattr(torch.ops, NAMESPACE), name))
+#: Names of the ops: those of plan A, and the ones that only Triton has.
+names = (*(name for name in fakes._FAKES if name in globals()), "conv2d_depthwise")
 
+_flops = {"conv2d_depthwise": fakes._conv2d_forward_flops}
 for _name in names:
-    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), _name))(fakes._no_flops)
+    _op = getattr(getattr(torch.ops, NAMESPACE), _name)
+    register_flop_formula(_op)(_flops.get(_name, fakes._no_flops))

@@ -108,6 +108,24 @@ def launches_of(
             False,
             last,
         )
+        ops.conv2d_depthwise(
+            x,
+            empty(c, 1, 3, 3),
+            compute(c),
+            norm,
+            empty(c),
+            compute(c),
+            mean,
+            None if k is None else compute(c),
+            *geometry[:3],
+            c,
+            "zeros",
+            *functions,
+            EPS,
+            False,
+            False,
+            last,
+        )
         _, t, _ = ops.conv2d_grad_dot(
             u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, 132, last
         )

@@ -37,6 +37,19 @@ LARGE = {
     "groups5-of-4": Case("groups5-of-4", 1, 20, 3, 3, 20, (2, 2), groups=5),
     "tiles": Case("tiles", 3, 4, 9, 8, 8, (1, 1)),
 }
+# Groups of one channel, in every padding mode; with SMALL_TILES several tiles of groups.
+DEPTHWISE = {
+    case.id: case
+    for case in (
+        Case("zeros-s2", 2, 9, 7, 6, 9, (3, 3), stride=2, padding=1, groups=9),
+        Case("same-s2-multiplier2", 1, 3, 6, 8, 6, (3, 3), 2, "same", groups=3),
+        Case("dilation2", 1, 4, 7, 8, 4, (3, 2), padding=2, dilation=2, groups=4),
+        Case("reflect", 1, 5, 5, 6, 5, (3, 3), padding=2, groups=5, padding_mode="reflect"),
+        Case("replicate", 1, 3, 4, 5, 9, (2, 3), (1, 2), 1, groups=3, padding_mode="replicate"),
+        Case("circular", 2, 3, 5, 4, 3, (3, 3), padding=2, groups=3, padding_mode="circular"),
+        Case("many-filters", 1, 2, 3, 4, 38, (2, 2), groups=2),
+    )
+}
 SMALL_TILES = {
     "LANES": 8,
     "POSITIONS": 8,
@@ -279,6 +292,27 @@ def large(case: str) -> None:
             compare(case, inputs)
 
 
+def depthwise(case: str) -> None:
+    """Both layouts; with and without the mean norm of the batch, keeping y and u."""
+    number = list(DEPTHWISE).index(case)
+    for i, layout in enumerate(("contiguous", "channels_last")):
+        name, weighting = (("tanh", "product"), ("ball", "linear"), ("log", "none"))[number % 3]
+        inputs = make_inputs(
+            DEPTHWISE[case],
+            (torch.float32, torch.float16)[(number + i) % 2],
+            layout,
+            magnitude=name,
+            weighting=weighting,
+            angular=("square_cosine", "sigmoid")[(number // 2 + i) % 2],
+            norm=NORMS[number % 3],
+            bias=number % 3 == 2,
+        )
+        with small_tiles(), Recorder() as recorder:
+            compare(f"{case} {layout}", inputs)
+        calls = [func._schema.name.partition("::")[2] for func, _ in recorder.calls]
+        assert calls[1] == "conv2d_depthwise" and "conv2d_epilogue" not in calls
+
+
 def offsets_beyond_int32() -> None:
     """The last tile of tensors with more than 2^31 elements; nothing is allocated."""
     images, pixels, channels = 700, 301 * 301, 70
@@ -326,6 +360,8 @@ def opcheck() -> list[str]:
         {"case": by_id("1x1-groups2"), "magnitude": "linear", "layout": LAYOUTS[1]},
         {"case": by_id("n0"), "magnitude": "tanh"},
         {"case": LARGE["filter-chunks"], "magnitude": "log", "layout": LAYOUTS[1]},
+        {"case": DEPTHWISE["zeros-s2"], "bias": True},
+        {"case": DEPTHWISE["same-s2-multiplier2"], "norm": "given", "layout": LAYOUTS[1]},
     )
     for options in variants:
         case = options["case"]
@@ -351,6 +387,8 @@ def schemas() -> list[list[str]] | None:
         return None
     found = []
     for name in importable():
+        if not hasattr(torch.ops.dcconv, name):
+            continue
         rows = []
         for namespace in (launch.NAMESPACE, plan_a.COMPILED):
             schema = getattr(getattr(torch.ops, namespace), name).default._schema
@@ -489,14 +527,15 @@ def compiles() -> None:
 
 
 def flops() -> None:
-    x = torch.randn(1, 4, 5, 5, requires_grad=True)
-    weight = torch.randn(6, 4, 3, 3, requires_grad=True)
-    totals = []
-    for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d):
-        with FlopCounterMode(display=False) as counter:
-            call(x, weight, None, 1, 1).sum().backward()
-        totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1] > 0
+    for groups in (1, 4):
+        x = torch.randn(1, 4, 5, 5, requires_grad=True)
+        weight = torch.randn(8, 4 // groups, 3, 3, requires_grad=True)
+        totals = []
+        for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d):
+            with FlopCounterMode(display=False) as counter:
+                call(x, weight, None, 1, 1, groups=groups).sum().backward()
+            totals.append(counter.get_total_flops())
+        assert totals[0] == totals[1] > 0
 
 
 def autocast() -> None:
