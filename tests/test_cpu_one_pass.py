@@ -60,7 +60,8 @@ PRODUCTS = (
     Case("c8-o600", 1, 8, 5, 9, 600, (1, 1)),
     Case("c20-pixels", 2, 20, 27, 21, 34, (1, 1)),
     # More blocks than sums for the filters (32).
-    Case("c8-blocks", 2, 8, 265, 270, 8, (1, 1)),
+    Case("c24-o1000-blocks", 2, 24, 33, 34, 1000, (1, 1)),
+    Case("c8-n40", 40, 8, 3, 4, 9, (1, 1)),
     Case("c3-k3-n40", 40, 3, 5, 6, 4, (3, 3), padding=1),
     Case("c64-k3", 2, 64, 7, 9, 20, (3, 3), padding=1),
     Case("c16-k3-long", 1, 16, 21, 27, 24, (3, 3), padding=1),
