@@ -184,7 +184,7 @@ def _reference_conv2d(
 
 
 def _triton_forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
-    if plan_direct.why_not(operands.weight, problem) is None:
+    if plan_direct.why_not(operands.x, operands.weight, problem) is None:
         return plan_direct.forward(operands, problem, kept, PASSES[TRITON])
     return plan_a.forward(operands, problem, kept, PASSES[TRITON])
 

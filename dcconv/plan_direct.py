@@ -1,7 +1,8 @@
-"""One pass forward for groups of one channel: norms, dot product and epilogue in one kernel.
+"""One pass forward: norms, dot product and epilogue in one kernel.
 
-Plan A would read x twice and its result three times; here x is read and y written. What backward
-needs is plan A's, whose backward serves. Only Triton's passes have the op.
+Plan A moves x twice and its result three times; here x is read and y written, which pays where the
+product is shallow: groups of one channel, and 1x1 layers. Backward is plan A's. Only Triton has
+the op.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from dcconv.numerics import compute_dtype
 from dcconv.problem import NORM_BATCH, Operands, Problem
 
 
-def why_not(weight: Tensor, problem: Problem) -> str | None:
+def why_not(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     """Return None where one pass does it, else one sentence why not."""
-    if weight.shape[1] != 1 or problem.groups == 1:
-        return "only groups of one channel have a kernel without matrix products"
     if problem.norm_free:
         return "without a norm the library convolution is all there is"
+    if problem.groups > 1:
+        return None if weight.shape[1] == 1 else "groups of several channels have no kernel"
+    if tuple(weight.shape[2:]) != (1, 1) or any(problem.padding):
+        return "windows of several pixels have no kernel"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return "float32 products are the library's, at the precision that PyTorch is set to"
+    if ops.memory_format(x, weight) != torch.channels_last:
+        return "1x1 layers have a kernel in channels_last order"
     return None
 
 
@@ -43,7 +50,7 @@ def forward(
     else:
         _, a = passes.filter_scale(weight, 1.0, problem.eps, False)
         norms = mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
-    y, norm_map, dot = passes.conv2d_depthwise(
+    y, norm_map, dot = passes.conv2d_direct(
         x,
         weight,
         a,
