@@ -233,7 +233,7 @@ def _conv2d_epilogue_inplace_fake(u: Tensor, a: Tensor, *arguments: Any) -> Tens
     return _conv2d_epilogue_fake(u, a, *arguments)[1]
 
 
-def _conv2d_depthwise_fake(
+def _conv2d_direct_fake(
     x: Tensor,
     weight: Tensor,
     a: Tensor,

@@ -119,16 +119,27 @@ def test_depthwise(interpreter: Worker, case: str) -> None:
     interpreter.ask("depthwise", case=case)
 
 
-def test_depthwise_kernel_is_for_groups_of_one_channel() -> None:
-    weight = torch.zeros(4, 1, 3, 3)
-    tanh, linear = Problem(groups=4), Problem(groups=4, magnitude="linear")
-    assert plan_direct.why_not(weight, tanh) is None
-    assert plan_direct.why_not(weight, linear) == (
-        "without a norm the library convolution is all there is"
-    )
-    only = "only groups of one channel have a kernel without matrix products"
-    assert plan_direct.why_not(weight.expand(4, 2, 3, 3), tanh._replace(groups=2)) == only
-    assert plan_direct.why_not(weight, tanh._replace(groups=1)) == only
+@pytest.mark.parametrize("number", range(3))
+def test_pointwise(interpreter: Worker, number: int) -> None:
+    """float16, and bfloat16 with its products in float32: the interpreter multiplies its bits."""
+    interpreter.ask("pointwise", number=number)
+
+
+def test_what_one_pass_is_for() -> None:
+    last = torch.zeros(2, 4, 5, 5, dtype=torch.float16).to(memory_format=torch.channels_last)
+    weight, window = last[:, :, :1, :1].contiguous(), last[:, :, :3, :3]
+    grouped = Problem(groups=4)
+    assert plan_direct.why_not(last.float(), window[:, :1], grouped) is None
+    assert plan_direct.why_not(last, weight, Problem()) is None
+    for x, w, problem, sentence in (
+        (last, window[:, :1], grouped._replace(magnitude="linear"), "without a norm the library"),
+        (last, window[:, :2], Problem(groups=2), "groups of several channels have no kernel"),
+        (last, window, Problem(), "windows of several pixels have no kernel"),
+        (last, weight, Problem(padding=(0, 0, 1, 0)), "windows of several pixels have no kernel"),
+        (last.float(), weight, Problem(), "float32 products are the library's"),
+        (last.contiguous(), weight, Problem(), "1x1 layers have a kernel in channels_last order"),
+    ):
+        assert str(plan_direct.why_not(x, w, problem)).startswith(sentence)
 
 
 def test_offsets_beyond_int32(interpreter: Worker) -> None:
@@ -217,6 +228,7 @@ KERNELS = (
     "grad_input_kernel",
     "parameter_grads_kernel",
     "pixel_sumsq_kernel",
+    "pointwise_kernel",
     "window_norm_kernel",
 )
 
@@ -257,6 +269,7 @@ def built(
     )
     assert found["kind"] == ("amdgcn" if target == "gfx942" else "ptx")
     assert found["stack"] == found["spills"] == 0, found
+    assert found["products"] == (kernel == "pointwise_kernel")
     if kernel in WIDE and sums == plan_a.SUM_RHO:
         # The sums of pixels are one number per row of channels.
         wide = 32 if kernel == "pixel_sumsq_kernel" else 128
@@ -274,8 +287,7 @@ def test_kernel_compiles(compiler: Worker, kernel: str, target: str) -> None:
     [
         ("epilogue_kernel", "float32", True, ("segmented", "linear", "sigmoid")),
         ("epilogue_kernel", "bfloat16", False, ("log", "none", "power")),
-        ("grad_dot_kernel", "bfloat16", True, ("mix", "linear", "linear")),
-        ("grad_dot_kernel", "float32", False, ("ball", "none", "square_cosine")),
+        ("grad_dot_kernel", "float32", False, ("mix", "linear", "linear")),
         ("grad_input_kernel", "bfloat16", False, ("tanh", "none", "cosine")),
         ("pixel_sumsq_kernel", "float32", False, ("tanh", "none", "cosine")),
     ],
@@ -286,10 +298,13 @@ def test_kernel_compiles_for_other_operands(
     built(compiler, kernel, "sm_90", dtype, last, operator)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "last"),
+    [("float16", False), ("float32", True)],
+    ids=["float16-contiguous", "float32-channels_last"],
+)
 def test_all_sums_of_the_largest_operator_stay_in_registers(
-    compiler: Worker, last: bool, dtype: str
+    compiler: Worker, dtype: str, last: bool
 ) -> None:
     operator = ("tanh", "separate", "sigmoid")
     built(compiler, "grad_dot_kernel", "sm_90", dtype, last, operator, sums=15)

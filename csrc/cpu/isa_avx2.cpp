@@ -26,7 +26,6 @@
 #define DCCONV_ISA avx2
 #define DCCONV_FMA
 #define DCCONV_LANES 8
-#define DCCONV_VECTOR_BYTES 32
 #include "cpu/table.inl"
 
 #if defined(__clang__)

@@ -30,7 +30,6 @@
 #define DCCONV_ISA avx512
 #define DCCONV_FMA
 #define DCCONV_LANES 16
-#define DCCONV_VECTOR_BYTES 64
 #include "cpu/table.inl"
 
 #if defined(__clang__)

@@ -1,5 +1,5 @@
 // The CPU kernels for any machine.
 
 #define DCCONV_ISA baseline
-#define DCCONV_VECTOR_BYTES 16
+#define DCCONV_LANES 4
 #include "cpu/table.inl"

@@ -7,11 +7,6 @@
 
 #include "elementary.h"
 
-// Floats of a vector register; the files of one instruction set say more.
-#ifndef DCCONV_LANES
-#define DCCONV_LANES 4
-#endif
-
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define DCCONV_SHUFFLES
@@ -22,6 +17,7 @@ namespace dcconv {
 namespace cpu {
 namespace DCCONV_ISA {
 
+// Floats of a vector register, which the file of an instruction set says.
 constexpr int64_t kLanes = DCCONV_LANES;
 
 typedef float Vector __attribute__((vector_size(sizeof(float) * DCCONV_LANES)));

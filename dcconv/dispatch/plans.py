@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from dcconv import plan_a, plan_b
+from dcconv import plan_a, plan_b, plan_g
 from dcconv.dispatch.key import FORWARD, INPUT_GRADIENT
 from dcconv.plan_a import InputGradient, WeightGradient
 from dcconv.problem import Operands, Problem
@@ -80,25 +79,15 @@ B = Plan(
 )
 
 
-def _graph() -> Plan | None:
-    try:
-        plan_g: Any = importlib.import_module("dcconv.plan_g")
-    except ModuleNotFoundError as error:
-        if error.name != "dcconv.plan_g":
-            raise
-        return None
-    return Plan(
-        "cuDNN graph",
-        plan_g.forward,
-        plan_g.input_gradient,
-        plan_a.weight_gradient,
-        plan_g.why_not,
-        plan_g.why_not_input_gradient,
-        _library_only,
-    )
+G = Plan(
+    "cuDNN graph",
+    plan_g.forward,
+    plan_g.input_gradient,
+    plan_a.weight_gradient,
+    plan_g.why_not,
+    plan_g.why_not_input_gradient,
+    _library_only,
+)
 
-
-G = _graph()
-
-#: The plans of this installation by name, plan A first.
-plans: dict[str, Plan] = {"A": A, "B": B} | ({"G": G} if G is not None else {})
+#: The plans by name, plan A first.
+plans: dict[str, Plan] = {"A": A, "B": B, "G": G}

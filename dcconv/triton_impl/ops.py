@@ -4,6 +4,8 @@ Their schemas are those of ``csrc/schemas.h``. Tensors are dense in the layout t
 says; maps are 1-d.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import wrap_triton
@@ -24,7 +26,7 @@ from dcconv.plan_a import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
 from dcconv.problem import output_size
 from dcconv.triton_impl.depthwise import depthwise_kernel
 from dcconv.triton_impl.epilogue import epilogue_kernel
-from dcconv.triton_impl.features import twin_of
+from dcconv.triton_impl.features import INTERPRETED, twin_of
 from dcconv.triton_impl.filters import filter_grad_kernel, parameter_grads_kernel
 from dcconv.triton_impl.grad_dot import column_sums_kernel, grad_dot_kernel
 from dcconv.triton_impl.grad_input import grad_input_kernel
@@ -34,11 +36,13 @@ from dcconv.triton_impl.launch import (
     NAMESPACE,
     blocks,
     filter_tile,
+    matrix_tile,
     on_device,
     op,
     tiling,
 )
 from dcconv.triton_impl.norms import filter_norm_kernel, pixel_sumsq_kernel, window_norm_kernel
+from dcconv.triton_impl.pointwise import pointwise_kernel
 
 COMPUTE = torch.float32
 
@@ -427,8 +431,8 @@ def conv2d_epilogue_(
     )
 
 
-@op("conv2d_depthwise", fakes._conv2d_depthwise_fake)
-def conv2d_depthwise(
+@op("conv2d_direct", fakes._conv2d_direct_fake)
+def conv2d_direct(
     x: Tensor,
     weight: Tensor,
     a: Tensor,
@@ -457,7 +461,7 @@ def conv2d_depthwise(
     n, _, h, w = x.shape
     filters, _, rows, columns = weight.shape
     p, q = _windows(h, w, [rows, columns], stride, padding, dilation)
-    y, norm_map, dot = fakes._conv2d_depthwise_fake(
+    y, norm_map, dot = fakes._conv2d_direct_fake(
         x,
         weight,
         a,
@@ -483,10 +487,26 @@ def conv2d_depthwise(
         keep_dot,
         channels_last,
     )
-    tiles = tiling(n, p * q, filters, groups, channels_last)
-    if y.numel() > 0:
+    functions: dict[str, Any] = {
+        "MAGNITUDE": twin_of(magnitude, weighting),
+        "ANGULAR": angular,
+        "TIMES_A": weighting == "linear",
+        "PER_POSITION": _per_position(magnitude, weighting, radius),
+        "RADIUS": _count(radius),
+        "HAS_MEAN": mean is not None,
+        "CURVATURE": _count(k),
+        "HAS_BIAS": bias is not None,
+        "MAP_IS_NORM": map_is_norm,
+        "KEEPS_DOT": keep_dot,
+    }
+    parameters = (_dense(bias, a), _dense(radius, a), _dense(mean, a), _dense(k, a))
+    if y.numel() == 0:
+        return y, norm_map, dot
+    if groups == 1:
+        product = matrix_tile(n * p * q, x.shape[1], filters)
+        column_blocks = blocks(filters, product.filters)
         with on_device(x):
-            wrap_triton(depthwise_kernel)[(tiles.tiles * tiles.all_chunks,)](
+            wrap_triton(pointwise_kernel)[(blocks(n * p * q, product.positions) * column_blocks,)](
                 x,
                 weight,
                 y,
@@ -494,49 +514,72 @@ def conv2d_depthwise(
                 a,
                 map,
                 norm_map,
-                _dense(bias, a),
-                _dense(radius, a),
-                _dense(mean, a),
-                _dense(k, a),
-                n,
+                *parameters,
+                n * p * q,
                 p * q,
-                groups,
-                filters // groups,
-                tiles.chunks,
-                tiles.all_chunks,
+                x.shape[1],
+                filters,
+                column_blocks,
                 h,
                 w,
                 q,
                 stride[0],
                 stride[1],
-                padding[0],
-                padding[2],
-                dilation[0],
-                dilation[1],
                 alpha,
                 beta,
                 power,
                 eps,
                 RHO_FLOOR,
-                ROWS=rows,
-                COLUMNS=columns,
-                MODE=padding_mode,
-                MAGNITUDE=twin_of(magnitude, weighting),
-                ANGULAR=angular,
-                TIMES_A=weighting == "linear",
-                PER_POSITION=_per_position(magnitude, weighting, radius),
-                RADIUS=_count(radius),
-                HAS_MEAN=mean is not None,
-                CURVATURE=_count(k),
-                HAS_BIAS=bias is not None,
-                MAP_IS_NORM=map_is_norm,
-                KEEPS_DOT=keep_dot,
-                LAST=channels_last,
-                P=tiles.positions,
-                IN_GROUP=tiles.in_group,
-                BY_GROUP=tiles.by_group,
-                EXACT=tiles.exact,
+                STRIDED=max(stride) > 1,
+                UPCASTS=INTERPRETED and x.dtype == torch.bfloat16,
+                P=product.positions,
+                FILTERS=product.filters,
+                DEPTH=product.depth,
+                num_warps=product.warps,
+                **functions,
             )
+        return y, norm_map, dot
+    tiles = tiling(n, p * q, filters, groups, channels_last)
+    with on_device(x):
+        wrap_triton(depthwise_kernel)[(tiles.tiles * tiles.all_chunks,)](
+            x,
+            weight,
+            y,
+            dot,
+            a,
+            map,
+            norm_map,
+            *parameters,
+            n,
+            p * q,
+            groups,
+            filters // groups,
+            tiles.chunks,
+            tiles.all_chunks,
+            h,
+            w,
+            q,
+            stride[0],
+            stride[1],
+            padding[0],
+            padding[2],
+            dilation[0],
+            dilation[1],
+            alpha,
+            beta,
+            power,
+            eps,
+            RHO_FLOOR,
+            ROWS=rows,
+            COLUMNS=columns,
+            MODE=padding_mode,
+            LAST=channels_last,
+            P=tiles.positions,
+            IN_GROUP=tiles.in_group,
+            BY_GROUP=tiles.by_group,
+            EXACT=tiles.exact,
+            **functions,
+        )
     return y, norm_map, dot
 
 
@@ -970,9 +1013,9 @@ def window_norm_grad(
 
 
 #: Names of the ops: those of plan A, and the ones that only Triton has.
-names = (*(name for name in fakes._FAKES if name in globals()), "conv2d_depthwise")
+names = (*(name for name in fakes._FAKES if name in globals()), "conv2d_direct")
 
-_flops = {"conv2d_depthwise": fakes._conv2d_forward_flops}
+_flops = {"conv2d_direct": fakes._conv2d_forward_flops}
 for _name in names:
     _op = getattr(getattr(torch.ops, NAMESPACE), _name)
     register_flop_formula(_op)(_flops.get(_name, fakes._no_flops))

@@ -108,7 +108,7 @@ def launches_of(
             False,
             last,
         )
-        ops.conv2d_depthwise(
+        ops.conv2d_direct(
             x,
             empty(c, 1, 3, 3),
             compute(c),
@@ -125,6 +125,24 @@ def launches_of(
             False,
             False,
             last,
+        )
+        ops.conv2d_direct(
+            empty(n, c, h, h),
+            empty(o, c, 1, 1),
+            a,
+            norm,
+            empty(o),
+            compute(o),
+            mean,
+            k,
+            [1, 1],
+            [0, 0, 0, 0],
+            *geometry[2:],
+            *functions,
+            EPS,
+            False,
+            True,
+            True,
         )
         _, t, _ = ops.conv2d_grad_dot(
             u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, 132, last
@@ -152,8 +170,8 @@ def build(
     """Compile a launch as Triton would: ones are constants, multiples of 16 are known as such.
 
     Returns:
-        The kind of the assembly, the widest global load and store in bits, bytes of stack and
-        number of spilled registers.
+        The kind of the assembly, whether it multiplies matrices, the widest global load and store,
+        in bits, bytes of stack and number of spilled registers.
     """
     launches = launches_of(getattr(torch, dtype), last, operator, sums)
     function, args, constants = launches.seen[kernel]
@@ -169,12 +187,15 @@ def build(
             signature[name] = "i32"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": constants.get("num_warps", 4)}
     for name, value in constants.items():
+        if name in options:
+            continue
         signature[name] = "constexpr"
         constexprs[(function.arg_names.index(name),)] = value
     signature = {name: signature[name] for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
-    compiled = triton.compile(source, target=TARGETS[target])
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
         return of_amdgcn(compiled.asm["amdgcn"])
     return of_ptx(compiled.asm["ptx"], compiled.asm["cubin"])
@@ -196,6 +217,7 @@ def of_ptx(text: str, cubin: bytes) -> dict[str, Any]:
     found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage)
     assert found is not None, usage
     return {
+        "products": re.search(r"\b(?:mma\.sync|wgmma\.mma_async)", text) is not None,
         "kind": "ptx" if ".visible .entry" in text else "",
         "load": widest("ld"),
         "store": widest("st"),
@@ -215,6 +237,7 @@ def of_amdgcn(text: str) -> dict[str, Any]:
         return int(found[1])
 
     return {
+        "products": "v_mfma" in text,
         "kind": "amdgcn" if "-gfx942" in text and "s_endpgm" in text else "",
         "load": widest("load"),
         "store": widest("store"),

@@ -50,7 +50,14 @@ DEPTHWISE = {
         Case("many-filters", 1, 2, 3, 4, 38, (2, 2), groups=2),
     )
 }
+POINTWISE = (
+    Case("pointwise", 2, 40, 5, 4, 21, (1, 1)),
+    Case("pointwise-s2", 1, 17, 9, 7, 40, (1, 1), stride=(2, 3)),
+    Case("pointwise-narrow", 3, 5, 3, 2, 3, (1, 1)),
+)
 SMALL_TILES = {
+    "PRODUCT": 16,
+    "DEPTH": 16,
     "LANES": 8,
     "POSITIONS": 8,
     "ELEMENTS": 64,
@@ -234,28 +241,27 @@ def ulps() -> dict[str, float]:
 
 
 def geometry(case: str, dtype: str) -> None:
-    """A case (float32: in two layouts), with operators that change from case to case."""
+    """A case, with operator, norm, bias and layout that change from case to case."""
     kind = dtype_of(dtype)
     number = CASES.index(by_id(case))
     start = 7 * number + 13 * (kind == torch.float16) + 26 * (kind == torch.bfloat16)
-    for i in range(2 if kind == torch.float32 else 1):
-        name, weighting, angular = OPERATORS[(start + 37 * i) % len(OPERATORS)]
-        norm, scalar = NORMS[(start + i) % 3], (start + i) % 5 == 0
-        # With a bias the cotangent's sign is not that of g: no sums to one number then.
-        bias = (start + i) % 4 == 0 and norm != "given" and not scalar
-        layout = LAYOUTS[(start // 2 + i) % len(LAYOUTS)]
-        inputs = make_inputs(
-            by_id(case),
-            kind,
-            layout,
-            magnitude=name,
-            weighting=weighting,
-            angular=angular,
-            norm=norm,
-            bias=bias,
-            scalar=scalar,
-        )
-        compare(f"{case} {layout} {name} {weighting} {angular} {norm}", inputs)
+    name, weighting, angular = OPERATORS[37 * start % len(OPERATORS)]
+    norm, scalar = NORMS[start % 3], start % 5 == 0
+    # With a bias the cotangent's sign is not that of g: no sums to one number then.
+    bias = start % 4 == 0 and norm != "given" and not scalar
+    layout = LAYOUTS[(start // 2 + number) % len(LAYOUTS)]
+    inputs = make_inputs(
+        by_id(case),
+        kind,
+        layout,
+        magnitude=name,
+        weighting=weighting,
+        angular=angular,
+        norm=norm,
+        bias=bias,
+        scalar=scalar,
+    )
+    compare(f"{case} {layout} {name} {weighting} {angular} {norm}", inputs)
 
 
 def operators(magnitude: str, weighting: str) -> None:
@@ -304,13 +310,32 @@ def depthwise(case: str) -> None:
             magnitude=name,
             weighting=weighting,
             angular=("square_cosine", "sigmoid")[(number // 2 + i) % 2],
-            norm=NORMS[number % 3],
+            norm=NORMS[(number + i) % 3],
             bias=number % 3 == 2,
         )
         with small_tiles(), Recorder() as recorder:
             compare(f"{case} {layout}", inputs)
-        calls = [func._schema.name.partition("::")[2] for func, _ in recorder.calls]
-        assert calls[1] == "conv2d_depthwise" and "conv2d_epilogue" not in calls
+        assert "conv2d_direct" in recorder.names()
+
+
+def pointwise(number: int) -> None:
+    """Several tiles of rows and of filters, and several steps, none of them full."""
+    case = POINTWISE[number]
+    for i, dtype in enumerate((torch.float16, torch.bfloat16)):
+        name, weighting = (("tanh", "separate"), ("segmented", "linear"), ("mix", "none"))[number]
+        inputs = make_inputs(
+            case,
+            dtype,
+            "channels_last",
+            magnitude=name,
+            weighting=weighting,
+            angular=("square_cosine", "sigmoid")[(number + i) % 2],
+            norm=NORMS[(number + i) % 3],
+            bias=number == 2,
+        )
+        with small_tiles(), Recorder() as recorder:
+            compare(f"{case.id} {dtype}", inputs)
+        assert "conv2d_direct" in recorder.names()
 
 
 def offsets_beyond_int32() -> None:
@@ -350,10 +375,13 @@ class Recorder(TorchDispatchMode):
             self.calls.append((func, copies))
         return func(*args, **(kwargs or {}))
 
+    def names(self) -> list[str]:
+        return [func._schema.name.partition("::")[2] for func, _ in self.calls]
+
 
 def opcheck() -> list[str]:
     """Check schema, fake and registration of every op; return which there were."""
-    seen = set()
+    seen: set[str] = set()
     variants: tuple[dict[str, Any], ...] = (
         {"case": by_id("3x3-p1"), "weighting": "product", "angular": "sigmoid", "bias": True},
         {"case": by_id("same-s2-even"), "magnitude": "ball", "norm": "given", "layout": LAYOUTS[1]},
@@ -361,6 +389,7 @@ def opcheck() -> list[str]:
         {"case": by_id("n0"), "magnitude": "tanh"},
         {"case": LARGE["filter-chunks"], "magnitude": "log", "layout": LAYOUTS[1]},
         {"case": DEPTHWISE["zeros-s2"], "bias": True},
+        {"case": POINTWISE[1], "norm": "none", "bias": True, "layout": LAYOUTS[1]},
         {"case": DEPTHWISE["same-s2-multiplier2"], "norm": "given", "layout": LAYOUTS[1]},
     )
     for options in variants:
@@ -377,7 +406,7 @@ def opcheck() -> list[str]:
                 arguments,
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )
-            seen.add(func._schema.name.partition("::")[2])
+        seen |= set(recorder.names())
     return sorted(seen)
 
 

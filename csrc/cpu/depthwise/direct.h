@@ -16,7 +16,7 @@ namespace DCCONV_ISA {
 using namespace ::dcconv::DCCONV_ISA;
 
 // Bytes of one register, and result blocks in a run: what the registers hold beside two operands.
-constexpr int64_t kVectorBytes = DCCONV_VECTOR_BYTES;
+constexpr int64_t kVectorBytes = 4 * DCCONV_LANES;
 constexpr int64_t kRunBlocks = kVectorBytes == 64 ? 14 : 12;
 
 template <class A>
@@ -67,7 +67,7 @@ DC_HD void root_of(
     typename Lanes<A>::Vector& b,
     typename Lanes<A>::Vector& inverse
 ) {
-#if DCCONV_VECTOR_BYTES == 64
+#if DCCONV_LANES == 16
   if constexpr (sizeof(A) == sizeof(float)) {
     const __m512 v = (__m512)s, y = _mm512_maskz_rsqrt14_ps(0xffff, v), half = _mm512_set1_ps(0.5f);
     const __mmask16 usual = _knot_mask16(_mm512_fpclass_ps_mask(v, kZeroOrInfinity));
