@@ -259,9 +259,9 @@ def _conv2d_direct_fake(
     keep_dot: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p, q = _window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    p, q = window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], p, q)
-    layout = _layout(channels_last)
+    layout = layout_of(channels_last)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     dot = torch.empty_like(y, memory_format=layout) if keep_dot else x.new_empty(0)
     return y, _norm_map_of(y, a, groups, map_is_norm), dot

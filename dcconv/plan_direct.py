@@ -41,7 +41,7 @@ def forward(
     channels_last = layout == torch.channels_last
     x = x.contiguous(memory_format=layout)
     weight = weight.contiguous(memory_format=ops.memory_format(weight))
-    geometry = plan_a._geometry(problem)
+    geometry = plan_a.geometry(problem)
     batch_mean = problem.norm == NORM_BATCH
     if batch_mean:
         a, norms, mean = passes.conv2d_norms(
@@ -60,7 +60,7 @@ def forward(
         mean if batch_mean else norm_mean,
         k,
         *geometry,
-        *plan_a._operator(problem),
+        *plan_a.operator(problem),
         problem.eps,
         batch_mean,
         kept == DOT,
