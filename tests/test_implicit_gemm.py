@@ -393,6 +393,20 @@ def test_rule_fills_the_device_and_no_half_tile_is_empty() -> None:
     assert rule(128 * 132, 64, groups=2) == 1
 
 
+def test_offsets_beyond_32_bits_are_refused() -> None:
+    executable = program(FAST)
+
+    def fits(side: int, channels: int, filters: int, kernel: int) -> bool:
+        done = run(FAST, executable, "fits", side, channels, filters, kernel)
+        return bool(int(done.stdout))
+
+    assert fits(224, 2048, 2048, 7)
+    # Two images of 2^30 pieces each may be under one tile.
+    assert fits(32000, 8, 8, 1) and not fits(32768, 8, 8, 1)
+    assert fits(1, 65536, 65536, 1) and not fits(1, 65536, 65536, 3)
+    assert not fits(2**31 - 1, 2**31 - 8, 2**31 - 8, 1)
+
+
 CRASHED = -11
 
 # What is changed, the case and the tile that have to see it, and what is said: values that are

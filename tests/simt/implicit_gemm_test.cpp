@@ -2,6 +2,7 @@
 //
 //   implicit_gemm_test CASE TILE SEED    exit status 0: y, u, the norms and the gradient of x agree
 //   implicit_gemm_test rule ROWS COLUMNS GROUPS PLACES    prints the tile that the rule chooses
+//   implicit_gemm_test fits SIDE CHANNELS FILTERS KERNEL    prints whether 32-bit offsets do
 //
 // Every array ends where a page begins that nobody may touch; outputs are NaN before they are
 // written. With SIMT_ONE_TILE there is tile 2 alone, for builds that are many.
@@ -273,9 +274,20 @@ private:
 }  // namespace
 
 int main(int argc, char** argv) {
+  const auto size = [&](int i) { return int64_t(std::atoll(argv[i])); };
   if (argc == 6 && std::string(argv[1]) == "rule") {
-    const auto size = [&](int i) { return int64_t(std::atoll(argv[i])); };
     std::printf("%d\n", gemm_tile(size(2), size(3), size(4), size(5)));
+    return 0;
+  }
+  if (argc == 6 && std::string(argv[1]) == "fits") {
+    OnePassParams p{};
+    const int side = int(size(2)), kernel = int(size(5));
+    const WindowAxis axis{side, side, kernel, 1, 1, kernel / 2, kernel / 2, PaddingMode::zeros};
+    p.n = p.groups = 1;
+    p.c = int(size(3));
+    p.o = int(size(4));
+    p.window = {axis, axis};
+    std::printf("%d\n", offsets_fit(forward_problem(p), int64_t(side) * side));
     return 0;
   }
   for (const Case& c : kCases) {
