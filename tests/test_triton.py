@@ -271,9 +271,12 @@ def built(
     assert found["stack"] == found["spills"] == 0, found
     assert found["products"] == (kernel == "pointwise_kernel")
     if kernel in WIDE and sums == plan_a.SUM_RHO:
-        # The sums of pixels are one number per row of channels.
-        wide = 32 if kernel == "pixel_sumsq_kernel" else 128
-        assert found["load"] == 128 and found["store"] >= wide, found
+        # The sums of pixels are one number per row of channels; waves of 64 share a tile that has
+        # room for sums by four elements each.
+        narrow = {"pixel_sumsq_kernel": 32}
+        if target == "gfx942":
+            narrow["grad_dot_kernel"] = 64
+        assert found["load"] == 128 and found["store"] >= narrow.get(kernel, 128), found
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])

@@ -495,7 +495,7 @@ def empty_batch() -> None:
 
 
 def hard_points() -> None:
-    """Zero filters and patches, aligned vectors, huge float16 inputs, radii on their floor."""
+    """Zero filters and patches, aligned vectors, huge inputs, radii on their floor, NaN."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 4, 5, 5, generator=generator)
     weight = torch.randn(6, 4, 3, 3, generator=generator)
@@ -519,6 +519,12 @@ def hard_points() -> None:
             wide = {name: t.double() for name, t in tensors.items()}
             truth = reference.decoupled_conv2d(**wide, **options)
             check(f"{dtype} {scale} {angular}", y, truth, peer, dtype)
+    floored = torch.tensor([-1.0, 0.0, 1e-15, 1.0, 0.0, 2.0], requires_grad=True)
+    y = functional.decoupled_conv2d(
+        x, weight, radius=floored, magnitude="segmented", norm_mean="batch"
+    )
+    (grad,) = torch.autograd.grad(y.square().sum(), floored)
+    assert grad[[0, 1, 2, 4]].tolist() == [0.0] * 4 and bool(grad[[3, 5]].ne(0.0).all())
     nan = x.clone()
     nan[1, 2, 3, 4] = torch.nan
     y = functional.decoupled_conv2d(nan, weight, norm_mean=torch.tensor(6.0))
