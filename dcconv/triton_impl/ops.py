@@ -4,6 +4,7 @@ Their schemas are those of ``csrc/schemas.h``. Tensors are dense in the layout t
 says; maps are 1-d.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -1015,7 +1016,7 @@ def window_norm_grad(
 #: Names of the ops: those of plan A, and the ones that only Triton has.
 names = (*(name for name in fakes._FAKES if name in globals()), "conv2d_direct")
 
-_flops = {"conv2d_direct": fakes._conv2d_forward_flops}
+_flops: dict[str, Callable[..., int]] = {"conv2d_direct": fakes._conv2d_forward_flops}
 for _name in names:
     _op = getattr(getattr(torch.ops, NAMESPACE), _name)
-    register_flop_formula(_op)(_flops.get(_name, fakes._no_flops))
+    register_flop_formula(_op)(_flops.get(_name, fakes.no_flops))
