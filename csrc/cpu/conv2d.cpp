@@ -126,7 +126,8 @@ BackwardResults conv2d_backward(
       kept_is == "output" ? Kept::output : Kept::dot,
       needs
   };
-  const bool depthwise = takes_depthwise_backward(call), own = depthwise || takes_one_pass(call, true);
+  const bool depthwise = takes_depthwise_backward(call),
+             own = depthwise || takes_one_pass(call, true);
   taken_scheme() = own ? Scheme::own : Scheme::library;
   return depthwise ? depthwise_backward(call, in)
          : own     ? one_pass_backward(call, in)
