@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/column_sums.h"
 #include "cpu/depthwise/plan.h"
 #include "cpu/directions.h"
 #include "cpu/operands.h"
+#include "cpu/parameter_sums.h"
 
 namespace dcconv {
 namespace cpu {
