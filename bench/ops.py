@@ -47,6 +47,7 @@ from bench.providers import (
     Function,
     backward,
     forward,
+    plan_provider,
 )
 from bench.providers import (
     run as run_pass,
@@ -56,6 +57,7 @@ from bench.tables import first_own, show
 from bench.timing import Candidate, Protocol, Staged, Stopwatch, Timing
 from dcconv import backends
 from dcconv.checks import integer, value_error
+from dcconv.dispatch.rule import PLANS
 from dcconv.numerics import compute_dtype
 
 KIND = "ops"
@@ -84,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", type=names, dest="layouts", metavar="A,B", help=", ".join(LAYOUTS))
     add("--passes", type=names, metavar="A,B", help=", ".join(PASSES))
     add("--providers", type=names, metavar="A,B", help=f"baselines: {', '.join(BASELINES)}")
+    add(
+        "--plans",
+        type=names,
+        metavar="A,B",
+        help=f"of the cuda backend, each by itself: {', '.join(PLANS)}",
+    )
     add("--graphs", action="store_true", help="on CUDA, time the replay of captured graphs")
 
 
@@ -145,6 +153,7 @@ def complete(options: argparse.Namespace) -> None:
         ("--layout", options.layouts, LAYOUTS),
         ("--passes", options.passes, PASSES),
         ("--providers", options.providers, BASELINES),
+        ("--plans", options.plans, PLANS),
     ):
         if value is not None:
             shared.check_names(option, value, known or OPERATORS)
@@ -160,13 +169,15 @@ def complete(options: argparse.Namespace) -> None:
     if chosen is None:
         chosen = shared.willing_backends(options.device)
     options.own = [OURS + name for name in chosen if name != "reference"]
+    if options.plans and options.device != "cuda":
+        raise value_error("--plans", "go with --device cuda", repr(options.device))
+    options.own += [plan_provider(plan) for plan in options.plans or ()]
 
 
 def refusal(name: str, device: str) -> str | None:
     """Return why a provider of ours does not run on a device, or None."""
-    if not name.startswith(OURS):
-        return None
-    return backends.why_not(name.removeprefix(OURS), torch.zeros(1, device=device))
+    backend = PROVIDERS[name].backend
+    return None if backend is None else backends.why_not(backend, torch.zeros(1, device=device))
 
 
 def prepare(
@@ -187,10 +198,11 @@ def prepare(
             result |= check(name, functions[name], inputs, gate, which)
             if result["note"] is None:
                 result |= memory(functions[name], inputs, which)
-        # Out of memory, or a compiler that fails.
+        # Out of memory, a compiler that fails, or a plan that refuses the case.
         except RuntimeError as failure:
             reason = str(failure).partition("\n")[0].removeprefix("dcconv: ")
-            result["note"] = f"failed: {reason}"
+            refused = isinstance(failure, NotImplementedError)
+            result["note"] = f"{'missing' if refused else 'failed'}: {reason}"
     return results
 
 

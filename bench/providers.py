@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from bench.cases import BATCH, Case, Inputs
 from bench.options import FORWARD
 from dcconv import backends
+from dcconv.dispatch.rule import PLANS
 from dcconv.functional import decoupled_conv2d
 from dcconv.functions import capped_asin
 from dcconv.numerics import EPS, angle_delta, compute_dtype
@@ -35,8 +37,8 @@ def plain(case: Case) -> Function:
     return conv2d
 
 
-def ours(backend: str) -> Callable[[Case], Function]:
-    """Return dcconv on one of its backends."""
+def ours(backend: str, plan: str | None = None) -> Callable[[Case], Function]:
+    """Return dcconv on one of its backends; of the cuda backend, one plan where it is named."""
 
     def build(case: Case) -> Function:
         layer = case.layer
@@ -44,24 +46,25 @@ def ours(backend: str) -> Callable[[Case], Function]:
         def call(
             x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None
         ) -> Tensor:
-            return decoupled_conv2d(
-                x,
-                weight,
-                None,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.groups,
-                magnitude=case.operator.magnitude,
-                angular=case.operator.angular,
-                alpha=ALPHA,
-                beta=BETA,
-                k=K,
-                power=POWER,
-                radius=1.0 if radius is None else radius,
-                norm_mean="batch" if case.mode == BATCH else norm_mean,
-                backend=backend,
-            )
+            with nullcontext() if plan is None else backends.plans(plan):
+                return decoupled_conv2d(
+                    x,
+                    weight,
+                    None,
+                    layer.stride,
+                    layer.padding,
+                    layer.dilation,
+                    layer.groups,
+                    magnitude=case.operator.magnitude,
+                    angular=case.operator.angular,
+                    alpha=ALPHA,
+                    beta=BETA,
+                    k=K,
+                    power=POWER,
+                    radius=1.0 if radius is None else radius,
+                    norm_mean="batch" if case.mode == BATCH else norm_mean,
+                    backend=backend,
+                )
 
         return call
 
@@ -226,6 +229,7 @@ class Provider(NamedTuple):
         build: makes the function of a case; compilation, if any, happens at its first call.
         gated: whether it computes the operator, so that its results are checked.
         compiles: whether its first call compiles; left out of quick runs.
+        backend: of dcconv that it runs on, None for other implementations.
     """
 
     name: str
@@ -233,6 +237,7 @@ class Provider(NamedTuple):
     build: Callable[[Case], Function]
     gated: bool = True
     compiles: bool = False
+    backend: str | None = None
 
 
 CONV2D, EAGER, FORMULA, COMPILED_EAGER, COMPILED, BCOS = (
@@ -244,6 +249,12 @@ CONV2D, EAGER, FORMULA, COMPILED_EAGER, COMPILED, BCOS = (
     "bcos",
 )
 OURS = "dcconv-"
+
+
+def plan_provider(plan: str) -> str:
+    """Return the name of the provider that is one plan of the cuda backend."""
+    return f"{OURS}cuda-{plan}"
+
 
 #: Every implementation by its name; ours are named after their backends.
 PROVIDERS: dict[str, Provider] = {
@@ -266,9 +277,15 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(BCOS, "B-cos layer (another operator)", bcos, gated=False),
         *(
-            Provider(OURS + name, f"dcconv, backend {name}", ours(name))
+            Provider(OURS + name, f"dcconv, backend {name}", ours(name), backend=name)
             for name in backends.names
             if name != "reference"
+        ),
+        *(
+            Provider(
+                plan_provider(plan), f"dcconv, plan {plan}", ours("cuda", plan), backend="cuda"
+            )
+            for plan in PLANS
         ),
     )
 }

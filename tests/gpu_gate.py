@@ -68,7 +68,7 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
     Imports the library: only for workers, after the build.
     """
     import torch
-    from gate import checks, measure
+    from gate import checks, measure, plans
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found: dict[str, tuple[Check, float]] = {}
@@ -98,6 +98,10 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
     for layout in checks.LAYOUTS[:2]:
         add(f"over 2^31 elements {layout}", 120, checks.large, layout)
     add("torch.compile", 120, checks.compiled)
+    for plan, name in plans.CASES:
+        for dtype in plans.HALF if name in ("implicit GEMM", "cuDNN graph") else dtypes:
+            short = str(dtype).removeprefix("torch.")
+            add(f"plan {plan}: {name} {short}", 120, plans.accuracy, plan, name, dtype)
     for layout in checks.LAYOUTS[:2]:
         add(f"rates {layout}", 60, measure.rates, layout)
     for name in measure.network_layers():
@@ -134,6 +138,18 @@ FIRST = (
     "over 2^31 elements channels_last",
     "over 2^31 elements contiguous",
     "torch.compile",
+    "plan B: implicit GEMM bfloat16",
+    "plan B: implicit GEMM float16",
+    "plan B: depthwise bfloat16",
+    "plan B: depthwise float16",
+    "plan B: depthwise float32",
+    "plan B: depthwise float64",
+    "plan B: stem bfloat16",
+    "plan B: stem float16",
+    "plan B: stem float32",
+    "plan B: stem float64",
+    "plan G: cuDNN graph bfloat16",
+    "plan G: cuDNN graph float16",
     "op guards",
 )
 SECOND = (
@@ -158,6 +174,8 @@ def worker_environ() -> dict[str, str]:
     """Return the settings that checks need before CUDA starts."""
     return os.environ | {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # Rows of their own check the other plans.
+        "DCCONV_PLANS": "A",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
