@@ -398,6 +398,12 @@ def opcheck() -> list[str]:
         tiles = small_tiles() if case in LARGE.values() else nullcontext()
         with Recorder() as recorder, tiles:
             evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))
+            # Without a gradient of x there is less to return.
+            weight = inputs.tensors["weight"].detach().requires_grad_()
+            y = functional.decoupled_conv2d(
+                **{**inputs.tensors, "weight": weight}, **inputs.options
+            )
+            y.sum().backward()
             x = inputs.tensors["x"].detach().requires_grad_()
             functional.patch_norm(x, case.kernel, **case.geometry).sum().backward()
         for func, arguments in recorder.calls:
