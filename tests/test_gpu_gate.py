@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_gate
@@ -342,7 +343,6 @@ PASSING = (
     "gradcheck",
     "unwritten memory",
     "other devices",
-    "shared memory",
     "many blocks",
     "over 2^31 elements channels_last",
     "rates contiguous",
@@ -409,17 +409,27 @@ def test_calls_that_are_not_refused_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert row.state == FAILED and "weight on meta was not refused" in row.message
 
 
-def test_shared_memory_beyond_48_kb_needs_a_case(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc/a.cu").write_text("cudaFuncAttributeMaxDynamicSharedMemorySize")
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
-    with pytest.raises(AssertionError, match=r"no case yet for what a\.cu asks for"):
-        checks.shared_memory(HERE)
+@pytest.mark.parametrize("wrong", [None, 2])
+def test_tiles_with_other_bits_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: int | None) -> None:
+    class Op:
+        __name__ = "conv2d_one_pass.default"
+        _schema = SimpleNamespace(arguments=[SimpleNamespace(name=n) for n in ("x", "tile")])
+
+        def __call__(self, x: torch.Tensor, tile: int) -> tuple[torch.Tensor]:
+            return (x + (tile == wrong),)
+
+    x = torch.zeros(2)
+    recorder = SimpleNamespace(calls=[(Op(), (x, -1), {}, (x,))])
+    monkeypatch.setattr(checks, "record", lambda *arguments: recorder)
+    monkeypatch.setattr(checks, "placed", lambda inputs, *arguments: inputs)
+    row = worker.answer("shared memory", lambda: checks.shared_memory(checks.Where("cuda", "cuda")))
+    assert row.state == (OK if wrong is None else FAILED), row.message
+    assert wrong is None or "tile 2 gives other bits" in row.message
 
 
-@pytest.mark.parametrize("name", ["CUDA graph", "other stream", "launches", "op guards"])
+@pytest.mark.parametrize(
+    "name", ["CUDA graph", "other stream", "launches", "op guards", "shared memory"]
+)
 def test_what_needs_a_gpu_says_so(name: str) -> None:
     row = worker.answer(name, gpu_gate.checks_of(HERE)[name][0])
     assert row.state == NOT_RUN and row.message.endswith("need a GPU")
@@ -445,7 +455,7 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "architecture": NOT_RUN,
         "unwritten memory": OK,
         "other devices": OK,
-        "shared memory": OK,
+        "shared memory": NOT_RUN,
         "compute-sanitizer memcheck": NOT_RUN,
         "compute-sanitizer racecheck": NOT_RUN,
         "ptx: determinism": NOT_RUN,

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import dcconv
-from dcconv import functional, reference
+from dcconv import backends, functional, reference
+from dcconv.autograd import PASSES
 from dcconv.numerics import ANGLE_DELTA
 from gate.report import Figures, NotRun
 
@@ -50,6 +51,20 @@ class Where:
     def need_gpu(self, what: str) -> None:
         if not self.on_gpu:
             raise NotRun(f"{what} need a GPU")
+
+    def need_compiled(self, what: str) -> None:
+        """Leave out what is about the compiled library where another backend is under test."""
+        if self.backend == "triton":
+            raise NotRun(f"{what} are those of the compiled library")
+
+    def refusal(self, dtype: torch.dtype) -> str | None:
+        """Return None if the backend takes a dtype, else its sentence."""
+        return backends.why_not(self.backend, torch.zeros(1, dtype=dtype, device=self.device))
+
+    def need_dtype(self, dtype: torch.dtype) -> None:
+        reason = self.refusal(dtype)
+        if reason is not None:
+            raise NotRun(reason)
 
 
 def placed(inputs: Inputs, layout: str, device: str) -> Inputs:
@@ -117,6 +132,7 @@ def tf32(on: bool) -> Iterator[None]:
 
 def accuracy(where: Where, dtype: torch.dtype, with_tf32: bool = False) -> Figures:
     """Every case in every layout with some operators, then every operator on one case."""
+    where.need_dtype(dtype)
     # TF32 has the 10 bits of float16.
     rule = torch.float16 if with_tf32 else None
     worst, compared = 0.0, 0
@@ -167,6 +183,7 @@ def accuracy(where: Where, dtype: torch.dtype, with_tf32: bool = False) -> Figur
 
 def wide_layers(where: Where, dtype: torch.dtype) -> Figures:
     """Channel counts that fill vectors and blocks, or just do not."""
+    where.need_dtype(dtype)
     worst, compared = 0.0, 0
     for c, o, k in ((64, 64, 3), (257, 130, 1), (96, 520, 1), (1040, 24, 1), (33, 65, 3)):
         case = Case(f"{c}-{o}-{k}", 2, c, 9, 7, o, (k, k), padding=k // 2)
@@ -184,6 +201,8 @@ def patch_norm(where: Where) -> Figures:
     cases = [by_id(name) for name in REDUCED_CASES] if where.reduced else CASES
     for case in cases:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if where.refusal(dtype) is not None:
+                continue
             plain = draw(case, dtype)
             for layout in LAYOUTS:
                 x = placed(plain, layout, where.device).tensors["x"]
@@ -207,6 +226,7 @@ def patch_norm(where: Where) -> Figures:
 
 def gradcheck(where: Where) -> Figures:
     """Analytic against numeric gradients, both layouts, groups, dilation, bias, mean norm."""
+    where.need_dtype(torch.float64)
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int, low: float | None = None) -> Tensor:
@@ -276,7 +296,7 @@ class OpRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "dcconv":
+        if func.namespace not in PASSES.values():
             return func(*args, **kwargs)
         before = tree_map_only(Tensor, torch.clone, (args, kwargs)) if self._cloned else None
         result = func(*args, **kwargs)
@@ -310,6 +330,8 @@ def opcheck(where: Where) -> Figures:
         for j, (magnitude, angular) in enumerate(operators):
             for layout in LAYOUTS[:2]:
                 dtype = (torch.float32, torch.bfloat16, torch.float64, torch.float16)[(i + j) % 4]
+                if where.refusal(dtype) is not None:
+                    continue
                 inputs = draw(
                     by_id(name),
                     dtype,
@@ -322,7 +344,7 @@ def opcheck(where: Where) -> Figures:
                 assert recorder.calls, f"{name}: no op of this project ran"
                 for func, args, kwargs, _ in recorder.calls:
                     torch.library.opcheck(func, args, kwargs, test_utils=tests)
-                    names.add(func._schema.name.removeprefix("dcconv::"))
+                    names.add(func._schema.name.partition("::")[2])
                     checked += 1
     return {"calls": checked, "ops": " ".join(sorted(names))}
 
@@ -593,13 +615,18 @@ def many_blocks(where: Where) -> Figures:
 
 
 def shared_memory(where: Where) -> Figures:
-    """More than 48 KB of dynamic shared memory, where the sources ask the driver for it."""
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
-    asking = [p.name for p in sources if "MaxDynamicSharedMemorySize" in p.read_text("utf-8")]
-    if not asking:
-        text = "no kernel uses it: no source raises the limit of 48 KB, beyond which none starts"
-        return {"files": len(sources), "message": text}
-    raise AssertionError(f"this gate has no case yet for what {', '.join(asking)} asks for")
+    """Every tile of the implicit GEMM gives the same bits; the largest needs more than 48 KB."""
+    where.need_gpu("tiles of the implicit GEMM")
+    where.need_compiled("tiles of the implicit GEMM")
+    inputs = draw(Case("tiles", 8, 64, 28, 28, 256, (1, 1)), torch.bfloat16, norm="given")
+    with backends.plans("B"):
+        recorder = record(where, placed(inputs, "channels_last", where.device))
+    (op, args, kwargs, first), *_ = [c for c in recorder.calls if "one_pass" in c[0].__name__]
+    tile = [argument.name for argument in op._schema.arguments].index("tile")
+    for other in range(3):
+        again = op(*args[:tile], other, *args[tile + 1 :], **kwargs)
+        assert all(map(torch.equal, first, again)), f"tile {other} gives other bits"
+    return {"tiles": 3}
 
 
 def refuses(name: str, call: Callable[[], object], kind: type[Exception], rule: str) -> int:
@@ -682,6 +709,7 @@ def own_launches(call: Callable[[], Any]) -> tuple[Any, int]:
 
 def launches(where: Where) -> Figures:
     """At most 3 own launches forward and 4 backward; 4 and 5 with the mean norm of the batch."""
+    where.need_compiled("launch counts")
     where.need_gpu("launch counts")
     figures: Figures = {}
     for norm, most in (("given", (3, 4)), ("batch", (4, 5))):
@@ -713,6 +741,7 @@ def architecture(where: Where, expected: str) -> Figures:
         where: what is tested.
         expected: ``native``, or the target whose PTX must run, such as ``800``.
     """
+    where.need_compiled("compiled architectures")
     where.need_gpu("compiled architectures")
     arch = torch.zeros(1, dtype=torch.int32, device=where.device)
     torch.ops.dcconv.cuda_arch(arch)
