@@ -94,8 +94,8 @@ inline ConvShape conv_shape(
       "dcconv: geometry must come as 2, 2, 4 and 2 numbers"
   );
   STD_TORCH_CHECK(
-      groups > 0 && x.size(1) % groups == 0 && o % groups == 0 && x.size(1) > 0,
-      "dcconv: groups must divide channels and filters"
+      groups > 0 && x.size(1) % groups == 0 && o % groups == 0 && x.size(1) > 0 && o > 0,
+      "dcconv: groups must divide channels and filters, and there must be some"
   );
   const PaddingMode mode = padding_mode_of(padding_mode);
   return {
