@@ -84,6 +84,8 @@ inline int64_t most_groups(const ConvShape& shape) {
 //     [8, 32, 56, 56] -> 32, 3x3      1.16 : 1.23   1.16 : 1.24
 //     [64, 96, 32, 32] -> 96, 3x3     1.10 : 1.05
 //     [8, 3, 224, 224] -> 96, 4x4/4   1.55 : 1.83
+//     [1, 512, 7, 7] -> 2048, 1x1     2.8 : 1.1          the filters are packed for few positions
+//     [128, 256, 1, 1] -> 64, 1x1     7.1 : 2.9          contiguous: vectors of one pixel
 //
 // Windows of long filters are the library's: its products are as fast and it reads patches better.
 inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) {
@@ -91,8 +93,12 @@ inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) 
     return false;
   const bool pointwise = is_pointwise(shape);
   const bool shallow = shape.filter_size() <= 300;
-  if (!backward)
-    return pointwise || shallow;
+  if (!backward) {
+    if (!shape.channels_last)
+      return shape.output_pixels() >= 16;
+    const bool packs_little = shape.o * shape.filter_size() <= (int64_t{1} << 15);
+    return (pointwise || shallow) && (packs_little || shape.positions() >= 512);
+  }
   if (pointwise) {
     // In contiguous layout a block ends with its image: 1.5 : 1.2 for [8, 256, 14, 14] -> 1024,
     // 1.0 : 1.4 for [8, 256, 56, 56] -> 64.

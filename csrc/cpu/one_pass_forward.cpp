@@ -214,7 +214,7 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   } else {
     windows(pass);
   }
-  return {y, norm_map, mean, dot};
+  return {y, in.keep_map ? norm_map : empty({0}, call.compute), mean, dot};
 }
 
 }  // namespace cpu
