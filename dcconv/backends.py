@@ -335,6 +335,19 @@ def _warn_slow(call: Call) -> None:
         warn_once(f"the plain PyTorch reference runs on {call.device} tensors ({said})")
 
 
+_SCHEMES = {"own": "one pass", "library": "passes around the library convolution"}
+
+
+def _cpu_schemes(operands: Operands, problem: Problem) -> list[str]:
+    x, weight, *_ = operands
+    geometry = ops.conv2d_arguments(operands, problem)[6:14]
+    taken = torch.ops.dcconv.cpu_schemes(x, weight, *geometry)
+    return [
+        f"    {direction}: {_SCHEMES[scheme]}"
+        for direction, scheme in zip(("forward", "backward"), taken, strict=True)
+    ]
+
+
 def report(
     x: Tensor,
     weight: Tensor,
@@ -351,7 +364,8 @@ def report(
     """Return which backend would run a call, one line per backend, and what backward would keep.
 
     Under the cuda backend stand the plans of each direction: the choice, how it was made, and every
-    plan's time, where it was measured, or refusal. Nothing is measured for the report.
+    plan's time, where it was measured, or refusal. Under the cpu backend stands whether a direction
+    takes one pass or the passes around the library convolution. Nothing is measured for the report.
 
     Args:
         x, weight, bias, stride, padding, dilation, groups, operator: as in
@@ -384,6 +398,8 @@ def report(
         if candidate.name == "cpu" and reason is None:
             state += f" ({torch.ops.dcconv.cpu_isa()} instructions)"
         lines.append(f"  {candidate.name:<10}{state}")
+        if candidate.name == "cpu" and reason is None:
+            lines += _cpu_schemes(operands, problem)
         if candidate.name == "cuda" and reason is None:
             planned = dispatch.describe(operands, problem, mode, benchmark)
             lines += [f"    {line}" for line in planned]

@@ -10,7 +10,8 @@ import torch
 from accuracy import Results, check_all, check_equal, evaluate, random_cotangent, truth_and_peer
 from cases import CASES, OPERATORS, Case, Inputs, make_inputs
 
-from dcconv import functional
+from dcconv import autograd, backends, functional
+from dcconv.keep import NOTHING, OUTPUT
 
 pytestmark = pytest.mark.backend("cpu")
 
@@ -184,6 +185,10 @@ CHOICES = (
     (WIDE, {"dtype": torch.bfloat16}, "library", "library"),
     (WIDE, {"magnitude": "linear"}, "library", "library"),
     (Case("few", 4, 256, 12, 12, 64, (1, 1)), {}, "own", "library"),
+    (Case("fewer", 2, 1024, 7, 7, 64, (1, 1)), {}, "library", "library"),
+    (Case("small-filters", 2, 64, 7, 7, 64, (1, 1)), {}, "own", "library"),
+    (Case("4x4", 2, 64, 4, 4, 64, (1, 1)), {"layout": "contiguous"}, "own", "library"),
+    (Case("3x5", 80, 64, 3, 5, 64, (1, 1)), {"layout": "contiguous"}, "library", "library"),
     (Case("large-filters", 8, 1024, 12, 12, 2048, (1, 1)), {}, "own", "library"),
     (Case("strided", 8, 256, 23, 23, 64, (1, 1), stride=2), {}, "own", "library"),
     (SHALLOW, {}, "own", "own"),
@@ -194,6 +199,8 @@ CHOICES = (
     (Case("grouped", 8, 32, 12, 12, 18, (3, 3), padding=1, groups=2), {}, "library", "library"),
     (Case("empty", 0, 24, 12, 12, 18, (3, 3), padding=1), {}, "library", "library"),
 )
+
+SAID = {"own": "one pass", "library": "passes around the library convolution"}
 
 
 @pytest.mark.parametrize(
@@ -211,14 +218,35 @@ def test_the_rule_chooses_by_the_problem(
     try:
         for isa in torch.ops.dcconv.cpu_isas():
             torch.ops.dcconv.set_cpu_isa(isa)
-            y = functional.decoupled_conv2d(**leaves, **inputs.options, backend="cpu")
             # Kernels of 128 bits leave all to the library, which may use longer vectors.
             wide = isa != "baseline"
+            text = backends.report(**leaves, **inputs.options, backend="cpu")
+            for direction, scheme in (("forward", forward), ("backward", backward)):
+                said = SAID[scheme if wide else "library"]
+                assert f"    {direction}: {said}" in text.splitlines()
+            y = functional.decoupled_conv2d(**leaves, **inputs.options, backend="cpu")
             assert torch.ops.dcconv.cpu_scheme_taken() == (forward if wide else "library")
             torch.autograd.grad(y.sum(), list(leaves.values()))
             assert torch.ops.dcconv.cpu_scheme_taken() == (backward if wide else "library")
     finally:
         torch.ops.dcconv.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("norm", ["given", "batch"])
+def test_the_norm_map_is_left_out_where_nothing_is_kept(norm: str, layout: str) -> None:
+    inputs = make_inputs(WIDE, torch.float32, layout, norm=norm)
+    call: dict[str, Any] = {"bias": None} | inputs.tensors | inputs.options
+    operands, problem, _ = functional.check_call(**call, backend="cpu", keep="auto")
+    torch.ops.dcconv.set_cpu_scheme("own")
+    with torch.no_grad():
+        kept, alone = (
+            autograd.conv2d_forward(operands, problem, what, None) for what in (OUTPUT, NOTHING)
+        )
+    assert torch.ops.dcconv.cpu_scheme_taken() == "own"
+    assert kept[1].numel() == 8 * 12 * 12
+    assert alone[1].numel() == 0
+    assert torch.equal(alone[0], kept[0])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,19 @@
 // The operator on the CPU, one op per direction, and the settings of its ways.
 
 #include <string>
+#include <vector>
 
 #include "cpu/one_pass.h"
 
 namespace dcconv {
 namespace cpu {
 namespace {
+
+// library or own: how one direction of a call goes.
+Scheme scheme_for(const Call& call, bool backward) {
+  const bool depthwise = backward ? takes_depthwise_backward(call) : takes_depthwise(call);
+  return depthwise || takes_one_pass(call, backward) ? Scheme::own : Scheme::library;
+}
 
 ForwardResults conv2d_forward(
     Tensor x,
@@ -52,11 +59,11 @@ ForwardResults conv2d_forward(
   const ForwardInputs in{
       x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot, keep_map
   };
-  const bool depthwise = takes_depthwise(call), own = depthwise || takes_one_pass(call, false);
-  taken_scheme() = own ? Scheme::own : Scheme::library;
-  return depthwise ? depthwise_forward(call, in)
-         : own     ? one_pass_forward(call, in)
-                   : library_forward(call, in);
+  const Scheme scheme = scheme_for(call, false);
+  taken_scheme() = scheme;
+  if (scheme == Scheme::library)
+    return library_forward(call, in);
+  return takes_depthwise(call) ? depthwise_forward(call, in) : one_pass_forward(call, in);
 }
 
 BackwardResults conv2d_backward(
@@ -126,12 +133,12 @@ BackwardResults conv2d_backward(
       kept_is == "output" ? Kept::output : Kept::dot,
       needs
   };
-  const bool depthwise = takes_depthwise_backward(call),
-             own = depthwise || takes_one_pass(call, true);
-  taken_scheme() = own ? Scheme::own : Scheme::library;
-  return depthwise ? depthwise_backward(call, in)
-         : own     ? one_pass_backward(call, in)
-                   : library_backward(call, in);
+  const Scheme scheme = scheme_for(call, true);
+  taken_scheme() = scheme;
+  if (scheme == Scheme::library)
+    return library_backward(call, in);
+  return takes_depthwise_backward(call) ? depthwise_backward(call, in)
+                                        : one_pass_backward(call, in);
 }
 
 void set_cpu_chunk(int64_t images) {
@@ -142,8 +149,8 @@ void set_cpu_scheme(std::string scheme) {
   forced_scheme() = scheme_of(scheme);
 }
 
-std::string cpu_scheme_taken() {
-  switch (taken_scheme().load()) {
+std::string name_of(Scheme scheme) {
+  switch (scheme) {
   case Scheme::own:
     return "own";
   case Scheme::library:
@@ -151,6 +158,46 @@ std::string cpu_scheme_taken() {
   default:
     return "";
   }
+}
+
+std::string cpu_scheme_taken() {
+  return name_of(taken_scheme());
+}
+
+std::vector<std::string> cpu_schemes(
+    Tensor x,
+    Tensor weight,
+    Ints stride,
+    Ints padding,
+    Ints dilation,
+    int64_t groups,
+    std::string padding_mode,
+    std::string magnitude,
+    std::string angular,
+    std::string weighting
+) {
+  std::vector<std::string> names;
+  for (bool backward : {false, true}) {
+    const Call call = make_call(
+        x,
+        weight,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        magnitude,
+        angular,
+        weighting,
+        1.0,
+        0.0,
+        1.0,
+        0.0,
+        backward
+    );
+    names.push_back(name_of(scheme_for(call, backward)));
+  }
+  return names;
 }
 
 }  // namespace
@@ -166,4 +213,5 @@ STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
   m.impl("conv2d_forward", TORCH_BOX(&dcconv::cpu::conv2d_forward));
   m.impl("conv2d_backward", TORCH_BOX(&dcconv::cpu::conv2d_backward));
+  m.impl("cpu_schemes", TORCH_BOX(&dcconv::cpu::cpu_schemes));
 }

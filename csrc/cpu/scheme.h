@@ -1,5 +1,7 @@
 // Which of its own ways the operator on the CPU goes: around the library's convolution, or through
-// kernels that hold dot products in cache. Tests and measurements may force one.
+// kernels that hold dot products in cache. Tests and measurements may force one; `own` takes its
+// kernels beyond the rule wherever they can compute a call, and says with cpu_scheme_taken where
+// they could not.
 #pragma once
 
 #include <atomic>
