@@ -4,8 +4,7 @@
 
 #include <vector>
 
-#include "cpu/depthwise/lanes.h"
-#include "cpu/epilogue.h"
+#include "cpu/depthwise/in_place.h"
 
 namespace dcconv {
 namespace cpu {
@@ -342,6 +341,11 @@ void forward_tasks(const DepthwiseParams& p, int64_t begin, int64_t end) {
 // x -> y, dot, map and sums of norms, as far as they are wanted; without y the norms alone.
 template <class T, class A>
 void depthwise_forward(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  if constexpr (kFusedMultiplyAdd && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>))
+    if (InPlaceForward<T, A>::takes(p.shape)) {
+      forward_tasks<InPlaceForward<T, A>>(p, begin, end);
+      return;
+    }
   if (p.shape.channels_last) {
     forward_tasks<ChannelsForward<T, A>>(p, begin, end);
   } else {

@@ -14,6 +14,8 @@ template <class A>
 struct BlockFilters {
   const A *a, *inverse_a, *rho, *inverse_rho, *k, *bias;
 
+  BlockFilters() = default;
+
   BlockFilters(const DepthwiseFilters& f, int64_t block) {
     const auto of = [&](const void* p) {
       return static_cast<const A*>(p) + block * Lanes<A>::count;

@@ -1,0 +1,110 @@
+// Dot products and norms of windows of kKernel columns, neighbours in a row of outputs, in registers
+// from x as it lies in memory: every pixel is loaded once per row of the kernel.
+#pragma once
+
+#include "cpu/depthwise/direct.h"
+#include "storage.h"
+
+namespace dcconv {
+namespace cpu {
+namespace DCCONV_ISA {
+
+// Outputs of a run: with their columns of squares and a row of weights they fill 32 registers; runs
+// of 16 registers are shorter. Sizes of images of common networks are multiples of 7.
+constexpr int kLongRun = DCCONV_LANES == 16 ? 7 : 3;
+constexpr int kShortRun = DCCONV_LANES == 16 ? 4 : 2;
+
+// 64 bytes of compute values from storage values.
+template <class A>
+DC_HD void load_pixels(typename Lanes<A>::Vector& v, const A* p) {
+  load_vector<A>(v, p);
+}
+
+template <class A>
+DC_HD void load_pixels(typename Lanes<A>::Vector& v, const BFloat16* p) {
+  static_assert(sizeof(A) == sizeof(float));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  Halves halves;
+  std::memcpy(&halves, p, sizeof(halves));
+  v = (typename Lanes<A>::Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+
+DC_HD void store_pixels(float* p, const Lanes<float>::Vector& v) {
+  store_vector<float>(p, v);
+}
+
+// As Store<BFloat16> rounds.
+DC_HD void store_pixels(BFloat16* p, const Lanes<float>::Vector& v) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  const Words bits = (Words)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = Words{} + 0x7fc0u;
+  const Halves halves =
+      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
+  std::memcpy(p, &halves, sizeof(halves));
+}
+
+template <class T, class A>
+struct Window {
+  const T* const* const* rows;  // [kernel rows][columns]: pixels, or zeros
+  const A* weights;             // [kernel rows, kernel columns, lanes]
+  int64_t kernel_rows;          // those that show a row of x
+  int64_t column;               // the first one
+  int64_t channel;              // the first lane's
+  A eps;
+};
+
+// sums[i]: eps + sum of squares of the window of output i; with kDot also dots[i].
+template <class T, class A, int kKernel, int kStride, int kRun, bool kDot>
+DC_HD void window_sums(
+    const Window<T, A>& p,
+    int64_t lane,
+    typename Lanes<A>::Vector (&dots)[kRun],
+    typename Lanes<A>::Vector (&sums)[kRun]
+) {
+  using Vector = typename Lanes<A>::Vector;
+  constexpr int kColumns = (kRun - 1) * kStride + kKernel;
+  Vector squares[kColumns];
+#pragma GCC unroll 32
+  for (int j = 0; j < kColumns; ++j)
+    squares[j] = Vector{};
+#pragma GCC unroll 8
+  for (int i = 0; i < kRun; ++i)
+    dots[i] = Vector{};
+  const A* weights = p.weights + lane;
+  const int64_t channel = p.channel + lane;
+  for (int64_t r = 0; r < p.kernel_rows; ++r) {
+    const T* const* pixels = p.rows[r] + p.column;
+    Vector w[kKernel];
+    if constexpr (kDot)
+#pragma GCC unroll 8
+      for (int t = 0; t < kKernel; ++t)
+        load_vector<A>(w[t], weights + t * Lanes<A>::count);
+    weights += kKernel * Lanes<A>::count;
+#pragma GCC unroll 32
+    for (int j = 0; j < kColumns; ++j) {
+      Vector v;
+      load_pixels<A>(v, pixels[j] + channel);
+      squares[j] += v * v;
+      if constexpr (kDot)
+#pragma GCC unroll 8
+        for (int i = 0; i < kRun; ++i) {
+          const int t = j - i * kStride;
+          if (t >= 0 && t < kKernel)
+            dots[i] += v * w[t];
+        }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRun; ++i) {
+    sums[i] = squares[i * kStride] + p.eps;
+#pragma GCC unroll 8
+    for (int t = 1; t < kKernel; ++t)
+      sums[i] += squares[i * kStride + t];
+  }
+}
+
+}  // namespace DCCONV_ISA
+}  // namespace cpu
+}  // namespace dcconv
