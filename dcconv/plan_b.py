@@ -21,6 +21,9 @@ DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"
 # filters of a block stand in shared memory side by side.
 STEM_CHANNELS = 4
 STEM_TAPS = {torch.bfloat16: 304, torch.float16: 304, torch.float32: 160, torch.float64: 62}
+# Most values, in compute dtype, of what a depthwise kernel keeps in shared memory for a channel: in
+# channels_last a filter, or for the gradient of the input the filters of a group.
+DEPTHWISE_VALUES = {torch.float32: 12284, torch.float64: 6140}
 # Channels and filters of a group come in vectors of 16 bytes.
 VECTOR_BYTES = 16
 # The implicit GEMM multiplies with the tensor cores' bfloat16 and float16 instructions.
@@ -80,6 +83,17 @@ def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     return None
 
 
+def _why_not_depthwise(x: Tensor, weight: Tensor, filters: int) -> str | None:
+    values = filters * weight.shape[2] * weight.shape[3]
+    most = DEPTHWISE_VALUES[compute_dtype(x.dtype)]
+    if values > most and ops.memory_format(x, weight) == torch.channels_last:
+        return (
+            f"the depthwise kernel keeps at most {most} values of the weight per channel in "
+            f"channels_last, got {values}"
+        )
+    return None
+
+
 def _why_not_stem(weight: Tensor) -> str | None:
     taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
     most = STEM_TAPS[weight.dtype]
@@ -94,11 +108,11 @@ def why_not(operands: Operands, problem: Problem) -> str | None:
     if reason is not None:
         return reason
     kernel = kernel_of(operands.weight, problem)
+    if kernel == DEPTHWISE:
+        return _why_not_depthwise(operands.x, operands.weight, 1)
     if kernel == STEM:
         return _why_not_stem(operands.weight)
-    if kernel == IMPLICIT_GEMM:
-        return _why_not_gemm(operands.x, operands.weight, problem)
-    return None
+    return _why_not_gemm(operands.x, operands.weight, problem)
 
 
 def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
@@ -108,7 +122,8 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
         return reason
     kernel = kernel_of(operands.weight, problem)
     if kernel == DEPTHWISE:
-        return None
+        filters = operands.weight.shape[0] // problem.groups
+        return _why_not_depthwise(operands.x, operands.weight, filters)
     if kernel == STEM:
         return "the stem kernel has no gradient of the input"
     if problem.stride != (1, 1):
@@ -206,12 +221,15 @@ def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem)
     """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
     channels_last = ops.memory_format(x, weight) == torch.channels_last
     positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
+    rows = plan_a.partial_rows(x, positions, problem.groups, channels_last)
+    # The partial sums of long filters take no more elements than grad_u.
+    most = torch.sym_max(1, positions // (weight.shape[2] * weight.shape[3]))
     grad_weight: Tensor = torch.ops.dcconv.depthwise_grad_weight(
         grad_u,
         x,
         [weight.shape[2], weight.shape[3]],
         *plan_a.geometry(problem),
-        plan_a.partial_rows(x, positions, problem.groups, channels_last),
+        torch.sym_min(rows, most),
         ops.memory_format(weight) == torch.channels_last,
         channels_last,
     )

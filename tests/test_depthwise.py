@@ -198,6 +198,32 @@ def test_du_by_vectors_is_the_du_of_the_other_layout(
             check(f"{dtype} {name}", got, want.double(), want, torch.float32)
 
 
+def test_long_filters_that_do_not_fit_by_vectors(ops: Any) -> None:
+    """4096 taps of four channels take more than 48 KB, those of one channel do not."""
+    case = Case("long", 1, 4, 62, 3, 4, (1024, 4), padding=(482, 1), groups=4)
+    inputs = make_inputs(case, torch.float32)
+    check_forward(ops, "depthwise", "long", inputs, True, keep_dot=False)
+    grad_u, t, b, _, problem = random_backward(case, inputs)
+    x, weight, du = (
+        v.contiguous(memory_format=torch.channels_last)
+        for v in (inputs.tensors["x"], inputs.tensors["weight"], grad_u)
+    )
+    truth, _ = gradients(x, weight, du, t, problem)
+    got = ops.conv2d_one_pass_grad_input(
+        du,
+        weight,
+        x,
+        to_map(t, True),
+        to_map(b, True),
+        None,
+        *geometry_of(problem),
+        "depthwise",
+        -1,
+        True,
+    )
+    check("long", got, truth, truth.float(), torch.float32)
+
+
 def test_guards(ops: Any) -> None:
     case = Case("huge", 1, 1, 4, 4, 1, (120, 120), padding=60)
     inputs = make_inputs(case, torch.float32)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, functional, plan_b
+from dcconv import backends, functional, plan_a, plan_b
 from dcconv.functional import check_call
+from dcconv.numerics import compute_dtype
 from dcconv.problem import Problem
 
 NORMS = ("batch", "given", "none")
@@ -182,6 +183,17 @@ def test_gradients_only_where_they_are_asked_for(norm: str) -> None:
                 )
                 for name in wanted:
                     check(name, tensors[name].grad, full[name], full[name], torch.bfloat16)
+
+
+def test_partial_sums_of_long_filters_take_no_more_than_the_gradient() -> None:
+    case = Case("long", 2, 2, 16, 16, 2, (15, 15), padding=7, groups=2)
+    assert plan_a.partial_rows(torch.empty(0), 512, 2, True) > 512 // 225
+    inputs = make_inputs(case, torch.float32, "channels_last")
+    with backends.plans("B"), Recorder() as recorder:
+        evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))
+    names = [a.name for a in torch.ops.dcconv.depthwise_grad_weight.default._schema.arguments]
+    (arguments,) = [a for f, a in recorder.calls if f._schema.name.endswith(GRAD_WEIGHT)]
+    assert arguments[names.index("rows")] == 512 // 225
 
 
 def test_inference_writes_no_norm_map() -> None:
@@ -378,6 +390,23 @@ def test_why_not() -> None:
         most, taps = plan_b.STEM_TAPS[dtype], 3 * size
         sentence = f"the stem kernel takes filters of at most {most} {dtype} values, got {taps}"
         assert refusals(case, dtype)[0] == (sentence if refused else None)
+    for dtype, layout, rows, multiplier, forward, backward in (
+        (torch.bfloat16, "channels_last", 3071, 1, False, False),
+        (torch.float32, "channels_last", 3072, 1, True, True),
+        (torch.float32, "contiguous", 3072, 1, False, False),
+        (torch.float32, "channels_last", 1024, 2, False, False),
+        (torch.float32, "channels_last", 1024, 3, False, True),
+        (torch.float64, "channels_last", 1535, 1, False, False),
+        (torch.float64, "channels_last", 1536, 1, True, True),
+    ):
+        case = Case("long", 1, 2, rows, 4, 2 * multiplier, (rows, 4), groups=2)
+        most = plan_b.DEPTHWISE_VALUES[compute_dtype(dtype)]
+        start = f"the depthwise kernel keeps at most {most} values of the weight per channel in "
+        first, second, third = refusals(case, dtype, layout)
+        assert first == (f"{start}channels_last, got {4 * rows}" if forward else None)
+        values = 4 * rows * multiplier
+        assert second == (f"{start}channels_last, got {values}" if backward else None)
+        assert third is None
     sentence = "the gradient of the input takes stride 1, got (2, 2)"
     assert refusals(GEMM[1]) == (None, sentence, LIBRARYS)
     sentence = "norm-free operators are one library convolution"

@@ -167,6 +167,8 @@ std::size_t direct_shared(int64_t values_per_channel, int64_t width) {
   return SharedBytes().take<A>(values_per_channel * width).template take<A>(3 * width).total();
 }
 
+constexpr char kDirectTooLong[] = "dcconv: a depthwise filter must fit in shared memory";
+
 // Vectors side by side of which the weights fit in shared memory, 0 if not even one does.
 template <class A>
 int direct_columns(int64_t values_per_channel, int vector) {
@@ -181,8 +183,12 @@ void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int64_t values = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.c / p.groups;
   const int columns = direct_columns<A>(values, V);
+  if constexpr (V > 1) {
+    if (columns == 0)
+      return launch_depthwise_channels_last<T, 1, 0>(p, stream);
+  }
   if (columns == 0)
-    throw std::runtime_error("dcconv: a depthwise filter must fit in shared memory");
+    throw std::runtime_error(kDirectTooLong);
   DepthwiseArgs args{
       p,
       strip_geometry(p.window, true, p.c, p.o, p.groups),

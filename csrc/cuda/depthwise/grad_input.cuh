@@ -267,8 +267,12 @@ void launch_depthwise_grad_input_channels_last(const OnePassGradInputParams& p, 
   using A = typename ComputeType<T>::type;
   const int64_t values = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.o / p.groups;
   const int columns = direct_columns<A>(values, V);
+  if constexpr (V > 1) {
+    if (columns == 0)
+      return launch_depthwise_grad_input_channels_last<T, 1, 0>(p, stream);
+  }
   if (columns == 0)
-    throw std::runtime_error("dcconv: a depthwise filter must fit in shared memory");
+    throw std::runtime_error(kDirectTooLong);
   DepthwiseGradInputArgs args = depthwise_grad_input_args(p, V, columns);
   const Grid grid = strip_grid(args.lanes, true, kDepthwiseGradResident);
   launch(
