@@ -775,6 +775,19 @@ def small_cases(where: Where) -> Figures:
             with tf32(False):
                 worst = max(worst, compare(where, name, inputs, layout))
             calls += 1
+        if where.on_gpu and where.backend == "cuda":
+            one_pass = (
+                ("depthwise", 5, 5, 3, 1, 5),
+                ("stem", 3, 24, 3, 1, 1),
+                *([("1x1", 40, 72, 1, 0, 1), ("3x3", 24, 40, 3, 1, 1)] * (dtype.itemsize == 2)),
+            )
+            for name, c, o, kernel, padding, groups in one_pass:
+                case = Case(name, 2, c, 7, 6, o, (kernel, kernel), padding=padding, groups=groups)
+                with tf32(False), backends.plans("B"):
+                    worst = max(
+                        worst, compare(where, name, draw(case, dtype, norm="none"), "channels_last")
+                    )
+                calls += 1
         x = draw(by_id("dilation2"), dtype).tensors["x"].to(where.device).requires_grad_()
         b = functional.patch_norm(x, 3, padding=2, dilation=2, backend=where.backend)
         (grad,) = torch.autograd.grad(b.sum(), x)
