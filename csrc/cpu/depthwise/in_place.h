@@ -97,7 +97,9 @@ public:
 
   explicit InPlaceForward(const DepthwiseParams& p)
       : p_(p), s_(p.shape), zeros_(static_cast<std::size_t>(s_.c)),
-        pixels_(static_cast<std::size_t>(s_.layout.rows * s_.columns.padded())) {
+        pixels_(static_cast<std::size_t>(s_.layout.rows * s_.columns.padded())),
+        squares_(s_.layout.rows * s_.group * s_.columns.output * lanes),
+        squared_(static_cast<std::size_t>(s_.layout.rows)) {
     WindowRun<T, A>& r = run_;
     r.window.eps = A(p.eps);
     r.op = p.op;
@@ -115,24 +117,36 @@ public:
   double run(int64_t task) {
     const Place at(s_, task);
     double sum = 0;
+    std::fill(squared_.begin(), squared_.end(), -1);
     int64_t seen = at.first_row * s_.rows.stride;  // padded rows before this one are there
     for (int64_t row = at.first_row; row < at.end_row; ++row) {
       const int64_t first = row * s_.rows.stride;
       seen = std::max(seen, first);
       for (; seen < first + s_.layout.rows; ++seen)
         point(at, seen);
-      // Rows of zeros are left out; the others are neighbours.
+      // Rows of zeros are left out; the others are neighbours. Those whose squares an output row
+      // before this one left behind come first.
       rows_.clear();
-      int64_t first_tap_row = 0;
+      square_rows_.clear();
+      int64_t first_tap_row = 0, known = 0;
       for (int64_t r = 0; r < s_.rows.kernel; ++r) {
         const int64_t padded = first + r * s_.rows.dilation;
         if (p_.row_sources[padded] >= 0) {
+          const int64_t slot = padded % s_.layout.rows;
+          int64_t& squared = squared_[static_cast<std::size_t>(slot)];
+          known += squared == padded;
+          squared = padded;
           rows_.push_back(pixels_of(padded));
+          square_rows_.push_back(
+              squares_.data() + slot * s_.group * s_.columns.output * lanes
+          );
         } else if (rows_.empty()) {
           first_tap_row = r + 1;
         }
       }
       run_.window.rows = rows_.data();
+      run_.window.squares = square_rows_.data();
+      run_.window.known_rows = known;
       run_.window.kernel_rows = static_cast<int64_t>(rows_.size());
       for (int64_t block = at.first_block; block < at.end_block; ++block)
         sum += block_row(at, row, block, first_tap_row);
@@ -201,6 +215,7 @@ private:
       const int64_t first = std::min(done, s_.columns.output - length);
       const int64_t offset = (position + first) * s_.c + block * lanes;
       r.fresh = done - first;
+      r.window.square = ((block - at.first_block) * s_.columns.output + first) * lanes;
       r.window.column = first * s_.columns.stride;
       r.map = p_.map == nullptr ? nullptr : static_cast<A*>(p_.map) + offset;
       r.y = p_.y == nullptr ? nullptr : static_cast<T*>(p_.y) + offset;
@@ -219,6 +234,9 @@ private:
   std::vector<T> zeros_;  // a pixel of padding
   std::vector<const T*> pixels_;
   std::vector<const T* const*> rows_;
+  Buffer<A> squares_;  // [ring of rows, blocks, outputs, lanes]
+  std::vector<int64_t> squared_;  // the padded row that a row of the ring is of
+  std::vector<A*> square_rows_;
   WindowRun<T, A> run_{};
   Function long_run_, short_run_;
 };

@@ -92,14 +92,17 @@ inline DepthwisePlan make_plan(const ConvShape& conv, int64_t element) {
 // last one's values.
 template <class A>
 std::vector<A> by_block(const DepthwiseShape& s, const A* values, int64_t size) {
-  std::vector<A> to;
-  to.reserve(static_cast<std::size_t>(s.blocks() * size * s.lanes));
-  for (int64_t block = 0; block < s.blocks(); ++block)
-    for (int64_t i = 0; i < size; ++i)
-      for (int64_t lane = 0; lane < s.lanes; ++lane) {
-        const int64_t last = std::min((block + 1) * s.block_filters(), s.o) - 1;
-        to.push_back(values[std::min(block * s.block_filters() + lane, last) * size + i]);
-      }
+  std::vector<A> to(static_cast<std::size_t>(s.blocks() * size * s.lanes));
+  A* block_values = to.data();
+  for (int64_t block = 0; block < s.blocks(); ++block, block_values += size * s.lanes) {
+    const int64_t first = block * s.block_filters();
+    const int64_t last = std::min(first + s.block_filters(), s.o) - 1;
+    for (int64_t lane = 0; lane < s.lanes; ++lane) {
+      const A* from = values + std::min(first + lane, last) * size;
+      for (int64_t i = 0; i < size; ++i)
+        block_values[i * s.lanes + lane] = from[i];
+    }
+  }
   return to;
 }
 

@@ -25,19 +25,20 @@ DC_HD Lanes<float>::Vector ratio(Lanes<float>::Vector n, Lanes<float>::Vector d)
 #endif
 }
 
-// Where t > 81 or NaN, tanh is 1: tanh(z) / b = 1 / b instead of the ratio.
+// y = u factor / b where t > 81 or NaN: tanh is 1.
 DC_HD void saturate(
-    const Lanes<float>::Vector& t, const Lanes<float>::Vector& s, Lanes<float>::Vector& ratio
+    const Lanes<float>::Vector& t,
+    const Lanes<float>::Vector& s,
+    const Lanes<float>::Vector& u_factor,
+    Lanes<float>::Vector& y
 ) {
-  using Vector = Lanes<float>::Vector;
 #if DCCONV_LANES == 16
-  const __mmask16 large = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(81.0f), _CMP_NLE_UQ);
-  if (large == 0)
+  if (_mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(81.0f), _CMP_NLE_UQ) == 0)
     return;
 #endif
-  Vector b, inverse;
+  Lanes<float>::Vector b, inverse;
   root_of<float>(s, b, inverse);
-  ratio = t <= 81.0f ? ratio : inverse;
+  y = t <= 81.0f ? y : u_factor * inverse;
 }
 
 template <class Wanted, class... Types>
@@ -72,13 +73,13 @@ public:
   // y[i] over dots[i].
   template <int kRun>
   DC_HD void apply(Vector (&dots)[kRun], const Vector (&sums)[kRun]) const {
-    const Vector scale = inverse_rho_ * inverse_rho_;
+    const Vector scale = inverse_rho_ * inverse_rho_, slope = factor_ * inverse_rho_;
 #pragma GCC unroll 8
     for (int i = 0; i < kRun; ++i) {
       const Vector t = sums[i] * scale;
-      Vector over_b = ratio(tanh_numerator(t) * inverse_rho_, tanh_denominator(t));
-      saturate(t, sums[i], over_b);
-      dots[i] = dots[i] * factor_ * over_b + bias_;
+      Vector y = ratio(dots[i] * slope * tanh_numerator(t), tanh_denominator(t));
+      saturate(t, sums[i], dots[i] * factor_, y);
+      dots[i] = y + bias_;
     }
   }
 

@@ -1,5 +1,5 @@
 // Dot products and norms of windows of kKernel columns, neighbours in a row of outputs, in registers
-// from x as it lies in memory: every pixel is loaded once per row of the kernel.
+// from x as it lies in memory: every pixel is loaded once per row of the kernel, and squared once.
 #pragma once
 
 #include "cpu/depthwise/direct.h"
@@ -48,12 +48,69 @@ DC_HD void store_pixels(BFloat16* p, const Lanes<float>::Vector& v) {
 template <class T, class A>
 struct Window {
   const T* const* const* rows;  // [kernel rows][columns]: pixels, or zeros
+  A* const* squares;            // [kernel rows]: sums of squares of kKernel columns, ring of rows
   const A* weights;             // [kernel rows, kernel columns, lanes]
   int64_t kernel_rows;          // those that show a row of x
+  int64_t known_rows;           // the first ones, whose squares are in the ring
   int64_t column;               // the first one
   int64_t channel;              // the first lane's
+  int64_t square;               // the first output's place in a row of the ring
   A eps;
 };
+
+// A row of the kernel.
+template <class T, class A, int kKernel, int kStride, int kRun>
+DC_HD void row_dots(
+    const T* const* pixels,
+    int64_t channel,
+    const A* weights,
+    typename Lanes<A>::Vector (&dots)[kRun]
+) {
+  using Vector = typename Lanes<A>::Vector;
+  Vector w[kKernel];
+#pragma GCC unroll 8
+  for (int t = 0; t < kKernel; ++t)
+    load_vector<A>(w[t], weights + t * Lanes<A>::count);
+#pragma GCC unroll 32
+  for (int j = 0; j < (kRun - 1) * kStride + kKernel; ++j) {
+    Vector v;
+    load_pixels<A>(v, pixels[j] + channel);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRun; ++i) {
+      const int t = j - i * kStride;
+      if (t >= 0 && t < kKernel)
+        dots[i] += v * w[t];
+    }
+  }
+}
+
+// Row by row in one order, wherever a run or a task begins: neighbours agree bit for bit.
+template <class T, class A, int kKernel, int kStride, int kRun>
+DC_HD void row_squares(
+    const T* const* pixels, int64_t channel, A* squares, typename Lanes<A>::Vector (&sums)[kRun]
+) {
+  using Vector = typename Lanes<A>::Vector;
+  Vector row[kRun];
+#pragma GCC unroll 32
+  for (int j = 0; j < (kRun - 1) * kStride + kKernel; ++j) {
+    Vector v;
+    load_pixels<A>(v, pixels[j] + channel);
+    const Vector square = v * v;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRun; ++i) {
+      const int t = j - i * kStride;
+      if (t == 0)
+        row[i] = square;
+      if (t > 0 && t < kKernel)
+        row[i] += square;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRun; ++i) {
+    store_vector<A>(squares + i * Lanes<A>::count, row[i]);
+    sums[i] += row[i];
+  }
+}
 
 // sums[i]: eps + sum of squares of the window of output i; with kDot also dots[i].
 template <class T, class A, int kKernel, int kStride, int kRun, bool kDot>
@@ -64,44 +121,34 @@ DC_HD void window_sums(
     typename Lanes<A>::Vector (&sums)[kRun]
 ) {
   using Vector = typename Lanes<A>::Vector;
-  constexpr int kColumns = (kRun - 1) * kStride + kKernel;
-  Vector squares[kColumns];
-#pragma GCC unroll 32
-  for (int j = 0; j < kColumns; ++j)
-    squares[j] = Vector{};
-#pragma GCC unroll 8
-  for (int i = 0; i < kRun; ++i)
-    dots[i] = Vector{};
-  const A* weights = p.weights + lane;
-  const int64_t channel = p.channel + lane;
-  for (int64_t r = 0; r < p.kernel_rows; ++r) {
-    const T* const* pixels = p.rows[r] + p.column;
-    Vector w[kKernel];
-    if constexpr (kDot)
-#pragma GCC unroll 8
-      for (int t = 0; t < kKernel; ++t)
-        load_vector<A>(w[t], weights + t * Lanes<A>::count);
-    weights += kKernel * Lanes<A>::count;
-#pragma GCC unroll 32
-    for (int j = 0; j < kColumns; ++j) {
-      Vector v;
-      load_pixels<A>(v, pixels[j] + channel);
-      squares[j] += v * v;
-      if constexpr (kDot)
-#pragma GCC unroll 8
-        for (int i = 0; i < kRun; ++i) {
-          const int t = j - i * kStride;
-          if (t >= 0 && t < kKernel)
-            dots[i] += v * w[t];
-        }
-    }
-  }
+  constexpr int64_t lanes = Lanes<A>::count;
 #pragma GCC unroll 8
   for (int i = 0; i < kRun; ++i) {
-    sums[i] = squares[i * kStride] + p.eps;
+    dots[i] = Vector{};
+    sums[i] = Vector{} + p.eps;
+  }
+  const A* weights = p.weights + lane;
+  const int64_t channel = p.channel + lane;
+  for (int64_t r = 0; r < p.known_rows; ++r) {
+    const A* squares = p.squares[r] + p.square + lane;
 #pragma GCC unroll 8
-    for (int t = 1; t < kKernel; ++t)
-      sums[i] += squares[i * kStride + t];
+    for (int i = 0; i < kRun; ++i) {
+      Vector row;
+      load_vector<A>(row, squares + i * lanes);
+      sums[i] += row;
+    }
+    if constexpr (kDot)
+      row_dots<T, A, kKernel, kStride>(
+          p.rows[r] + p.column, channel, weights + r * kKernel * lanes, dots
+      );
+  }
+  for (int64_t r = p.known_rows; r < p.kernel_rows; ++r) {
+    const T* const* pixels = p.rows[r] + p.column;
+    row_squares<T, A, kKernel, kStride>(
+        pixels, channel, p.squares[r] + p.square + lane, sums
+    );
+    if constexpr (kDot)
+      row_dots<T, A, kKernel, kStride>(pixels, channel, weights + r * kKernel * lanes, dots);
   }
 }
 
