@@ -1,4 +1,4 @@
-"""Plan B's composition on the CPU, by itself and mixed with plan A; models stand in for the ops."""
+"""Plan B's composition, alone and mixed with plan A: on models of the ops and emulated kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
 from cases import DTYPES, OPERATORS, Case, Inputs, by_id, make_inputs
-from stand_ins import MODELS, Recorder, cuda_backend_on_cpu
+from stand_ins import MODELS, Recorder, cuda_backend_on_cpu, emulated
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,7 +60,10 @@ GRAD_WEIGHT = "depthwise_grad_weight"
 
 
 # What the ops of plans A and B are on CPU tensors.
-PROVIDERS: dict[str, Callable[[], dict[str, Callable[..., Any]]]] = {"model": lambda: MODELS}
+PROVIDERS: dict[str, Callable[[], dict[str, Callable[..., Any]]]] = {
+    "model": lambda: MODELS,
+    "emulated": emulated,
+}
 
 
 @pytest.fixture(scope="module", autouse=True, params=PROVIDERS)
@@ -68,6 +71,10 @@ def ran(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """The names of the ops that ran, with the cuda backend on CPU tensors."""
     with cuda_backend_on_cpu(PROVIDERS[request.param]()) as names:
         yield names
+
+
+# Tracing needs no kernels.
+by_model = pytest.mark.parametrize("ran", ["model"], indirect=True)
 
 
 def ids(value: Any) -> str:
@@ -257,6 +264,7 @@ def image(case: Case, n: int) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
+@by_model
 @pytest.mark.parametrize("name", ["gemm-same-s2", "depthwise"])
 def test_compile_full_graph(name: str, ran: list[str]) -> None:
     """One graph for every batch size, with plan B's ops in it and the same result."""
@@ -285,6 +293,7 @@ def test_compile_full_graph(name: str, ran: list[str]) -> None:
     assert counter.frame_count == frames
 
 
+@by_model
 def test_compiled_code_follows_the_allowed_plans(ran: list[str]) -> None:
     torch._dynamo.reset()
     module, case = module_of("gemm")
@@ -296,8 +305,9 @@ def test_compiled_code_follows_the_allowed_plans(ran: list[str]) -> None:
         assert (ONE_PASS in ran) == there, names
 
 
+@by_model
 @pytest.mark.parametrize("name", MODULES)
-def test_export(name: str) -> None:
+def test_export(name: str, ran: list[str]) -> None:
     module, case = module_of(name)
     module.eval()
     with plans(case, "both"):
@@ -313,8 +323,9 @@ def test_export(name: str) -> None:
         check("exported", program.module()(x), y, y, torch.bfloat16)
 
 
+@by_model
 @pytest.mark.parametrize("mix", ["both", "forward", "backward"])
-def test_flops_are_those_of_the_convolution(mix: str) -> None:
+def test_flops_are_those_of_the_convolution(mix: str, ran: list[str]) -> None:
     for case in (GEMM[4], DEPTHWISE[0], STEMS[2]):
         inputs = make_inputs(case, torch.bfloat16, "channels_last")
         geometry = {k: v for k, v in case.geometry.items() if k != "padding_mode"}
