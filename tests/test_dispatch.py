@@ -672,6 +672,28 @@ def test_pinned_table_is_the_only_one(world: World, tmp_path: Path) -> None:
     assert world.ran == [("B", FORWARD)]  # a table of another device
 
 
+def test_choices_made_while_a_table_is_pinned_are_not_remembered(
+    world: World, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As by another thread, between a choice and its entry in the memory."""
+    checked, problem, _ = check_call(**operands())
+    key = key_of(checked, problem, "nothing", FORWARD)
+    path = tmp_path / "pinned.json"
+    path.write_text(tables.to_text(table_of((key, {"A": 1.0, "B": 5.0}), device="cpu")))
+    genuine = choice._choose
+
+    def overtaken(*arguments: Any) -> Any:
+        chosen = genuine(*arguments)
+        backends.pin_table(path)
+        return chosen
+
+    monkeypatch.setattr(choice, "_choose", overtaken)
+    run(**operands())
+    monkeypatch.setattr(choice, "_choose", genuine)
+    run(**operands())
+    assert world.ran == [("B", FORWARD), ("A", FORWARD)]
+
+
 def test_shipped_times_come_before_the_rule_and_after_measurements(
     world: World, monkeypatch: Any
 ) -> None:

@@ -67,6 +67,7 @@ _caches: dict[str, Cache] = {}
 _shipped: dict[str, Table] = {}
 
 # Choices by the raw facts of a call. Emptied when full: images of ever new sizes would fill it.
+# Replaced when tables change: a thread that was choosing meanwhile fills the one it began with.
 _MOST_CHOICES = 4096
 _choices: dict[tuple[Any, ...], Plans] = {}
 
@@ -125,6 +126,7 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
 
     A call without an entry follows the rule. With a pinned table the same calls take the same
     plans in every process, so it counts under ``torch.use_deterministic_algorithms`` as well.
+    Compiled and exported code keeps the plans that it was traced with.
 
     Args:
         path: a file that benchmark mode wrote; None ends it.
@@ -136,7 +138,7 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
         >>> import dcconv
         >>> dcconv.backends.pin_table(None)
     """
-    global _pinned
+    global _pinned, _choices
     table = None
     if path is not None:
         try:
@@ -144,7 +146,7 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
         except (OSError, ValueError, RuntimeError) as error:
             raise value_error("path", "be a file of measured times", f"{path}: {error}") from error
     _pinned = table
-    _choices.clear()
+    _choices = {}
 
 
 def _reasons(operands: Operands, problem: Problem, direction: str) -> dict[str, str | None]:
@@ -344,13 +346,14 @@ def choose(
         benchmark,
         _allowed,
     )
-    found = _choices.get(facts)
+    choices = _choices
+    found = choices.get(facts)
     if found is None:
         found, final = _choose(operands, problem, kept, backward, benchmark)
         if final:
-            if len(_choices) >= _MOST_CHOICES:
-                _choices.clear()
-            _choices[facts] = found
+            if len(choices) >= _MOST_CHOICES:
+                choices.clear()
+            choices[facts] = found
     return found
 
 
@@ -425,7 +428,8 @@ def describe(operands: Operands, problem: Problem, kept: str, benchmark: bool) -
 
 def forget() -> None:
     """Drop what this process knows; tables are read again when they are needed."""
+    global _choices
     with _lock:
         _caches.clear()
         _shipped.clear()
-        _choices.clear()
+        _choices = {}
