@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from dcconv import expressions
 from dcconv.expressions import FULL, MAP, SCALAR, VECTOR, Expression, Operator
 from dcconv.problem import output_size
+from dcconv.warn import warn_once
 
 # cuDNN plans without a device from 9.11 on; nothing older was tried.
 OLDEST_CUDNN = 91100
@@ -328,14 +328,8 @@ def execute(key: Key, tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-_warned: set[str] = set()
-
-
 def _warn(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        text = f"dcconv: plan A runs in place of a cuDNN graph: {reason}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    warn_once(f"plan A runs in place of a cuDNN graph: {reason}")
 
 
 def _dense(t: Tensor, layout: torch.memory_format = torch.channels_last) -> Tensor:
@@ -534,7 +528,7 @@ def _grad_input_flops(
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 
-#: Schemas, after the name of the op: what csrc/ops.cpp has for ``conv2d_epilogue`` and
+#: Schemas, after the name of the op: what csrc/schemas.h has for ``conv2d_epilogue`` and
 #: ``conv2d_grad_input``, with x and weight or grad_u in place of the convolution's result.
 SCHEMAS = {
     "cudnn_conv2d_forward": (

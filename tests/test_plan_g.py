@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcconv import checks, cudnn_ops, expressions, keep, ops, plan_a, plan_g
+from dcconv import checks, cudnn_ops, expressions, keep, ops, plan_a, plan_g, warn
 from dcconv.cudnn_ops import Key
 from dcconv.expressions import Operator
 from dcconv.functions import angulars, magnitudes, weightings
@@ -69,7 +69,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(cudnn_ops, "_missing", None)
     monkeypatch.setattr(cudnn_ops, "_looked", True)
     monkeypatch.setattr(cudnn_ops, "_plans", {})
-    monkeypatch.setattr(cudnn_ops, "_warned", set())
+    monkeypatch.setattr(warn, "_said", set())
     monkeypatch.setattr(cudnn_ops, "_handles", threading.local())
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     stream = SimpleNamespace(cuda_stream=STREAM)
@@ -284,6 +284,7 @@ def test_a_refused_graph_runs_plan_a(error: type[Exception], world: World) -> No
     with pytest.warns(RuntimeWarning, match="cuDNN cannot build it: no engine$") as caught:
         run_both()
     assert len(caught) == 1
+    assert Path(caught[0].filename).parent == Path(__file__).parent
     assert (world.frontend.built, world.frontend.executed) == (3, 0)
     run_both(seed=1)
     assert world.frontend.built == 3
