@@ -181,6 +181,43 @@ def accuracy(where: Where, dtype: torch.dtype, with_tf32: bool = False) -> Figur
     return {"compared": compared, "error / limit": worst}
 
 
+def one_pass_inputs(dtype: torch.dtype, reduced: bool) -> Iterator[tuple[str, Inputs, str]]:
+    """Yield a name, inputs and a layout for every kernel, tile and layout of plan B."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    gemm = GEMM_CASES if half else ()
+    # The taps of 7x7 stems in float64 do not fit in shared memory.
+    absent = {"stem-7x7-s2"} if dtype == torch.float64 else set()
+    direct = [case for case in DIRECT_CASES if case.id not in absent]
+    cases = (*gemm[:2], *direct[:2]) if reduced else (*gemm, *direct)
+    for i, case in enumerate(cases):
+        for j, layout in enumerate(("channels_last",) if case in gemm else LAYOUTS[:2]):
+            at = 7 * i + 29 * j
+            magnitude, weighting, angular = OPERATORS[at % len(OPERATORS)]
+            inputs = draw(
+                case,
+                dtype,
+                magnitude=magnitude,
+                weighting=weighting,
+                angular=angular,
+                norm=NORMS[at % 3],
+                bias=at % 4 == 0,
+            )
+            yield f"{case.id} {layout} {magnitude} {weighting} {angular}", inputs, layout
+
+
+def one_pass(where: Where, dtype: torch.dtype) -> Figures:
+    """Plan B's kernels; most take more than 48 KB of shared memory."""
+    worst, compared = 0.0, 0
+    with tf32(False), backends.plans("B"):
+        for name, inputs, layout in one_pass_inputs(dtype, where.reduced):
+            with OpRecorder(cloned=False) as recorder:
+                worst = max(worst, compare(where, name, inputs, layout))
+            ran = {func._schema.name for func, *_ in recorder.calls}
+            assert where.backend != "cuda" or "dcconv::conv2d_one_pass" in ran, name
+            compared += 1
+    return {"compared": compared, "error / limit": worst}
+
+
 def wide_layers(where: Where, dtype: torch.dtype) -> Figures:
     """Channel counts that fill vectors and blocks, or just do not."""
     where.need_dtype(dtype)
