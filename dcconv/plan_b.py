@@ -1,7 +1,7 @@
 """Plan B: forward, and the gradient of the input, in one pass each; the rest is plan A's.
 
-Three kernels share the work (schemas in ``csrc/schemas.h``): a depthwise one for one channel per
-group, one for stems, and an implicit GEMM. A predicate here says None or one sentence per
+Three kernels share the work (schemas in ``csrc/schemas.h``): a depthwise one, which takes small
+groups too, one for stems, and an implicit GEMM. A predicate here says None or one sentence per
 direction; ``dcconv.dispatch`` reads it before it chooses.
 """
 
@@ -17,12 +17,14 @@ from dcconv.problem import NORM_BATCH, Operands, Problem
 
 DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"
 
+# Groups of fewer channels are the depthwise kernel's.
+SMALL_GROUP = 8
 # Most channels of a stem, and the longest filter, c r s: the taps of a tile of positions and the
 # filters of a block stand in shared memory side by side.
 STEM_CHANNELS = 4
 STEM_TAPS = {torch.bfloat16: 304, torch.float16: 304, torch.float32: 160, torch.float64: 62}
-# Most values, in compute dtype, of what a depthwise kernel keeps in shared memory for a channel: in
-# channels_last a filter, or for the gradient of the input the filters of a group.
+# Most values, in compute dtype, that the depthwise kernel keeps in shared memory in channels_last:
+# of a filter, or for the gradient of the input of what a group's filters have for a channel.
 DEPTHWISE_VALUES = {torch.float32: 12284, torch.float64: 6140}
 # Channels and filters of a group come in vectors of 16 bytes.
 VECTOR_BYTES = 16
@@ -46,7 +48,7 @@ def _capability(index: int) -> tuple[int, int]:
 def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
     channels = weight.shape[1]
-    if channels == 1 and problem.groups > 1:
+    if channels < SMALL_GROUP and problem.groups > 1:
         return DEPTHWISE
     return STEM if problem.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
 
@@ -83,13 +85,13 @@ def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     return None
 
 
-def _why_not_depthwise(x: Tensor, weight: Tensor, filters: int) -> str | None:
-    values = filters * weight.shape[2] * weight.shape[3]
+def _why_not_depthwise(x: Tensor, weight: Tensor, summed: int) -> str | None:
+    values = summed * weight.shape[2] * weight.shape[3]
     most = DEPTHWISE_VALUES[compute_dtype(x.dtype)]
     if values > most and ops.memory_format(x, weight) == torch.channels_last:
         return (
-            f"the depthwise kernel keeps at most {most} values of the weight per channel in "
-            f"channels_last, got {values}"
+            f"the depthwise kernel takes sums over at most {most} products in channels_last, "
+            f"got {values}"
         )
     return None
 
@@ -109,7 +111,7 @@ def why_not(operands: Operands, problem: Problem) -> str | None:
         return reason
     kernel = kernel_of(operands.weight, problem)
     if kernel == DEPTHWISE:
-        return _why_not_depthwise(operands.x, operands.weight, 1)
+        return _why_not_depthwise(operands.x, operands.weight, operands.weight.shape[1])
     if kernel == STEM:
         return _why_not_stem(operands.weight)
     return _why_not_gemm(operands.x, operands.weight, problem)
@@ -136,7 +138,7 @@ def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
     reason = _why_not_any(operands.x, problem)
     if reason is not None:
         return reason
-    if kernel_of(operands.weight, problem) != DEPTHWISE:
+    if operands.weight.shape[1] > 1 or problem.groups == 1:
         return "the gradient of the weight is the library's, but for depthwise layers"
     return None
 

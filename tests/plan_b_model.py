@@ -33,7 +33,7 @@ def need_kernel(kernel: str, x: Tensor, weight: Tensor, groups: int, last: bool)
         for t in (x, weight):
             assert t.storage_offset() * t.element_size() % 16 == 0
     elif kernel == "depthwise":
-        assert channels == 1 and groups == x.shape[1]
+        assert channels < 8 and 1 < groups == x.shape[1] // channels
     else:
         assert kernel == "stem" and groups == 1 and channels <= 4
 
@@ -183,6 +183,7 @@ def depthwise_grad_weight(
     filters = grad_u.shape[1]
     shape = (filters, x.shape[1] // groups, *kernel_size)
     need_kernel("depthwise", x, torch.empty(shape), groups, channels_last)
+    assert groups == x.shape[1]
     padded = pad_all(x.double(), padding, "zeros")
     grad = torch.nn.grad.conv2d_weight(padded, shape, grad_u.double(), stride, 0, dilation, groups)
     return stored(grad, x.dtype, layout_of(weight_channels_last))

@@ -367,7 +367,7 @@ def test_calls_of_the_one_pass_are_plan_bs(dtype: torch.dtype) -> None:
         operands, problem, _ = check_call(**tensors, **inputs.options)
         assert plan_b.why_not(operands, problem) is None, name
         count += 1
-    assert count == {2: 17, 4: 12, 8: 10}[dtype.itemsize]
+    assert count == {2: 19, 4: 14, 8: 12}[dtype.itemsize]
 
 
 Tamper = Callable[[torch.Tensor, int], torch.Tensor]

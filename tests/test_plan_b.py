@@ -42,6 +42,10 @@ DEPTHWISE = (
     by_id("depthwise-multiplier3"),
     Case("depthwise-same-s2", 2, 4, 8, 6, 4, (3, 3), 2, "same", groups=4),
 )
+SMALL_GROUPS = (
+    Case("groups-of-2-to-3", 2, 6, 5, 6, 9, (3, 3), padding=1, groups=3),
+    Case("groups-of-7-s2", 2, 14, 6, 5, 4, (3, 2), 2, 1, groups=2),
+)
 STEMS = tuple(
     by_id(name)
     for name in (
@@ -53,7 +57,7 @@ STEMS = tuple(
         "one-pixel",
     )
 )
-ALL = (*GEMM, *DEPTHWISE, *STEMS)
+ALL = (*GEMM, *DEPTHWISE, *SMALL_GROUPS, *STEMS)
 
 ONE_PASS, GRAD_INPUT = "conv2d_one_pass", "conv2d_one_pass_grad_input"
 GRAD_WEIGHT = "depthwise_grad_weight"
@@ -92,7 +96,7 @@ def takes(case: Case) -> tuple[bool, bool]:
     """Whether plan B has the gradients of the input and of the weight of a case."""
     if case in GEMM:
         return case.stride == 1, False
-    return case in DEPTHWISE, case in DEPTHWISE
+    return case in (*DEPTHWISE, *SMALL_GROUPS), case in DEPTHWISE
 
 
 def plans(case: Case, mix: str) -> AbstractContextManager[None]:
@@ -170,6 +174,7 @@ def test_gradients_only_where_they_are_asked_for(norm: str) -> None:
     for case, expected_names in (
         (GEMM[4], {"x": [GRAD_INPUT], "weight": ["convolution_backward"]}),
         (DEPTHWISE[0], {"x": [GRAD_INPUT], "weight": [GRAD_WEIGHT]}),
+        (SMALL_GROUPS[0], {"x": [GRAD_INPUT], "weight": ["convolution_backward"]}),
     ):
         inputs = make_inputs(case, torch.bfloat16, "channels_last", norm=norm, bias=True)
         cotangent = random_cotangent(inputs)
@@ -387,6 +392,7 @@ LIBRARYS = "the gradient of the weight is the library's, but for depthwise layer
 def test_why_not() -> None:
     assert refusals(GEMM[4]) == (None, None, LIBRARYS)
     assert refusals(DEPTHWISE[0], torch.float32, "contiguous") == (None, None, None)
+    assert refusals(SMALL_GROUPS[1], torch.float32, "contiguous") == (None, None, LIBRARYS)
     stem = "the stem kernel has no gradient of the input"
     assert refusals(STEMS[2], torch.float32) == (None, stem, LIBRARYS)
     for dtype, size, refused in (
@@ -412,11 +418,10 @@ def test_why_not() -> None:
     ):
         case = Case("long", 1, 2, rows, 4, 2 * multiplier, (rows, 4), groups=2)
         most = plan_b.DEPTHWISE_VALUES[compute_dtype(dtype)]
-        start = f"the depthwise kernel keeps at most {most} values of the weight per channel in "
+        start = f"the depthwise kernel takes sums over at most {most} products in channels_last, "
         first, second, third = refusals(case, dtype, layout)
-        assert first == (f"{start}channels_last, got {4 * rows}" if forward else None)
-        values = 4 * rows * multiplier
-        assert second == (f"{start}channels_last, got {values}" if backward else None)
+        assert first == (f"{start}got {4 * rows}" if forward else None)
+        assert second == (f"{start}got {4 * rows * multiplier}" if backward else None)
         assert third is None
     sentence = "the gradient of the input takes stride 1, got (2, 2)"
     assert refusals(GEMM[1]) == (None, sentence, LIBRARYS)

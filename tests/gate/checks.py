@@ -29,6 +29,25 @@ LAYOUTS = ("contiguous", "channels_last", "sliced")
 NORMS = ("batch", "given", "none")
 REDUCED_CASES = ("1x1", "3x3-p1", "3x3-s2-p1", "groups3-odd", "same-s2-even", "n0")
 
+# What plan B has kernels for: the implicit GEMM, and the direct kernels, which take every dtype.
+GEMM_CASES = (
+    Case("gemm-groups2-s2", 2, 48, 9, 10, 80, (3, 3), 2, 1, groups=2),
+    Case("gemm-1x1-small-tiles", 2, 40, 7, 9, 72, (1, 1)),
+    Case("gemm-dilation2", 2, 72, 12, 9, 40, (3, 3), padding=2, dilation=2),
+    # Blocks of the larger tiles for every place on 132 multiprocessors.
+    Case("gemm-1x1-wide-tiles", 24, 64, 40, 40, 128, (1, 1)),
+    Case("gemm-3x3-tall-tiles", 24, 32, 40, 40, 64, (3, 3), padding=1),
+)
+DIRECT_CASES = (
+    Case("depthwise-3x3", 2, 72, 9, 10, 72, (3, 3), padding=1, groups=72),
+    Case("stem-7x7-s2", 2, 3, 24, 22, 72, (7, 7), stride=2, padding=3),
+    Case("depthwise-5x5", 2, 8, 9, 10, 8, (5, 5), padding=2, groups=8),
+    Case("depthwise-7x7-s2", 2, 8, 11, 9, 8, (7, 7), stride=2, padding=3, groups=8),
+    Case("depthwise-odd", 2, 5, 7, 6, 10, (3, 3), padding=1, groups=5),
+    Case("groups-of-4", 2, 24, 9, 7, 24, (3, 3), padding=1, groups=6),
+    Case("stem-long", 1, 4, 9, 30, 24, (3, 5), padding=2),
+)
+
 
 @dataclass(frozen=True)
 class Where:
