@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcconv
 from bench.layers import DEFAULT_BATCH, Layer, distinct_layers
-from dcconv import backends, functional, warn
+from dcconv import backends, functional, ops, warn
 from dcconv.dispatch import choice, plans, rule, stopwatch, tables
 from dcconv.dispatch.key import DIRECTIONS, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Key, key_of
 from dcconv.functional import check_call
@@ -466,6 +466,19 @@ def test_fastest_plan_runs_and_is_measured_once(world: World, cache: Path) -> No
     table, _ = tables.read(path)
     ((sizes, times),) = next(iter(table.times.values())).items()
     assert (sizes, times) == ((2, 6, 5), {"A": 3.0, "B": 2.0, "G": 1.0})
+
+
+def test_copies_that_are_measured_have_the_layout_of_the_call(world: World) -> None:
+    image = torch.randn(1, 8, 6, 5).to(memory_format=torch.channels_last)
+    for x in (image.expand(2, -1, -1, -1), image.contiguous()[:, :, ::2], image[:, :, 1:, ::2]):
+        world.operands.clear()
+        with backends.benchmarking():
+            run(**(operands() | {"x": x}))
+        assert len(world.operands) > 3
+        for arguments in world.operands:
+            measured = arguments[0].x
+            assert ops.memory_format(measured) == ops.memory_format(x)
+            assert torch.equal(measured, x)
 
 
 def test_plain_attribute_turns_benchmark_mode_on(world: World) -> None:

@@ -217,7 +217,11 @@ def _decided_name(key: tuple[Any, ...], willing: tuple[str, ...], benchmark: boo
 
 
 def _scratch(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().clone(memory_format=torch.preserve_format)
+    if t is None:
+        return None
+    # Tensors with gaps or repeats may lose their layout where strides are only preserved.
+    layout = ops.memory_format(t) if t.dim() == 4 else torch.preserve_format
+    return t.detach().clone(memory_format=layout)
 
 
 def _runs(
