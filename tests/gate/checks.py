@@ -29,25 +29,6 @@ LAYOUTS = ("contiguous", "channels_last", "sliced")
 NORMS = ("batch", "given", "none")
 REDUCED_CASES = ("1x1", "3x3-p1", "3x3-s2-p1", "groups3-odd", "same-s2-even", "n0")
 
-# What plan B has kernels for: the implicit GEMM, and the direct kernels, which take every dtype.
-GEMM_CASES = (
-    Case("gemm-groups2-s2", 2, 48, 9, 10, 80, (3, 3), 2, 1, groups=2),
-    Case("gemm-1x1-small-tiles", 2, 40, 7, 9, 72, (1, 1)),
-    Case("gemm-dilation2", 2, 72, 12, 9, 40, (3, 3), padding=2, dilation=2),
-    # Blocks of the larger tiles for every place on 132 multiprocessors.
-    Case("gemm-1x1-wide-tiles", 24, 64, 40, 40, 128, (1, 1)),
-    Case("gemm-3x3-tall-tiles", 24, 32, 40, 40, 64, (3, 3), padding=1),
-)
-DIRECT_CASES = (
-    Case("depthwise-3x3", 2, 72, 9, 10, 72, (3, 3), padding=1, groups=72),
-    Case("stem-7x7-s2", 2, 3, 24, 22, 72, (7, 7), stride=2, padding=3),
-    Case("depthwise-5x5", 2, 8, 9, 10, 8, (5, 5), padding=2, groups=8),
-    Case("depthwise-7x7-s2", 2, 8, 11, 9, 8, (7, 7), stride=2, padding=3, groups=8),
-    Case("depthwise-odd", 2, 5, 7, 6, 10, (3, 3), padding=1, groups=5),
-    Case("groups-of-4", 2, 24, 9, 7, 24, (3, 3), padding=1, groups=6),
-    Case("stem-long", 1, 4, 9, 30, 24, (3, 5), padding=2),
-)
-
 
 @dataclass(frozen=True)
 class Where:
@@ -197,43 +178,6 @@ def accuracy(where: Where, dtype: torch.dtype, with_tf32: bool = False) -> Figur
             for layout in LAYOUTS[:2]:
                 worst = max(worst, compare(where, angular, inputs, layout, rule, keep="dot"))
                 compared += 1
-    return {"compared": compared, "error / limit": worst}
-
-
-def one_pass_inputs(dtype: torch.dtype, reduced: bool) -> Iterator[tuple[str, Inputs, str]]:
-    """Yield a name, inputs and a layout for every kernel, tile and layout of plan B."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    gemm = GEMM_CASES if half else ()
-    # The taps of 7x7 stems in float64 do not fit in shared memory.
-    absent = {"stem-7x7-s2"} if dtype == torch.float64 else set()
-    direct = [case for case in DIRECT_CASES if case.id not in absent]
-    cases = (*gemm[:2], *direct[:2]) if reduced else (*gemm, *direct)
-    for i, case in enumerate(cases):
-        for j, layout in enumerate(("channels_last",) if case in gemm else LAYOUTS[:2]):
-            at = 7 * i + 29 * j
-            magnitude, weighting, angular = OPERATORS[at % len(OPERATORS)]
-            inputs = draw(
-                case,
-                dtype,
-                magnitude=magnitude,
-                weighting=weighting,
-                angular=angular,
-                norm=NORMS[at % 3],
-                bias=at % 4 == 0,
-            )
-            yield f"{case.id} {layout} {magnitude} {weighting} {angular}", inputs, layout
-
-
-def one_pass(where: Where, dtype: torch.dtype) -> Figures:
-    """Plan B's kernels; most take more than 48 KB of shared memory."""
-    worst, compared = 0.0, 0
-    with tf32(False), backends.plans("B"):
-        for name, inputs, layout in one_pass_inputs(dtype, where.reduced):
-            with OpRecorder(cloned=False) as recorder:
-                worst = max(worst, compare(where, name, inputs, layout))
-            ran = {func._schema.name for func, *_ in recorder.calls}
-            assert where.backend != "cuda" or "dcconv::conv2d_one_pass" in ran, name
-            compared += 1
     return {"compared": compared, "error / limit": worst}
 
 
