@@ -138,9 +138,12 @@ Tensor map_channels_last(const Tensor& map, const ConvShape& s) {
 }
 
 // Sums of backward over the tasks in their order: [blocks, size, lanes] parts of groups.
-template <class A>
+template <class Part>
 void add_parts(
-    const DepthwiseGradParams& p, const std::vector<A>& parts, int64_t size, std::vector<double>& to
+    const DepthwiseGradParams& p,
+    const std::vector<Part>& parts,
+    int64_t size,
+    std::vector<double>& to
 ) {
   const DepthwiseShape& s = p.forward.shape;
   to.assign(static_cast<std::size_t>(s.o * size), 0.0);
@@ -169,11 +172,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
       call.shape.channels_last ? in.norm_map : map_channels_last(in.norm_map, conv);
   const Weight weight = make_weight(call, in.weight, in.eps);
   const Tensor compute_weight = to_dtype(weight.stored, call.compute);
-  double factor = 1.0;
-  if (in.batch_mean)
-    factor = scalar_of<A>(in.mean, call.compute);
-  if (in.norm_mean.has_value())
-    factor = scalar_of<A>(*in.norm_mean, call.compute);
+  const double factor = backward_factor<A>(call, in);
   const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, std::nullopt);
 
   DepthwisePlan plan = make_plan(conv, sizeof(A));
@@ -214,12 +213,10 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   p.norm = norm_map.const_data_ptr();
   const bool wants_rho =
       in.radius.has_value() && ((in.needs & (kRadius | kNormMean)) != 0 || barrier);
-  const bool weighted =
-      call.op.times_a || call.op.magnitude >= static_cast<int>(portable::Magnitudes::size);
-  const bool wants_a = weighted && needs_weight;
+  const bool wants_a = is_weighted(call.op) && needs_weight;
   const bool wants_sums = wants_rho || wants_a || (in.needs & (kBias | kK)) != 0;
 
-  std::vector<A> parts;
+  std::vector<double> parts;
   std::vector<double> sums(static_cast<std::size_t>(s.o * kSumKinds), 0.0);
   const auto run = [&] {
     p.parameters = wants_sums && parts.empty();
@@ -239,17 +236,11 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
       to.push_back(sums[static_cast<std::size_t>(filter * kSumKinds + i)]);
     return to;
   };
-  // The radius' totals, zero where rho sits on its floor.
   double mean_grad = 0;
   std::vector<double> rho;
   const auto finish_rho = [&] {
     rho = kind(0);
-    const std::vector<A> radii = FilterVectors<A>::values(in.radius, s.o, A(1));
-    for (std::size_t i = 0; i < rho.size(); ++i) {
-      if (radii[i] * A(factor) < A(kRhoFloor))
-        rho[i] = 0;
-      mean_grad += double(radii[i]) * rho[i];
-    }
+    mean_grad = finish_radius<A>(in, factor, rho);
   };
   if (barrier && wants_rho) {
     // The mean of the norms depends on every patch: its gradient comes first.
@@ -283,20 +274,9 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
     std::vector<double> total;
     add_parts(p, weight_parts, s.taps(), total);
     const std::vector<A> folded(total.begin(), total.end());
-    const std::vector<double> a = kind(1);
-    const std::vector<A> extra(a.begin(), a.end());
-    const Ints sizes(in.weight.sizes().begin(), in.weight.sizes().end());
-    grad_weight = empty(sizes, call.storage, call.weight_last);
-    FilterParams f{};
-    f.o = s.o;
-    f.size = s.taps();
-    f.weight = weight.stored.const_data_ptr();
-    f.a = weight.a.data_ptr();
-    f.grad_folded = folded.data();
-    f.project = true;
-    f.extra = weighted ? extra.data() : nullptr;
-    f.grad_weight = grad_weight.mutable_data_ptr();
-    call.table.filter_grad(f, 0, s.o);
+    grad_weight = weight_grad<A>(
+        call, in, weight, filters, folded.data(), wants_a ? kind(1) : std::vector<double>{}
+    );
   }
   if ((in.needs & kBias) != 0) {
     Tensor bias = empty({s.o}, call.compute);

@@ -51,6 +51,23 @@ Tensor parameter_grad(const Tensor& parameter, const std::vector<double>& totals
   return grad;
 }
 
+// Zeroes the totals of radii on their floor and returns the gradient of the mean norm. An empty
+// batch has no totals.
+template <class A>
+double finish_radius(const BackwardInputs& in, double factor, std::vector<double>& totals) {
+  double mean_grad = 0;
+  if (totals.empty())
+    return mean_grad;
+  const std::vector<A> radii =
+      FilterVectors<A>::values(in.radius, static_cast<int64_t>(totals.size()), A(1));
+  for (std::size_t i = 0; i < totals.size(); ++i) {
+    if (radii[i] * A(factor) < A(kRhoFloor))
+      totals[i] = 0;
+    mean_grad += double(radii[i]) * totals[i];
+  }
+  return mean_grad;
+}
+
 // The column sums that a backward call needs.
 template <class A>
 class ParameterSums {
@@ -76,18 +93,9 @@ public:
       sums->add(tasks, o_);
   }
 
-  // Zeroes the totals of radii on their floor and returns the gradient of the mean norm.
+  // The gradient of the mean norm; behind it the totals of radii are final.
   double finish_radius(const BackwardInputs& in, double factor) {
-    double mean_grad = 0;
-    if (!wants_rho_)
-      return mean_grad;
-    const std::vector<A> radii = FilterVectors<A>::values(in.radius, o_, A(1));
-    for (std::size_t i = 0; i < rho_.total.size(); ++i) {
-      if (radii[i] * A(factor) < A(kRhoFloor))
-        rho_.total[i] = 0;
-      mean_grad += double(radii[i]) * rho_.total[i];
-    }
-    return mean_grad;
+    return wants_rho_ ? cpu::finish_radius<A>(in, factor, rho_.total) : 0.0;
   }
 
   // dL/da per filter; empty where the operator does not depend on a.

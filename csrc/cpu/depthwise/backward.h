@@ -55,7 +55,7 @@ struct GradLanes {
   A add;  // to t b
   A* du;
   A* t;
-  A* sums;  // [kinds, lanes], added to
+  double* sums;  // [kinds, lanes], added to
 };
 
 template <class G, Kept kKept, bool kSums, class A>
@@ -89,7 +89,7 @@ void angular_grad_lanes(const GradLanes<A>& p, const GradLaneTile<A>& tile) {
     const A* kinds[kSumKinds] = {rho, a, k, bias};
     for (int64_t kind = 0; kind < kSumKinds; ++kind)
       for (int64_t j = 0; j < lanes; ++j)
-        p.sums[kind * lanes + j] += kinds[kind][j];
+        p.sums[kind * lanes + j] += double(kinds[kind][j]);
   }
 }
 
@@ -196,7 +196,7 @@ public:
     task_ = task;
     const int64_t blocks = s_.group;
     if (p_.parameters)
-      std::fill_n(sums_of(0), blocks * kSumKinds * lanes, A(0));
+      std::fill_n(sums_of(0), blocks * kSumKinds * lanes, 0.0);
     if (p_.grad_weight != nullptr)
       std::fill_n(weight_of(0), blocks * s_.taps() * lanes, A(0));
     for (int64_t image = first; image < std::min(first + p_.images, s_.n); ++image) {
@@ -211,8 +211,8 @@ public:
 private:
   static constexpr int64_t lanes = Lanes<A>::count;
 
-  A* sums_of(int64_t block) const {
-    return static_cast<A*>(p_.sums) + (task_ * s_.group + block) * kSumKinds * lanes;
+  double* sums_of(int64_t block) const {
+    return p_.sums + (task_ * s_.group + block) * kSumKinds * lanes;
   }
   A* weight_of(int64_t block) const {
     return static_cast<A*>(p_.grad_weight) + (task_ * s_.group + block) * s_.taps() * lanes;

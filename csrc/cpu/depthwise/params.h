@@ -99,7 +99,7 @@ struct DepthwiseGradParams {
   bool parameters;    // whether sums are wanted
   void* grad_x;       // storage dtype, or null
   void* grad_weight;  // [tasks, group, taps, lanes] sums of du x, or null
-  void* sums;         // [tasks, group, 4, lanes]: dy g h_rho, dy g h_a, dy h g_k, dy
+  double* sums;       // [tasks, group, 4, lanes]: dy g h_rho, dy g h_a, dy h g_k, dy
 
   int64_t image_groups() const { return (forward.shape.n + images - 1) / images; }
   int64_t tasks() const { return image_groups() * forward.shape.groups(); }
