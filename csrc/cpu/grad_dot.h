@@ -157,6 +157,16 @@ A sum_of(const T* v, int64_t count) {
   return sum;
 }
 
+// to += part, which starts again from zero.
+template <class A>
+void add_up(A* part, A* to, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] += part[i];
+    part[i] = A(0);
+  }
+}
+
 template <class T, class U, class A>
 void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
   const Positions& shape = p.shape;
@@ -165,6 +175,7 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
       pick_magnitude_grad<A, false>(Magnitudes{}, WeightedMagnitudes{}, p.op.magnitude);
   const auto angular = pick_angular_grad<T, U, A, false>(Angulars{}, p.op.angular, p.kept_is);
   GradTile<A> buffer;
+  alignas(64) A total[kTile];  // of t
   const bool rho = p.sums.rho != nullptr, a = p.sums.a != nullptr;
   MagnitudeRow<A> m{};
   m.constants = constants_of<A>(p.op);
@@ -192,8 +203,11 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < m.count; ++i)
         buffer.inverse_b[i] = A(1) / m.b[i];
       std::fill_n(buffer.t, m.count, A(0));
+      std::fill_n(total, m.count, A(0));
       for (int64_t j = 0; j < per_group; ++j) {
         const int64_t filter = group * per_group + j;
+        if (j > 0 && j % kAddends == 0)
+          add_up(buffer.t, total, m.count);
         if (j == 0 || !shape.h_per_position) {
           m.a = vector_of<A>(p.filters.a, filter);
           m.rho = vector_of<A>(p.filters.rho, filter);
@@ -219,9 +233,10 @@ void grad_dot_planar(const GradDotParams& p, int64_t begin, int64_t end) {
       }
       if (p.t != nullptr) {
         A* t = static_cast<A*>(p.t) + map;
+        add_up(buffer.t, total, m.count);
 #pragma omp simd
         for (int64_t i = 0; i < m.count; ++i)
-          t[i] = buffer.t[i] * buffer.inverse_b[i] * buffer.inverse_b[i];
+          t[i] = total[i] * buffer.inverse_b[i] * buffer.inverse_b[i];
       }
     }
   }

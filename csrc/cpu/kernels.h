@@ -21,6 +21,10 @@ constexpr int64_t kTile = 512;
 // not depend on the number of threads.
 constexpr int64_t kTask = 16384;
 
+// Longest sum over channels or filters that is added up term by term where lanes are pixels; longer
+// ones are sums of such sums, which rounds less.
+constexpr int64_t kAddends = 64;
+
 // Per-filter vectors in compute dtype, [repeat * o]: repeated so that a tile of several positions
 // in channels-last order reads them as one vector.
 struct Filters {

@@ -1,4 +1,4 @@
-// The patch-norm map as an op, and the norm pass that conv2d.cpp shares.
+// The patch-norm map as an op, and the norm pass that forward and backward share.
 
 #include "cpu/patch_norm.h"
 

@@ -103,12 +103,21 @@ void pixel_sumsq(const PixelSumsqParams& p, int64_t begin, int64_t end) {
     const int64_t plane = task / p.blocks(), first = task % p.blocks() * kTile;
     const int64_t count = std::min(kTile, p.pixels - first);
     A* out = sums + plane * p.pixels + first;
-    std::fill_n(out, count, A(0));
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* v = x + (plane * channels + c) * p.pixels + first;
+    A part[kTile];
+    for (int64_t from = 0; from < channels; from += kAddends) {
+      A* to = from == 0 ? out : part;
+      std::fill_n(to, count, A(0));
+      for (int64_t c = from; c < std::min(from + kAddends, channels); ++c) {
+        const T* v = x + (plane * channels + c) * p.pixels + first;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
-        out[i] += load(v[i]) * load(v[i]);
+        for (int64_t i = 0; i < count; ++i)
+          to[i] += load(v[i]) * load(v[i]);
+      }
+      if (from > 0) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i)
+          out[i] += part[i];
+      }
     }
   }
 }
