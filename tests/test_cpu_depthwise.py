@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import Results, check_all, check_equal, evaluate, random_cotangent, truth_and_peer
+from accuracy import (
+    Results,
+    check,
+    check_all,
+    check_equal,
+    evaluate,
+    random_cotangent,
+    truth_and_peer,
+)
 from cases import ANGULARS, DTYPES, WEIGHTED_MAGNITUDES, Case, Inputs, make_inputs
 
 from dcconv import autograd, functional
@@ -101,6 +109,17 @@ def test_agrees_with_the_reference(isa: str, case: Case, dtype: torch.dtype) -> 
         got = evaluate(functional.decoupled_conv2d, inputs, cotangent, backend="cpu", keep=keep)
         name = f"{isa} {case.id} {layout} {magnitude} {weighting} {angular} {keep}"
         check_all(name, got, truth, peer, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_sums_over_positions(layout: str) -> None:
+    case = Case("", 1, 2, 400, 500, 2, (3, 3), padding=1, groups=2)
+    inputs = make_inputs(case, torch.float32, layout, angular="sigmoid", bias=True)
+    cotangent = random_cotangent(inputs)
+    truth, peer = truth_and_peer(inputs, cotangent)
+    got = by_scheme(inputs, "own", cotangent)
+    for name in ("bias", "radius", "k"):
+        check(name, got[name], truth[name], peer[name], torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -268,6 +268,21 @@ def test_calls_that_do_not_fit_are_the_librarys(
     assert all(same(own, run("library", inputs, cotangent)).values())
 
 
+@pytest.mark.parametrize("scheme", ["own", "library"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(("channels", "filters"), [(4096, 20), (20, 4096)])
+def test_long_sums_over_channels_and_filters(
+    channels: int, filters: int, layout: str, scheme: str
+) -> None:
+    case = Case("long", 1, channels, 6, 6, filters, (1, 1))
+    inputs = make_inputs(case, torch.float32, layout, angular="cosine", norm="batch")
+    cotangent = random_cotangent(inputs)
+    truth, peer = truth_and_peer(inputs, cotangent)
+    got = run(scheme, inputs, cotangent)
+    assert torch.ops.dcconv.cpu_scheme_taken() == scheme
+    check_all(f"{channels} {filters} {layout} {scheme}", got, truth, peer, torch.float32)
+
+
 def test_values_behind_a_row_do_not_leak() -> None:
     """Whole vectors are read behind the last column; infinity there stays out of the sums."""
     case = Case("leak", 2, 6, 5, 7, 5, (3, 3), padding=1)
