@@ -52,6 +52,14 @@ GEOMETRIES = (
     Case("reflect", 2, 4, 6, 7, 4, (3, 3), padding=2, groups=4, padding_mode="reflect"),
     Case("replicate", 2, 4, 6, 7, 8, (3, 3), 2, "same", groups=4, padding_mode="replicate"),
     Case("circular", 2, 4, 6, 7, 4, (3, 3), padding=2, groups=4, padding_mode="circular"),
+    # Whole blocks, kernels of 3, 5 and 7 columns: windows over x in place.
+    Case("in-place", 2, 32, 9, 18, 32, (3, 3), padding=1, groups=32),
+    Case("in-place-short-run", 1, 16, 6, 5, 16, (7, 7), padding=3, groups=16),
+    Case("in-place-s2", 1, 32, 13, 17, 32, (3, 5), 2, (1, 2), groups=32),
+    Case("in-place-s2-dilation3-1", 1, 16, 15, 23, 16, (3, 7), (2, 2), (3, 1), (3, 1), 16),
+    Case("in-place-s3-dilation2-1", 1, 16, 15, 9, 16, (3, 3), (3, 1), (2, 1), (2, 1), 16),
+    Case("in-place-wide", 1, 16, 70, 200, 16, (3, 3), padding=1, groups=16),
+    Case("in-place-reflect", 1, 16, 7, 8, 16, (5, 5), padding=2, groups=16, padding_mode="reflect"),
     Case("n0", 0, 3, 6, 5, 3, (3, 3), padding=1, groups=3),
 )
 

@@ -85,6 +85,38 @@ void window_run(const WindowRun<T, A>& p) {
   }
 }
 
+// Bytes of x and y together beyond which rows are fetched ahead: less stays in the third-level
+// cache, where fetching costs 5 % and gains nothing (measured; beyond, it gains up to a third).
+constexpr int64_t kAheadBytes = 8 << 20;
+
+// Memory fetched a few lines at a time, long before its use: pixels of some channels.
+class Ahead {
+public:
+  Ahead() = default;
+
+  // `steps`: calls of fetch() that are to come.
+  Ahead(const void* first, int64_t pixels, int64_t pitch, int64_t bytes, int64_t steps)
+      : pixel_(static_cast<const char*>(first)), pixels_(std::max<int64_t>(pixels, 0)),
+        pitch_(pitch), bytes_(bytes),
+        lines_((pixels_ * ((bytes + kLaneBytes - 1) / kLaneBytes) + steps - 1) / steps) {}
+
+  void fetch() {
+    for (int64_t i = 0; i < lines_ && pixels_ > 0; ++i) {
+      __builtin_prefetch(pixel_ + done_, 0, 2);
+      done_ += kLaneBytes;
+      if (done_ >= bytes_) {
+        done_ = 0;
+        pixel_ += pitch_;
+        --pixels_;
+      }
+    }
+  }
+
+private:
+  const char* pixel_ = nullptr;
+  int64_t pixels_ = 0, pitch_ = 0, bytes_ = 0, lines_ = 0, done_ = 0;
+};
+
 template <class T, class A>
 class InPlaceForward {
 public:
@@ -107,6 +139,8 @@ public:
     r.y_pitch = s_.o;
     r.magnitude = pick_magnitude_lanes<A>(Magnitudes{}, WeightedMagnitudes{}, p.op);
     r.angular = pick_angular_lanes<T, A>(Angulars{}, p.op.angular, p.filters.bias != nullptr);
+    const int64_t elements = s_.n * s_.c * (s_.rows.input * s_.columns.input + s_.pixels());
+    fetches_ = elements * int64_t{sizeof(T)} > kAheadBytes;
     const Finish finish = p.y == nullptr          ? Finish::norms
                           : TanhCosine::is(p.op) ? Finish::tanh_cosine
                                                  : Finish::functions;
@@ -145,6 +179,8 @@ public:
         }
       }
       run_.window.rows = rows_.data();
+      if (fetches_)
+        look_ahead(at, row, seen);
       run_.window.squares = square_rows_.data();
       run_.window.known_rows = known;
       run_.window.kernel_rows = static_cast<int64_t>(rows_.size());
@@ -198,6 +234,32 @@ private:
     }
   }
 
+  // The rows of x and y that the next output row adds.
+  void look_ahead(const Place& at, int64_t row, int64_t seen) {
+    const int64_t blocks = at.end_block - at.first_block, channel = at.first_block * lanes;
+    const int64_t steps = blocks * ((s_.columns.output + kLongRun - 1) / kLongRun);
+    const int64_t pitch = s_.c * int64_t{sizeof(T)}, bytes = blocks * lanes * int64_t{sizeof(T)};
+    const int64_t h = std::clamp<int64_t>(seen - s_.rows.before, 0, s_.rows.input);
+    const int64_t rows = std::min(s_.rows.stride, s_.rows.input - h);
+    x_ahead_ = Ahead(
+        static_cast<const T*>(p_.x) +
+            (at.image * s_.rows.input + h) * s_.columns.input * s_.c + channel,
+        row + 1 < at.end_row ? rows * s_.columns.input : 0,
+        pitch,
+        bytes,
+        steps
+    );
+    if (p_.y != nullptr)
+      y_ahead_ = Ahead(
+          static_cast<const T*>(p_.y) +
+              (at.image * s_.rows.output + row + 1) * s_.columns.output * s_.c + channel,
+          row + 1 < at.end_row ? s_.columns.output : 0,
+          pitch,
+          bytes,
+          steps
+      );
+  }
+
   double block_row(const Place& at, int64_t row, int64_t block, int64_t first_tap_row) {
     const int64_t position = (at.image * s_.rows.output + row) * s_.columns.output;
     WindowRun<T, A>& r = run_;
@@ -220,6 +282,10 @@ private:
       r.map = p_.map == nullptr ? nullptr : static_cast<A*>(p_.map) + offset;
       r.y = p_.y == nullptr ? nullptr : static_cast<T*>(p_.y) + offset;
       r.dot = p_.dot == nullptr ? nullptr : static_cast<T*>(p_.dot) + offset;
+      if (fetches_) {
+        x_ahead_.fetch();
+        y_ahead_.fetch();
+      }
       (is_long ? long_run_ : short_run_)(r);
       done = first + length;
     }
@@ -237,6 +303,8 @@ private:
   Buffer<A> squares_;  // [ring of rows, blocks, outputs, lanes]
   std::vector<int64_t> squared_;  // the padded row that a row of the ring is of
   std::vector<A*> square_rows_;
+  bool fetches_;
+  Ahead x_ahead_, y_ahead_;
   WindowRun<T, A> run_{};
   Function long_run_, short_run_;
 };

@@ -58,6 +58,15 @@ struct Window {
   A eps;
 };
 
+// pixels[0] is the run's first one. The compiler must not see where it comes from: it would keep an
+// offset for every column and no registers for anything else.
+template <class T>
+DC_HD const T* const* columns_from(const T* const* row, int64_t column) {
+  const T* const* pixels = row + column;
+  asm("" : "+r"(pixels));
+  return pixels;
+}
+
 // A row of the kernel.
 template <class T, class A, int kKernel, int kStride, int kRun>
 DC_HD void row_dots(
@@ -139,11 +148,11 @@ DC_HD void window_sums(
     }
     if constexpr (kDot)
       row_dots<T, A, kKernel, kStride>(
-          p.rows[r] + p.column, channel, weights + r * kKernel * lanes, dots
+          columns_from(p.rows[r], p.column), channel, weights + r * kKernel * lanes, dots
       );
   }
   for (int64_t r = p.known_rows; r < p.kernel_rows; ++r) {
-    const T* const* pixels = p.rows[r] + p.column;
+    const T* const* pixels = columns_from(p.rows[r], p.column);
     row_squares<T, A, kKernel, kStride>(
         pixels, channel, p.squares[r] + p.square + lane, sums
     );
