@@ -1,4 +1,4 @@
-"""The CUDA sources compiled for the SIMT model: the ops of plan A, and the passes by themselves."""
+"""The CUDA sources compiled for the SIMT model: all ops, and the passes by themselves."""
 
 from __future__ import annotations
 
