@@ -27,10 +27,10 @@ struct WindowRun {
   Operator op;
   int64_t fresh;  // the first output that no run before had
   int64_t map_pitch, y_pitch;
-  A* map;         // or null
+  A* map;  // or null
   T* y;
-  T* dot;         // or null
-  A* norm_sums;   // [lanes], added to; or null
+  T* dot;        // or null
+  A* norm_sums;  // [lanes], added to; or null
   MagnitudeLanes<A> magnitude;
   AngularLanes<T, A> angular;
 };
@@ -141,7 +141,7 @@ public:
     r.angular = pick_angular_lanes<T, A>(Angulars{}, p.op.angular, p.filters.bias != nullptr);
     const int64_t elements = s_.n * s_.c * (s_.rows.input * s_.columns.input + s_.pixels());
     fetches_ = elements * int64_t{sizeof(T)} > kAheadBytes;
-    const Finish finish = p.y == nullptr          ? Finish::norms
+    const Finish finish = p.y == nullptr         ? Finish::norms
                           : TanhCosine::is(p.op) ? Finish::tanh_cosine
                                                  : Finish::functions;
     long_run_ = pick<kLongRun>(finish);
@@ -171,9 +171,7 @@ public:
           known += squared == padded;
           squared = padded;
           rows_.push_back(pixels_of(padded));
-          square_rows_.push_back(
-              squares_.data() + slot * s_.group * s_.columns.output * lanes
-          );
+          square_rows_.push_back(squares_.data() + slot * s_.group * s_.columns.output * lanes);
         } else if (rows_.empty()) {
           first_tap_row = r + 1;
         }
@@ -242,8 +240,8 @@ private:
     const int64_t h = std::clamp<int64_t>(seen - s_.rows.before, 0, s_.rows.input);
     const int64_t rows = std::min(s_.rows.stride, s_.rows.input - h);
     x_ahead_ = Ahead(
-        static_cast<const T*>(p_.x) +
-            (at.image * s_.rows.input + h) * s_.columns.input * s_.c + channel,
+        static_cast<const T*>(p_.x) + (at.image * s_.rows.input + h) * s_.columns.input * s_.c +
+            channel,
         row + 1 < at.end_row ? rows * s_.columns.input : 0,
         pitch,
         bytes,
@@ -300,7 +298,7 @@ private:
   std::vector<T> zeros_;  // a pixel of padding
   std::vector<const T*> pixels_;
   std::vector<const T* const*> rows_;
-  Buffer<A> squares_;  // [ring of rows, blocks, outputs, lanes]
+  Buffer<A> squares_;             // [ring of rows, blocks, outputs, lanes]
   std::vector<int64_t> squared_;  // the padded row that a row of the ring is of
   std::vector<A*> square_rows_;
   bool fetches_;

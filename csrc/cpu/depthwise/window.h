@@ -1,5 +1,6 @@
-// Dot products and norms of windows of kKernel columns, neighbours in a row of outputs, in registers
-// from x as it lies in memory: every pixel is loaded once per row of the kernel, and squared once.
+// Dot products and norms of windows of kKernel columns, neighbours in a row of outputs, in
+// registers from x as it lies in memory: every pixel is loaded once per row of the kernel, and
+// squared once.
 #pragma once
 
 #include "cpu/depthwise/direct.h"
@@ -153,9 +154,7 @@ DC_HD void window_sums(
   }
   for (int64_t r = p.known_rows; r < p.kernel_rows; ++r) {
     const T* const* pixels = columns_from(p.rows[r], p.column);
-    row_squares<T, A, kKernel, kStride>(
-        pixels, channel, p.squares[r] + p.square + lane, sums
-    );
+    row_squares<T, A, kKernel, kStride>(pixels, channel, p.squares[r] + p.square + lane, sums);
     if constexpr (kDot)
       row_dots<T, A, kKernel, kStride>(pixels, channel, weights + r * kKernel * lanes, dots);
   }
