@@ -1,5 +1,5 @@
-// Elementary functions for float that vectorise and run on host and device alike, within 4 ulp;
-// double goes to the standard library. All keep NaN and none branches.
+// Elementary functions for float that vectorise and run on host and device alike, within 4 ulp
+// (tanh on a GPU: 5.4); double goes to the standard library. All keep NaN and none branches.
 #pragma once
 
 #include <cmath>
@@ -129,11 +129,10 @@ DC_HD V tanh_denominator(V t) {
   return q * t + 1.0f;
 }
 
-// Without fused multiply-add the polynomials lose 5 ulp, and the slower exponential form serves.
-// DCCONV_FMA: the files of one instruction set say it, since a compiler need not define __FMA__
-// where a pragma chose the target.
+// On a GPU the ratio: within 5.4 ulp (measured with the fused multiply-add that it has), 3.6 below 2.
+// On a CPU the exponential form, within 4 ulp, with or without fused multiply-add.
 DC_HD float tanh_of(float x) {
-#if defined(DCCONV_FMA) || defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+#if defined(__CUDA_ARCH__) || (defined(DCCONV_SIMT) && defined(__FMA__))
   const float z = at_least(at_most(x, 9.0f), -9.0f);
   const float t = z * z;
   return clamp_unit(z * tanh_numerator(t) / tanh_denominator(t));

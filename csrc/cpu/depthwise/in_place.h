@@ -86,7 +86,8 @@ void window_run(const WindowRun<T, A>& p) {
 }
 
 // Bytes of x and y together beyond which rows are fetched ahead: less stays in the third-level
-// cache, where fetching costs 5 % and gains nothing (measured; beyond, it gains up to a third).
+// cache, where fetching costs 5 % and gains nothing. Beyond, measured on [8, 96, 56, 56], 3x3, it
+// gained a quarter when the tensors had left the caches, and cost a fifth when they had not.
 constexpr int64_t kAheadBytes = 8 << 20;
 
 // Memory fetched a few lines at a time, long before its use: pixels of some channels.

@@ -8,6 +8,8 @@ namespace dcconv {
 namespace cpu {
 namespace DCCONV_ISA {
 
+// DCCONV_FMA: the files of one instruction set say it, since a compiler need not define __FMA__
+// where a pragma chose the target.
 #if defined(DCCONV_FMA) || defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFusedMultiplyAdd = true;
 #else
