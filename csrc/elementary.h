@@ -129,7 +129,7 @@ DC_HD V tanh_denominator(V t) {
   return q * t + 1.0f;
 }
 
-// On a GPU the ratio: within 5.4 ulp (measured with the fused multiply-add that it has), 3.6 below 2.
+// On a GPU the ratio: within 5.4 ulp (measured with fused multiply-add, which it has), 3.6 below 2.
 // On a CPU the exponential form, within 4 ulp, with or without fused multiply-add.
 DC_HD float tanh_of(float x) {
 #if defined(__CUDA_ARCH__) || (defined(DCCONV_SIMT) && defined(__FMA__))
