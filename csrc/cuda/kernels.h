@@ -218,7 +218,6 @@ struct DepthwiseGradWeightParams {
   const void* x;       // T
   void* parts;         // A [rows, r s, o]
   int64_t rows;
-  bool weight_channels_last;
   void* grad_weight;  // T [o, 1, r, s] or [o, r, s, 1]
 };
 

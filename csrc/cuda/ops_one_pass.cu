@@ -233,7 +233,6 @@ Tensor depthwise_grad_weight_op(
   p.x = x.const_data_ptr();
   p.parts = parts.mutable_data_ptr();
   p.rows = rows;
-  p.weight_channels_last = weight_channels_last;
   p.grad_weight = grad_weight.mutable_data_ptr();
   depthwise_grad_weight(dtype, p, device.stream());
   return grad_weight;

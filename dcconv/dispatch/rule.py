@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dcconv.dispatch.key import INPUT_GRADIENT, WEIGHT_GRADIENT, Key
+from dcconv.plan_b import STEM_CHANNELS
 
 # Names of the plans: passes around the library convolution, one pass, cuDNN graph.
 PLANS = ("A", "B", "G")
@@ -13,7 +14,6 @@ PASSES, ONE_PASS, GRAPH = PLANS
 # The pass over the result that plan A has and plan B saves takes time in inverse proportion to
 # the length of the sums, C R S: below this it is a third of the convolution or more.
 SHORT_SUM = 600
-STEM_CHANNELS = 4
 CHANNEL_VECTOR = 8
 
 # A plan must be faster than plan A by more than this share to be taken: within it, two
