@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 import dcconv.fakes
 import dcconv.fakes_one_pass  # noqa: F401  (registers them)
-from dcconv import autograd, checks, dispatch, ops, plan_a, plan_direct, reference
+from dcconv import autograd, checks, dispatch, ops, plan_a, plan_b_triton, reference
 from dcconv.autograd import ONE_OP, PASSES, PLAN_A, TRITON
 from dcconv.dispatch import Plans, pin_table
 from dcconv.dispatch import allowed as plans
@@ -184,8 +184,8 @@ def _reference_conv2d(
 
 
 def _triton_forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
-    if plan_direct.why_not(operands.x, operands.weight, problem) is None:
-        return plan_direct.forward(operands, problem, kept, PASSES[TRITON])
+    if plan_b_triton.why_not(operands, problem) is None:
+        return plan_b_triton.forward(operands, problem, kept)
     return plan_a.forward(operands, problem, kept, PASSES[TRITON])
 
 

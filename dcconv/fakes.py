@@ -233,40 +233,6 @@ def _conv2d_epilogue_inplace_fake(u: Tensor, a: Tensor, *arguments: Any) -> Tens
     return _conv2d_epilogue_fake(u, a, *arguments)[1]
 
 
-def _conv2d_direct_fake(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    map: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    delta: float,
-    eps: float,
-    map_is_norm: bool,
-    keep_dot: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p, q = window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
-    shape = (x.shape[0], weight.shape[0], p, q)
-    layout = layout_of(channels_last)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    dot = torch.empty_like(y, memory_format=layout) if keep_dot else x.new_empty(0)
-    return y, _norm_map_of(y, a, groups, map_is_norm), dot
-
-
 def _conv2d_grad_dot_fake(
     grad_y: Tensor,
     kept: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,16 +116,16 @@ def _grad_weight_flops(
     return conv_flop_count(x_shape, out_shape, grad_u_shape)
 
 
-register(
-    {
-        "filter_norm": _filter_norm_fake,
-        "conv2d_one_pass": _conv2d_one_pass_fake,
-        "conv2d_one_pass_grad_input": _conv2d_one_pass_grad_input_fake,
-        "depthwise_grad_weight": _depthwise_grad_weight_fake,
-    },
-    {
-        "conv2d_one_pass": _forward_flops,
-        "conv2d_one_pass_grad_input": _grad_input_flops,
-        "depthwise_grad_weight": _grad_weight_flops,
-    },
-)
+FAKES: dict[str, Callable[..., Any]] = {
+    "filter_norm": _filter_norm_fake,
+    "conv2d_one_pass": _conv2d_one_pass_fake,
+    "conv2d_one_pass_grad_input": _conv2d_one_pass_grad_input_fake,
+    "depthwise_grad_weight": _depthwise_grad_weight_fake,
+}
+FLOPS: dict[str, Callable[..., int]] = {
+    "conv2d_one_pass": _forward_flops,
+    "conv2d_one_pass_grad_input": _grad_input_flops,
+    "depthwise_grad_weight": _grad_weight_flops,
+}
+
+register(FAKES, FLOPS)

@@ -331,13 +331,14 @@ def input_gradient(
     norm_map: Tensor,
     sigma: Tensor | None,
     problem: Problem,
+    namespace: str = COMPILED,
 ) -> Tensor:
     """Return grad_x by the library and the pass after it, as :func:`backward` does."""
     layout = ops.memory_format(x, weight)
     grad_x, _, _ = _convolution_backward(grad_u, x, weight, problem, layout, [True, False, False])
     assert grad_x is not None
     last = layout == torch.channels_last
-    return _finish_input(grad_x, x, t, norm_map, sigma, weight, problem, last, COMPILED)
+    return _finish_input(grad_x, x, t, norm_map, sigma, weight, problem, last, namespace)
 
 
 def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:

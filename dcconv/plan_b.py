@@ -150,13 +150,25 @@ def forward(
 
     Without backward (``kept="nothing"``) the norm map is [0], unless ``norm="batch"`` made it.
     """
+    return compose(operands, problem, kept, kernel_of(operands.weight, problem))
+
+
+def compose(
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    kernel: str,
+    tile: int = OWN_RULE,
+    namespace: str = plan_a.COMPILED,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator by a kernel and tile of a namespace's ops."""
+    passes = getattr(torch.ops, namespace)
     x, weight, bias, radius, norm_mean, k = operands
     layout = ops.memory_format(x, weight)
     channels_last = layout == torch.channels_last
     x = x.contiguous(memory_format=layout)
     weight = weight.contiguous(memory_format=layout)
     geometry = plan_a.geometry(problem)
-    kernel = kernel_of(weight, problem)
     batch_mean = problem.norm == NORM_BATCH
     alone = weight.shape[2] == weight.shape[3] == 1 and not any(problem.padding)
 
@@ -165,13 +177,13 @@ def forward(
     # column tile, and takes sums per pixel instead.
     norms: Tensor | None = None
     if batch_mean or (kernel == IMPLICIT_GEMM and not alone):
-        a, norms, mean = torch.ops.dcconv.conv2d_norms(
+        a, norms, mean = passes.conv2d_norms(
             x, weight, *geometry, problem.eps, batch_mean, channels_last
         )
     else:
-        a = torch.ops.dcconv.filter_norm(weight, problem.eps)
+        a = passes.filter_norm(weight, problem.eps)
         mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
-    y, norm_map, dot = torch.ops.dcconv.conv2d_one_pass(
+    y, norm_map, dot = passes.conv2d_one_pass(
         x,
         weight,
         a,
@@ -187,7 +199,7 @@ def forward(
         kept != NOTHING,
         kept == DOT,
         kernel,
-        OWN_RULE,
+        tile,
         channels_last,
     )
     return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
@@ -203,8 +215,25 @@ def input_gradient(
     problem: Problem,
 ) -> Tensor:
     """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
+    kernel = kernel_of(weight, problem)
+    return compose_input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, kernel)
+
+
+def compose_input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+    kernel: str,
+    tile: int = OWN_RULE,
+    namespace: str = plan_a.COMPILED,
+) -> Tensor:
+    """Return the gradient of x by a kernel and tile of a namespace's ops."""
     layout = ops.memory_format(x, weight)
-    grad_x: Tensor = torch.ops.dcconv.conv2d_one_pass_grad_input(
+    grad_x: Tensor = getattr(torch.ops, namespace).conv2d_one_pass_grad_input(
         grad_u,
         weight.contiguous(memory_format=layout),
         x,
@@ -212,8 +241,8 @@ def input_gradient(
         norm_map,
         sigma,
         *plan_a.geometry(problem),
-        kernel_of(weight, problem),
-        OWN_RULE,
+        kernel,
+        tile,
         layout == torch.channels_last,
     )
     return grad_x

@@ -1,8 +1,6 @@
-"""One pass forward: norms, dot product and epilogue in one kernel.
+"""Plan B of the Triton backend: one pass in depthwise layers and, as an implicit GEMM, in others.
 
-Plan A moves x twice and its result three times; here x is read and y written, which pays where the
-product is shallow: groups of one channel, and 1x1 layers. Backward is plan A's. Only Triton has
-the op.
+The composition is that of :mod:`dcconv.plan_b`, on Triton's ops.
 """
 
 from __future__ import annotations
@@ -10,18 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcconv import ops, plan_a
-from dcconv.keep import DOT
-from dcconv.numerics import compute_dtype
-from dcconv.problem import NORM_BATCH, Operands, Problem
+from dcconv import ops, plan_b
+from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
+from dcconv.problem import Operands, Problem
+
+NAMESPACE = "dcconv_triton"
 
 
-def why_not(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
-    """Return None where one pass does it, else one sentence why not."""
+def kernel_of(weight: Tensor, problem: Problem) -> str:
+    """Return the kernel that is made for a call's channels."""
+    return DEPTHWISE if problem.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
+
+
+def why_not(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the forward pass of a call can run, else one sentence why not."""
+    x, weight, *_ = operands
     if problem.norm_free:
-        return "without a norm the library convolution is all there is"
+        return "norm-free operators are one library convolution"
+    if kernel_of(weight, problem) == DEPTHWISE:
+        return None
     if problem.groups > 1:
-        return None if weight.shape[1] == 1 else "groups of several channels have no kernel"
+        return "groups of several channels have no kernel"
     if tuple(weight.shape[2:]) != (1, 1) or any(problem.padding):
         return "windows of several pixels have no kernel"
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -31,39 +38,36 @@ def why_not(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     return None
 
 
+def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of x can be computed, else one sentence why not."""
+    return "the gradient of the input is the library's"
+
+
+def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of the weight can be computed, else one sentence why not."""
+    return "the gradient of the weight is the library's"
+
+
 def forward(
-    operands: Operands, problem: Problem, kept: str, namespace: str
+    operands: Operands, problem: Problem, kept: str, tile: int = OWN_RULE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Evaluate the operator; returns what :func:`dcconv.plan_a.forward` does."""
-    passes = getattr(torch.ops, namespace)
-    x, weight, bias, radius, norm_mean, k = operands
-    layout = ops.memory_format(x, weight)
-    channels_last = layout == torch.channels_last
-    x = x.contiguous(memory_format=layout)
-    weight = weight.contiguous(memory_format=ops.memory_format(weight))
-    geometry = plan_a.geometry(problem)
-    batch_mean = problem.norm == NORM_BATCH
-    if batch_mean:
-        a, norms, mean = passes.conv2d_norms(
-            x, weight, *geometry, problem.eps, batch_mean, channels_last
-        )
-    else:
-        _, a = passes.filter_scale(weight, 1.0, problem.eps, False)
-        norms = mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
-    y, norm_map, dot = passes.conv2d_direct(
-        x,
-        weight,
-        a,
-        norms,
-        bias,
-        radius,
-        mean if batch_mean else norm_mean,
-        k,
-        *geometry,
-        *plan_a.operator(problem),
-        problem.eps,
-        batch_mean,
-        kept == DOT,
-        channels_last,
+    """Evaluate the operator; results as of ``plan_b.forward``."""
+    kernel = kernel_of(operands.weight, problem)
+    return plan_b.compose(operands, problem, kept, kernel, tile, NAMESPACE)
+
+
+def input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+    tile: int = OWN_RULE,
+) -> Tensor:
+    """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
+    kernel = kernel_of(weight, problem)
+    return plan_b.compose_input_gradient(
+        grad_u, x, weight, t, norm_map, sigma, problem, kernel, tile, NAMESPACE
     )
-    return y, norms if batch_mean else norm_map, mean, dot, a

@@ -12,8 +12,8 @@ from cases import ANGULARS, CASES, WEIGHTED_MAGNITUDES, Case
 from plan_a_model import implementations
 from triton_checks.worker import Worker
 
-from dcconv import backends, plan_a, plan_direct
-from dcconv.problem import Problem
+from dcconv import backends, plan_a, plan_b_triton
+from dcconv.problem import Operands, Problem
 from dcconv.triton_impl import features
 
 pytestmark = pytest.mark.skipif(features.missing() is not None, reason=str(features.missing()))
@@ -129,17 +129,21 @@ def test_what_one_pass_is_for() -> None:
     last = torch.zeros(2, 4, 5, 5, dtype=torch.float16).to(memory_format=torch.channels_last)
     weight, window = last[:, :, :1, :1].contiguous(), last[:, :, :3, :3]
     grouped = Problem(groups=4)
-    assert plan_direct.why_not(last.float(), window[:, :1], grouped) is None
-    assert plan_direct.why_not(last, weight, Problem()) is None
+
+    def why_not(x: torch.Tensor, w: torch.Tensor, problem: Problem) -> str | None:
+        return plan_b_triton.why_not(Operands(x, w, None, None, None, None), problem)
+
+    assert why_not(last.float(), window[:, :1], grouped) is None
+    assert why_not(last, weight, Problem()) is None
     for x, w, problem, sentence in (
-        (last, window[:, :1], grouped._replace(magnitude="linear"), "without a norm the library"),
+        (last, window[:, :1], grouped._replace(magnitude="linear"), "norm-free operators are one"),
         (last, window[:, :2], Problem(groups=2), "groups of several channels have no kernel"),
         (last, window, Problem(), "windows of several pixels have no kernel"),
         (last, weight, Problem(padding=(0, 0, 1, 0)), "windows of several pixels have no kernel"),
         (last.float(), weight, Problem(), "float32 products are the library's"),
         (last.contiguous(), weight, Problem(), "1x1 layers have a kernel in channels_last order"),
     ):
-        assert str(plan_direct.why_not(x, w, problem)).startswith(sentence)
+        assert str(why_not(x, w, problem)).startswith(sentence)
 
 
 def test_offsets_beyond_int32(interpreter: Worker) -> None:
@@ -147,7 +151,7 @@ def test_offsets_beyond_int32(interpreter: Worker) -> None:
 
 
 def test_opcheck_of_every_op(interpreter: Worker) -> None:
-    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 12
+    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 13
 
 
 def test_schemas_are_those_of_the_compiled_library(interpreter: Worker) -> None:

@@ -52,6 +52,7 @@ def depthwise_kernel(
     CURVATURE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MAP_IS_NORM: tl.constexpr,
+    KEEPS_NORM: tl.constexpr,
     KEEPS_DOT: tl.constexpr,
     LAST: tl.constexpr,
     P: tl.constexpr,
@@ -90,7 +91,7 @@ def depthwise_kernel(
     else:
         b = tl.sqrt_rn(squares + eps)
         # Tiles that share a group write the same values: only its first does.
-        if chunk % chunks == 0:
+        if KEEPS_NORM and chunk % chunks == 0:
             tl.store(norm_map + map_at, b, mask=seen)
     at = offsets(image, pixel, channel, groups * per_group, pixels, LAST)
     mask = inside[:, None] & exists[None, :]

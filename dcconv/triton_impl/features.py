@@ -76,4 +76,5 @@ def why_not(index: int) -> str | None:
     reason = missing() or twinless() or why_not_capability(index)
     if reason is None:
         importlib.import_module("dcconv.triton_impl.ops")
+        importlib.import_module("dcconv.triton_impl.ops_one_pass")
     return reason

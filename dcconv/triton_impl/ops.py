@@ -4,16 +4,12 @@ Their schemas are those of ``csrc/schemas.h``. Tensors are dense in the layout t
 says; maps are 1-d.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.library import wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
 from dcconv import fakes
-from dcconv.functions import magnitudes, weightings
 from dcconv.numerics import RHO_FLOOR
 from dcconv.ops import (
     NEEDS_BIAS,
@@ -21,13 +17,10 @@ from dcconv.ops import (
     NEEDS_NORM_MEAN,
     NEEDS_RADIUS,
     NEEDS_WEIGHT,
-    is_channels_last,
 )
 from dcconv.plan_a import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
-from dcconv.problem import output_size
-from dcconv.triton_impl.depthwise import depthwise_kernel
 from dcconv.triton_impl.epilogue import epilogue_kernel
-from dcconv.triton_impl.features import INTERPRETED, twin_of
+from dcconv.triton_impl.features import twin_of
 from dcconv.triton_impl.filters import filter_grad_kernel, parameter_grads_kernel
 from dcconv.triton_impl.grad_dot import column_sums_kernel, grad_dot_kernel
 from dcconv.triton_impl.grad_input import grad_input_kernel
@@ -37,65 +30,25 @@ from dcconv.triton_impl.launch import (
     NAMESPACE,
     blocks,
     filter_tile,
-    matrix_tile,
     on_device,
     op,
     tiling,
 )
 from dcconv.triton_impl.norms import filter_norm_kernel, pixel_sumsq_kernel, window_norm_kernel
-from dcconv.triton_impl.pointwise import pointwise_kernel
+from dcconv.triton_impl.operands import (
+    dense,
+    empty_like,
+    format_of,
+    layout,
+    number_of,
+    per_position,
+    windows,
+)
 
 COMPUTE = torch.float32
 
 # column_sums: rows and filters of a tile.
 SUM_ROWS, SUM_FILTERS = 32, 32
-
-
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _format_of(t: Tensor) -> bool:
-    return t.shape[0] > 0 and is_channels_last(t)
-
-
-def _empty_like(t: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty_like(t, memory_format=_layout(channels_last))
-
-
-def _windows(
-    height: int,
-    width: int,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> tuple[int, int]:
-    """Return rows and columns of the output."""
-    top, bottom, left, right = padding
-    return (
-        output_size(height, kernel_size[0], stride[0], top, bottom, dilation[0]),
-        output_size(width, kernel_size[1], stride[1], left, right, dilation[1]),
-    )
-
-
-def _count(parameter: Tensor | None) -> str:
-    """Return whether there is one value, one per filter or none."""
-    if parameter is None:
-        return "none"
-    return "filter" if parameter.dim() else "one"
-
-
-def _dense(parameter: Tensor | None, otherwise: Tensor) -> Tensor:
-    """Return a parameter without gaps; kernels do not read ``otherwise``."""
-    return otherwise if parameter is None else parameter.contiguous()
-
-
-def _per_position(magnitude: str, weighting: str, radius: Tensor | None) -> bool:
-    """Whether h depends on the position alone, up to a factor a."""
-    if weightings[weighting].only_with is not None:
-        return False
-    return not magnitudes[magnitude].uses_rho or _count(radius) != "filter"
 
 
 def _pixel_sumsq(x: Tensor, groups: int, channels_last: bool) -> Tensor:
@@ -139,7 +92,7 @@ def _window_norm(
 ) -> Tensor:
     """Fill b; return its partial sums, [0] where they are not wanted."""
     h, w = input_size
-    p, q = _windows(h, w, kernel_size, stride, padding, dilation)
+    p, q = windows(h, w, kernel_size, stride, padding, dilation)
     tiles = tiling(images, p * q, groups, groups, channels_last, BLOCK)
     programs = tiles.tiles * tiles.group_chunks
     partial = sums.new_empty(programs if wants_sums else 0, dtype=torch.float64)
@@ -196,7 +149,7 @@ def conv2d_norms(
     partial = result
     if batch_mean:
         kernel = [weight.shape[2], weight.shape[3]]
-        p, q = _windows(h, w, kernel, stride, padding, dilation)
+        p, q = windows(h, w, kernel, stride, padding, dilation)
         b = x.new_empty(n * groups * p * q, dtype=COMPUTE)
         partial = _window_norm(
             result,
@@ -275,10 +228,10 @@ def _epilogue(
                 a,
                 map,
                 norm_map,
-                _dense(bias, a),
-                _dense(radius, a),
-                _dense(mean, a),
-                _dense(k, a),
+                dense(bias, a),
+                dense(radius, a),
+                dense(mean, a),
+                dense(k, a),
                 n,
                 p * q,
                 groups,
@@ -305,10 +258,10 @@ def _epilogue(
                 MAGNITUDE=twin_of(magnitude, weighting),
                 ANGULAR=angular,
                 TIMES_A=weighting == "linear",
-                PER_POSITION=_per_position(magnitude, weighting, radius),
-                RADIUS=_count(radius),
+                PER_POSITION=per_position(magnitude, weighting, radius),
+                RADIUS=number_of(radius),
                 HAS_MEAN=mean is not None,
-                CURVATURE=_count(k),
+                CURVATURE=number_of(k),
                 HAS_BIAS=bias is not None,
                 MAP_IS_NORM=map_is_norm,
                 LAST=channels_last,
@@ -347,7 +300,7 @@ def conv2d_epilogue(
     map_is_norm: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = _empty_like(u, channels_last)
+    y = empty_like(u, channels_last)
     norm_map = _epilogue(
         u,
         y,
@@ -432,158 +385,6 @@ def conv2d_epilogue_(
     )
 
 
-@op("conv2d_direct", fakes._conv2d_direct_fake)
-def conv2d_direct(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    map: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    delta: float,
-    eps: float,
-    map_is_norm: bool,
-    keep_dot: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, h, w = x.shape
-    filters, _, rows, columns = weight.shape
-    p, q = _windows(h, w, [rows, columns], stride, padding, dilation)
-    y, norm_map, dot = fakes._conv2d_direct_fake(
-        x,
-        weight,
-        a,
-        map,
-        bias,
-        radius,
-        mean,
-        k,
-        stride,
-        padding,
-        dilation,
-        groups,
-        padding_mode,
-        magnitude,
-        angular,
-        weighting,
-        alpha,
-        beta,
-        power,
-        delta,
-        eps,
-        map_is_norm,
-        keep_dot,
-        channels_last,
-    )
-    functions: dict[str, Any] = {
-        "MAGNITUDE": twin_of(magnitude, weighting),
-        "ANGULAR": angular,
-        "TIMES_A": weighting == "linear",
-        "PER_POSITION": _per_position(magnitude, weighting, radius),
-        "RADIUS": _count(radius),
-        "HAS_MEAN": mean is not None,
-        "CURVATURE": _count(k),
-        "HAS_BIAS": bias is not None,
-        "MAP_IS_NORM": map_is_norm,
-        "KEEPS_DOT": keep_dot,
-    }
-    parameters = (_dense(bias, a), _dense(radius, a), _dense(mean, a), _dense(k, a))
-    if y.numel() == 0:
-        return y, norm_map, dot
-    if groups == 1:
-        product = matrix_tile(n * p * q, x.shape[1], filters)
-        column_blocks = blocks(filters, product.filters)
-        with on_device(x):
-            wrap_triton(pointwise_kernel)[(blocks(n * p * q, product.positions) * column_blocks,)](
-                x,
-                weight,
-                y,
-                dot,
-                a,
-                map,
-                norm_map,
-                *parameters,
-                n * p * q,
-                p * q,
-                x.shape[1],
-                filters,
-                column_blocks,
-                h,
-                w,
-                q,
-                stride[0],
-                stride[1],
-                alpha,
-                beta,
-                power,
-                eps,
-                RHO_FLOOR,
-                STRIDED=max(stride) > 1,
-                UPCASTS=INTERPRETED and x.dtype == torch.bfloat16,
-                P=product.positions,
-                FILTERS=product.filters,
-                DEPTH=product.depth,
-                num_warps=product.warps,
-                **functions,
-            )
-        return y, norm_map, dot
-    tiles = tiling(n, p * q, filters, groups, channels_last)
-    with on_device(x):
-        wrap_triton(depthwise_kernel)[(tiles.tiles * tiles.all_chunks,)](
-            x,
-            weight,
-            y,
-            dot,
-            a,
-            map,
-            norm_map,
-            *parameters,
-            n,
-            p * q,
-            groups,
-            filters // groups,
-            tiles.chunks,
-            tiles.all_chunks,
-            h,
-            w,
-            q,
-            stride[0],
-            stride[1],
-            padding[0],
-            padding[2],
-            dilation[0],
-            dilation[1],
-            alpha,
-            beta,
-            power,
-            eps,
-            RHO_FLOOR,
-            ROWS=rows,
-            COLUMNS=columns,
-            MODE=padding_mode,
-            LAST=channels_last,
-            P=tiles.positions,
-            IN_GROUP=tiles.in_group,
-            BY_GROUP=tiles.by_group,
-            EXACT=tiles.exact,
-            **functions,
-        )
-    return y, norm_map, dot
-
-
 @op("conv2d_grad_dot", fakes._conv2d_grad_dot_fake)
 def conv2d_grad_dot(
     grad_y: Tensor,
@@ -613,7 +414,7 @@ def conv2d_grad_dot(
     # Every sum takes a register per element: more of them leave registers for smaller tiles.
     elements = ELEMENTS >> (kinds + 1) // 2
     tiles = tiling(n, p * q, filters, groups, channels_last, elements)
-    grad_u = _empty_like(grad_y, channels_last)
+    grad_u = empty_like(grad_y, channels_last)
     t = a.new_empty(tiles.chunks * count if wants_t else 0)
     parts = a.new_empty((kinds, rows, filters) if kinds else 0)
     # Without sums nothing ties a program to a row.
@@ -625,9 +426,9 @@ def conv2d_grad_dot(
                 kept,
                 norm_map,
                 a,
-                _dense(radius, a),
-                _dense(mean, a),
-                _dense(k, a),
+                dense(radius, a),
+                dense(mean, a),
+                dense(k, a),
                 grad_u,
                 t,
                 parts,
@@ -648,10 +449,10 @@ def conv2d_grad_dot(
                 MAGNITUDE=twin_of(magnitude, weighting),
                 ANGULAR=angular,
                 TIMES_A=weighting == "linear",
-                PER_POSITION=_per_position(magnitude, weighting, radius),
-                RADIUS=_count(radius),
+                PER_POSITION=per_position(magnitude, weighting, radius),
+                RADIUS=number_of(radius),
                 HAS_MEAN=mean is not None,
-                CURVATURE=_count(k),
+                CURVATURE=number_of(k),
                 FROM_OUTPUT=kept_is == "output",
                 WANTS_T=wants_t,
                 SUM_RHO=sums & SUM_RHO != 0,
@@ -718,8 +519,8 @@ def conv2d_grad_filters(
                 total(SUM_RHO),
                 total(SUM_K),
                 total(SUM_BIAS),
-                _dense(radius, a),
-                _dense(mean, a),
+                dense(radius, a),
+                dense(mean, a),
                 grad_radius,
                 grad_mean,
                 grad_k,
@@ -728,9 +529,9 @@ def conv2d_grad_filters(
                 filters,
                 torch.sym_max(map_count, 1),
                 RHO_FLOOR,
-                RADIUS=_count(radius),
+                RADIUS=number_of(radius),
                 HAS_MEAN=mean is not None,
-                CURVATURE=_count(k) if wants_k else "none",
+                CURVATURE=number_of(k) if wants_k else "none",
                 SUM_RHO=sums & SUM_RHO != 0,
                 WANTS_RADIUS=wants_radius,
                 WANTS_MEAN=wants_mean,
@@ -790,7 +591,7 @@ def _grad_input(
     channels_last: bool,
 ) -> None:
     n, c, h, w = x.shape
-    p, q = _windows(h, w, kernel_size, stride, padding, dilation)
+    p, q = windows(h, w, kernel_size, stride, padding, dilation)
     tiles = tiling(n, h * w, c, groups, channels_last)
     top, bottom, left, right = padding
     slots = {"zeros": (1, 1), "replicate": (1 + top + bottom, 1 + left + right)}
@@ -802,7 +603,7 @@ def _grad_input(
                 x,
                 t,
                 norm_map,
-                _dense(sigma, t),
+                dense(sigma, t),
                 grad_x,
                 n,
                 h * w,
@@ -853,7 +654,7 @@ def conv2d_grad_input(
     padded: bool,
     channels_last: bool,
 ) -> Tensor:
-    grad_x = _empty_like(x, channels_last)
+    grad_x = empty_like(x, channels_last)
     _grad_input(
         library_grad,
         x,
@@ -910,7 +711,7 @@ def conv2d_grad_input_(
 
 @op("filter_scale", fakes._filter_scale_fake)
 def filter_scale(weight: Tensor, alpha: float, eps: float, divide: bool) -> tuple[Tensor, Tensor]:
-    scaled = _empty_like(weight, _format_of(weight))
+    scaled = empty_like(weight, format_of(weight))
     a = weight.new_empty(weight.shape[0], dtype=COMPUTE)
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
     per_program, block = filter_tile(size)
@@ -940,7 +741,7 @@ def filter_scale(weight: Tensor, alpha: float, eps: float, divide: bool) -> tupl
 def filter_scale_grad(
     library_grad: Tensor, weight: Tensor, a: Tensor, alpha: float, divide: bool
 ) -> Tensor:
-    grad_weight = _empty_like(weight, _format_of(weight))
+    grad_weight = empty_like(weight, format_of(weight))
     _filter_grad(library_grad, weight, a, a, grad_weight, alpha, divide, divide, 0)
     return grad_weight
 
@@ -957,10 +758,10 @@ def window_norm(
     eps: float,
 ) -> Tensor:
     n, _, h, w = x.shape
-    last = _format_of(x)
-    p, q = _windows(h, w, kernel_size, stride, padding, dilation)
+    last = format_of(x)
+    p, q = windows(h, w, kernel_size, stride, padding, dilation)
     sums = _pixel_sumsq(x, groups, last)
-    b = torch.empty((n, groups, p, q), dtype=COMPUTE, device=x.device, memory_format=_layout(last))
+    b = torch.empty((n, groups, p, q), dtype=COMPUTE, device=x.device, memory_format=layout(last))
     _window_norm(
         sums,
         b,
@@ -991,8 +792,8 @@ def window_norm_grad(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
-    last = _format_of(x)
-    grad_x = _empty_like(x, last)
+    last = format_of(x)
+    grad_x = empty_like(x, last)
     _grad_input(
         x,
         x,
@@ -1013,10 +814,8 @@ def window_norm_grad(
     return grad_x
 
 
-#: Names of the ops: those of plan A, and the ones that only Triton has.
-names = (*(name for name in fakes._FAKES if name in globals()), "conv2d_direct")
+#: Names of the ops.
+names = tuple(name for name in fakes._FAKES if name in globals())
 
-_flops: dict[str, Callable[..., int]] = {"conv2d_direct": fakes._conv2d_forward_flops}
 for _name in names:
-    _op = getattr(getattr(torch.ops, NAMESPACE), _name)
-    register_flop_formula(_op)(_flops.get(_name, fakes.no_flops))
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), _name))(fakes.no_flops)

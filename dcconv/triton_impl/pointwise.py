@@ -47,6 +47,7 @@ def pointwise_kernel(
     CURVATURE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MAP_IS_NORM: tl.constexpr,
+    KEEPS_NORM: tl.constexpr,
     KEEPS_DOT: tl.constexpr,
     STRIDED: tl.constexpr,
     UPCASTS: tl.constexpr,
@@ -98,7 +99,7 @@ def pointwise_kernel(
     else:
         b = tl.sqrt_rn(tl.sum(squares, axis=1) + eps)
         # All blocks of a row have its norm: the first writes it.
-        if block == 0:
+        if KEEPS_NORM and block == 0:
             tl.store(norm_map + position, b, mask=inside)
     at = position[:, None] * filters + channel[None, :]
     mask = inside[:, None] & exists[None, :]

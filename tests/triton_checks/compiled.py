@@ -24,8 +24,9 @@ from dcconv import plan_a
 from dcconv.keep import OUTPUT
 from dcconv.numerics import ANGLE_DELTA, EPS
 from dcconv.ops import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
+from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
 from dcconv.problem import Operands, Problem
-from dcconv.triton_impl import launch, ops
+from dcconv.triton_impl import launch, ops, ops_one_pass
 from triton_checks.worker import serve
 
 TARGETS = {
@@ -63,11 +64,11 @@ class Launches:
 @contextmanager
 def recorded() -> Iterator[Launches]:
     real, launches = ops.wrap_triton, Launches()
-    ops.wrap_triton = launches
+    ops.wrap_triton = ops_one_pass.wrap_triton = launches
     try:
         yield launches
     finally:
-        ops.wrap_triton = real
+        ops.wrap_triton = ops_one_pass.wrap_triton = real
 
 
 def launches_of(
@@ -108,7 +109,7 @@ def launches_of(
             False,
             last,
         )
-        ops.conv2d_direct(
+        ops_one_pass.conv2d_one_pass(
             x,
             empty(c, 1, 3, 3),
             compute(c),
@@ -123,10 +124,13 @@ def launches_of(
             *functions,
             EPS,
             False,
+            True,
             False,
+            DEPTHWISE,
+            OWN_RULE,
             last,
         )
-        ops.conv2d_direct(
+        ops_one_pass.conv2d_one_pass(
             empty(n, c, h, h),
             empty(o, c, 1, 1),
             a,
@@ -142,6 +146,9 @@ def launches_of(
             EPS,
             False,
             True,
+            True,
+            IMPLICIT_GEMM,
+            OWN_RULE,
             True,
         )
         _, t, _ = ops.conv2d_grad_dot(
@@ -256,7 +263,7 @@ class NoGpu:
 def traced() -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
-    ops.on_device = lambda t: nullcontext()
+    ops.on_device = ops_one_pass.on_device = lambda t: nullcontext()
     plan_a._multiprocessors[0] = 132
     problem = Problem(padding=(1, 1, 1, 1), norm="batch", weighting="linear")
 

@@ -315,7 +315,7 @@ def depthwise(case: str) -> None:
         )
         with small_tiles(), Recorder() as recorder:
             compare(f"{case} {layout}", inputs)
-        assert "conv2d_direct" in recorder.names()
+        assert "conv2d_one_pass" in recorder.names()
 
 
 def pointwise(number: int) -> None:
@@ -335,7 +335,7 @@ def pointwise(number: int) -> None:
         )
         with small_tiles(), Recorder() as recorder:
             compare(f"{case.id} {dtype}", inputs)
-        assert "conv2d_direct" in recorder.names()
+        assert "conv2d_one_pass" in recorder.names()
 
 
 def offsets_beyond_int32() -> None:
@@ -435,9 +435,10 @@ def schemas() -> list[list[str]] | None:
 
 
 def importable() -> tuple[str, ...]:
-    from dcconv.triton_impl import ops as triton_ops
+    from dcconv.triton_impl import ops as passes
+    from dcconv.triton_impl import ops_one_pass
 
-    return triton_ops.names
+    return *passes.names, *ops_one_pass.names
 
 
 def patch_norm() -> None:

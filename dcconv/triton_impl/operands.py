@@ -1,0 +1,57 @@
+"""Operands as kernels take them: layouts, sizes of windows, and which parameters there are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcconv.functions import magnitudes, weightings
+from dcconv.ops import is_channels_last
+from dcconv.problem import output_size
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def format_of(t: Tensor) -> bool:
+    return t.shape[0] > 0 and is_channels_last(t)
+
+
+def empty_like(t: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(t, memory_format=layout(channels_last))
+
+
+def windows(
+    height: int,
+    width: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[int, int]:
+    """Return rows and columns of the output."""
+    top, bottom, left, right = padding
+    return (
+        output_size(height, kernel_size[0], stride[0], top, bottom, dilation[0]),
+        output_size(width, kernel_size[1], stride[1], left, right, dilation[1]),
+    )
+
+
+def number_of(parameter: Tensor | None) -> str:
+    """Return whether there is one value, one per filter or none."""
+    if parameter is None:
+        return "none"
+    return "filter" if parameter.dim() else "one"
+
+
+def dense(parameter: Tensor | None, otherwise: Tensor) -> Tensor:
+    """Return a parameter without gaps; kernels do not read ``otherwise``."""
+    return otherwise if parameter is None else parameter.contiguous()
+
+
+def per_position(magnitude: str, weighting: str, radius: Tensor | None) -> bool:
+    """Whether h depends on the position alone, up to a factor a."""
+    if weightings[weighting].only_with is not None:
+        return False
+    return not magnitudes[magnitude].uses_rho or number_of(radius) != "filter"
