@@ -40,7 +40,8 @@ PEER_CAP = 8.0
 
 # Constant for tracing: a compiled graph keeps the setting it was compiled under.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tf32_convolutions() -> bool:
+def tf32_convolutions() -> bool:
+    """Return whether PyTorch may round operands of float32 convolutions on GPUs to TF32."""
     # This property follows the older switch, cudnn.allow_tf32, as well; reading that one after the
     # newer properties were set may raise.
     cudnn: Any = torch.backends.cudnn
@@ -49,7 +50,7 @@ def _tf32_convolutions() -> bool:
 
 def angle_delta(x: torch.Tensor) -> float:
     """Return the floor of (1 - c)(1 + c) for the precision of x's dot products."""
-    if x.dtype == torch.float32 and x.device.type == "cuda" and _tf32_convolutions():
+    if x.dtype == torch.float32 and x.device.type == "cuda" and tf32_convolutions():
         return TF32_ANGLE_DELTA
     return ANGLE_DELTA[x.dtype]
 

@@ -150,7 +150,16 @@ def forward(
 
     Without backward (``kept="nothing"``) the norm map is [0], unless ``norm="batch"`` made it.
     """
-    return compose(operands, problem, kept, kernel_of(operands.weight, problem))
+    kernel = kernel_of(operands.weight, problem)
+    # Where windows overlap the implicit GEMM would take each square once per window and column
+    # tile, and takes sums per pixel instead.
+    finds_norms = kernel != IMPLICIT_GEMM or single_pixels(operands.weight, problem)
+    return compose(operands, problem, kept, kernel, finds_norms)
+
+
+def single_pixels(weight: Tensor, problem: Problem) -> bool:
+    """Return whether windows are single pixels of x."""
+    return weight.shape[2] == weight.shape[3] == 1 and not any(problem.padding)
 
 
 def compose(
@@ -158,10 +167,14 @@ def compose(
     problem: Problem,
     kept: str,
     kernel: str,
+    finds_norms: bool,
     tile: int = OWN_RULE,
     namespace: str = plan_a.COMPILED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Evaluate the operator by a kernel and tile of a namespace's ops."""
+    """Evaluate the operator by a kernel and tile of a namespace's ops.
+
+    ``finds_norms``: on the way; the mean of the norms must be there before the first h.
+    """
     passes = getattr(torch.ops, namespace)
     x, weight, bias, radius, norm_mean, k = operands
     layout = ops.memory_format(x, weight)
@@ -170,13 +183,8 @@ def compose(
     weight = weight.contiguous(memory_format=layout)
     geometry = plan_a.geometry(problem)
     batch_mean = problem.norm == NORM_BATCH
-    alone = weight.shape[2] == weight.shape[3] == 1 and not any(problem.padding)
-
-    # The mean of the norms must be there before the first h. Otherwise the norms are found on the
-    # way; where windows overlap the implicit GEMM would take each square once per window and
-    # column tile, and takes sums per pixel instead.
     norms: Tensor | None = None
-    if batch_mean or (kernel == IMPLICIT_GEMM and not alone):
+    if batch_mean or not finds_norms:
         a, norms, mean = passes.conv2d_norms(
             x, weight, *geometry, problem.eps, batch_mean, channels_last
         )

@@ -5,14 +5,20 @@ The composition is that of :mod:`dcconv.plan_b`, on Triton's ops.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dcconv import ops, plan_b
+from dcconv import plan_b
 from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
 from dcconv.problem import Operands, Problem
 
 NAMESPACE = "dcconv_triton"
+
+# The tile that Triton's autotuner finds to be the fastest, in the place of a tile's number.
+AUTOTUNED = -2
+
+# Windows of at most so many elements have their squares summed in the loop of the product, where
+# no more than one tile of filters repeats them: 256 additions per window against a pass over x.
+SHORT_WINDOW, FILTER_TILE = 256, 128
 
 
 def kernel_of(weight: Tensor, problem: Problem) -> str:
@@ -20,27 +26,27 @@ def kernel_of(weight: Tensor, problem: Problem) -> str:
     return DEPTHWISE if problem.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
 
 
+def _why_not_any(problem: Problem) -> str | None:
+    return "norm-free operators are one library convolution" if problem.norm_free else None
+
+
 def why_not(operands: Operands, problem: Problem) -> str | None:
     """Return None if the forward pass of a call can run, else one sentence why not."""
-    x, weight, *_ = operands
-    if problem.norm_free:
-        return "norm-free operators are one library convolution"
-    if kernel_of(weight, problem) == DEPTHWISE:
-        return None
-    if problem.groups > 1:
-        return "groups of several channels have no kernel"
-    if tuple(weight.shape[2:]) != (1, 1) or any(problem.padding):
-        return "windows of several pixels have no kernel"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return "float32 products are the library's, at the precision that PyTorch is set to"
-    if ops.memory_format(x, weight) != torch.channels_last:
-        return "1x1 layers have a kernel in channels_last order"
-    return None
+    return _why_not_any(problem)
 
 
 def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
     """Return None if the gradient of x can be computed, else one sentence why not."""
-    return "the gradient of the input is the library's"
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    if kernel_of(operands.weight, problem) == DEPTHWISE:
+        return "the gradient of the input of depthwise layers is the library's"
+    if problem.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
+    if problem.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {problem.stride}"
+    return None
 
 
 def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
@@ -48,12 +54,25 @@ def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
     return "the gradient of the weight is the library's"
 
 
+def _finds_norms(weight: Tensor, problem: Problem) -> bool:
+    """Whether the kernel finds the norms itself: every square is taken once per tile of filters.
+
+    So it is where windows do not overlap, and where they are so short that a pass over x for sums
+    per pixel takes longer.
+    """
+    if kernel_of(weight, problem) == DEPTHWISE or plan_b.single_pixels(weight, problem):
+        return True
+    size = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    return size <= SHORT_WINDOW and weight.shape[0] // problem.groups <= FILTER_TILE
+
+
 def forward(
     operands: Operands, problem: Problem, kept: str, tile: int = OWN_RULE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator; results as of ``plan_b.forward``."""
-    kernel = kernel_of(operands.weight, problem)
-    return plan_b.compose(operands, problem, kept, kernel, tile, NAMESPACE)
+    weight = operands.weight
+    kernel, finds_norms = kernel_of(weight, problem), _finds_norms(weight, problem)
+    return plan_b.compose(operands, problem, kept, kernel, finds_norms, tile, NAMESPACE)
 
 
 def input_gradient(

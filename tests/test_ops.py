@@ -570,12 +570,12 @@ def test_questions_to_the_gpu_are_traceable(monkeypatch: pytest.MonkeyPatch) -> 
     torch._dynamo.reset()
 
     def ask(x: torch.Tensor) -> tuple[Any, ...]:
-        answers = (backends._why_not_gpu(3), numerics._tf32_convolutions())
+        answers = (backends._why_not_gpu(3), numerics.tf32_convolutions())
         return x + plan_a._multiprocessors_of(3), *answers
 
     got, *answers = torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(()))
     assert int(got) == 132
-    assert answers == ["a test says so", numerics._tf32_convolutions()]
+    assert answers == ["a test says so", numerics.tf32_convolutions()]
 
 
 @cpu

@@ -25,9 +25,6 @@ ELEMENTS = 2048
 BLOCK = 256
 FILTER_ELEMENTS = 1024
 
-# Rows, and at most columns, of a tile of a matrix product, and its depth: 64 bytes of a row.
-PRODUCT, DEPTH = 128, 32
-
 
 def power_of_two_at_least(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -90,25 +87,6 @@ def filter_tile(size: int) -> tuple[int, int]:
     """Return how many filters of a size, and how many of their elements, a program takes."""
     block = min(power_of_two_at_least(size), FILTER_ELEMENTS)
     return FILTER_ELEMENTS // block, block
-
-
-class MatrixTile(NamedTuple):
-    """Rows, columns and depth of a tile of a matrix product, and the warps that share it."""
-
-    positions: int
-    filters: int
-    depth: int
-    warps: int
-
-
-def matrix_tile(positions: int, channels: int, filters: int) -> MatrixTile:
-    """Return the tile of a product [positions, channels] x [channels, filters].
-
-    tl.dot takes 16 and more of each. 128 x 128 tiles need eight warps for their sums.
-    """
-    columns = min(max(power_of_two_at_least(filters), 16), PRODUCT)
-    depth = min(max(power_of_two_at_least(channels), 16), DEPTH)
-    return MatrixTile(PRODUCT, columns, depth, 8 if columns == 128 else 4)
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dcconv.functions import magnitudes, weightings
+from dcconv.numerics import tf32_convolutions
 from dcconv.ops import is_channels_last
 from dcconv.problem import output_size
 
@@ -55,3 +56,10 @@ def per_position(magnitude: str, weighting: str, radius: Tensor | None) -> bool:
     if weightings[weighting].only_with is not None:
         return False
     return not magnitudes[magnitude].uses_rho or number_of(radius) != "filter"
+
+
+def precision(x: Tensor) -> str:
+    """Return the precision of float32 products, for ``tl.dot``: that of PyTorch's convolutions."""
+    if x.dtype == torch.float32 and x.is_cuda and torch.version.hip is None:
+        return "tf32" if tf32_convolutions() else "ieee"
+    return "ieee"

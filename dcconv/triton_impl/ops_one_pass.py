@@ -14,20 +14,36 @@ from dcconv import fakes_one_pass as fakes
 from dcconv.fakes import no_flops
 from dcconv.numerics import RHO_FLOOR
 from dcconv.plan_b import IMPLICIT_GEMM
+from dcconv.plan_b_triton import AUTOTUNED
 from dcconv.triton_impl.depthwise import depthwise_kernel
 from dcconv.triton_impl.features import INTERPRETED, twin_of
+from dcconv.triton_impl.gemm_tiles import (
+    Product,
+    gpu_of,
+    programs,
+    shares_steps,
+    tile_of,
+)
+from dcconv.triton_impl.implicit_gemm import implicit_gemm_kernel
+from dcconv.triton_impl.implicit_gemm_grad_input import implicit_gemm_grad_input_kernel
 from dcconv.triton_impl.launch import (
     NAMESPACE,
     blocks,
     filter_tile,
-    matrix_tile,
     on_device,
     op,
     tiling,
 )
 from dcconv.triton_impl.norms import filter_norm_kernel
-from dcconv.triton_impl.operands import dense, number_of, per_position, windows
-from dcconv.triton_impl.pointwise import pointwise_kernel
+from dcconv.triton_impl.operands import (
+    dense,
+    empty_like,
+    number_of,
+    per_position,
+    precision,
+    windows,
+)
+from dcconv.triton_impl.tuning import tuned
 
 
 @op("filter_norm", fakes._filter_norm_fake)
@@ -56,6 +72,39 @@ def filter_norm(weight: Tensor, eps: float) -> Tensor:
             BLOCK=block,
         )
     return a
+
+
+def _launch(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    product: Product,
+    number: int,
+    x: Tensor,
+    channels_last: bool,
+) -> None:
+    """Launch a kernel of the implicit GEMM; ``number`` names its tile, or who chooses it."""
+    constants = {
+        **constants,
+        "LAST": channels_last,
+        "PRECISION": precision(x),
+        "UPCASTS": INTERPRETED and x.dtype == torch.bfloat16,
+    }
+    gpu = gpu_of(x)
+    with on_device(x):
+        if number == AUTOTUNED:
+            number = tuned(kernel, arguments, constants, product, gpu, x)
+        tile = tile_of(number, product, gpu)
+        wrap_triton(kernel)[(programs(tile, product),)](
+            *arguments,
+            0,
+            P=tile.positions,
+            LANES=tile.lanes,
+            DEPTH=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **constants,
+        )
 
 
 @op("conv2d_one_pass", fakes._conv2d_one_pass_fake)
@@ -129,7 +178,6 @@ def conv2d_one_pass(
         "HAS_MEAN": mean is not None,
         "CURVATURE": number_of(k),
         "HAS_BIAS": bias is not None,
-        "MAP_IS_NORM": map_is_norm,
         "KEEPS_NORM": keep_norm,
         "KEEPS_DOT": keep_dot,
     }
@@ -138,10 +186,12 @@ def conv2d_one_pass(
     if y.numel() == 0:
         return y, norm_map, dot
     if kernel == IMPLICIT_GEMM:
-        product = matrix_tile(n * p * q, x.shape[1], filters)
-        column_blocks = blocks(filters, product.filters)
-        with on_device(x):
-            wrap_triton(pointwise_kernel)[(blocks(n * p * q, product.positions) * column_blocks,)](
+        channels, taps = weight.shape[1], rows * columns
+        point = taps == 1 and not any(padding)
+        flat = shares_steps(taps, channels, channels_last)
+        _launch(
+            implicit_gemm_kernel,
+            (
                 x,
                 weight,
                 y,
@@ -150,29 +200,48 @@ def conv2d_one_pass(
                 sums_or_norms,
                 norm_map,
                 *parameters,
-                n * p * q,
+                n,
                 p * q,
-                x.shape[1],
-                filters,
-                column_blocks,
+                groups,
+                channels,
+                filters // groups,
                 h,
                 w,
                 q,
                 stride[0],
                 stride[1],
+                padding[0],
+                padding[2],
+                dilation[0],
+                dilation[1],
                 alpha,
                 beta,
                 power,
                 eps,
                 RHO_FLOOR,
-                STRIDED=max(stride) > 1,
-                UPCASTS=INTERPRETED and x.dtype == torch.bfloat16,
-                P=product.positions,
-                FILTERS=product.filters,
-                DEPTH=product.depth,
-                num_warps=product.warps,
+            ),
+            {
+                "ROWS": rows,
+                "COLUMNS": columns,
+                "MODE": padding_mode,
+                "DENSE": point and max(stride) == 1,
+                "FLAT": flat,
                 **functions,
-            )
+                "NORM": "norms" if map_is_norm else "loop" if map is None else "sums",
+            },
+            Product(
+                n * p * q,
+                1 if channels_last else n,
+                groups,
+                filters // groups,
+                channels * taps if flat else channels,
+                taps,
+                x.element_size(),
+            ),
+            tile,
+            x,
+            channels_last,
+        )
         return y, norm_map, dot
     tiles = tiling(n, p * q, filters, groups, channels_last)
     with on_device(x):
@@ -213,9 +282,80 @@ def conv2d_one_pass(
             IN_GROUP=tiles.in_group,
             BY_GROUP=tiles.by_group,
             EXACT=tiles.exact,
+            MAP_IS_NORM=map_is_norm,
             **functions,
         )
     return y, norm_map, dot
+
+
+@op("conv2d_one_pass_grad_input", fakes._conv2d_one_pass_grad_input_fake)
+def conv2d_one_pass_grad_input(
+    grad_u: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    padding_mode: str,
+    kernel: str,
+    tile: int,
+    channels_last: bool,
+) -> Tensor:
+    n, _, h, w = x.shape
+    grad_x = empty_like(x, channels_last)
+    if x.numel() == 0:
+        return grad_x
+    channels, rows, columns = weight.shape[1:]
+    filters, taps = weight.shape[0] // groups, rows * columns
+    flat = shares_steps(taps, filters, channels_last)
+    _launch(
+        implicit_gemm_grad_input_kernel,
+        (
+            grad_u,
+            weight,
+            x,
+            t,
+            norm_map,
+            t if sigma is None else sigma,
+            grad_x,
+            n,
+            h * w,
+            groups,
+            filters,
+            channels,
+            grad_u.shape[2],
+            grad_u.shape[3],
+            w,
+            padding[0],
+            padding[2],
+            dilation[0],
+            dilation[1],
+        ),
+        {
+            "ROWS": rows,
+            "COLUMNS": columns,
+            "DENSE": taps == 1 and not any(padding),
+            "FLAT": flat,
+            "WITH_MEAN": sigma is not None,
+        },
+        Product(
+            n * h * w,
+            1 if channels_last else n,
+            groups,
+            channels,
+            filters * taps if flat else filters,
+            taps,
+            x.element_size(),
+        ),
+        tile,
+        x,
+        channels_last,
+    )
+    return grad_x
 
 
 #: Names of the ops.

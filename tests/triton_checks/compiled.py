@@ -26,13 +26,20 @@ from dcconv.numerics import ANGLE_DELTA, EPS
 from dcconv.ops import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
 from dcconv.problem import Operands, Problem
-from dcconv.triton_impl import launch, ops, ops_one_pass
+from dcconv.triton_impl import gemm_tiles, launch, ops, ops_one_pass
+from dcconv.triton_impl.gemm_tiles import Gpu
 from triton_checks.worker import serve
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Multiprocessors, bytes of shared memory, stages.
+GPUS = {
+    "sm_80": Gpu(108, 163 * 1024, 4),
+    "sm_90": Gpu(132, 227 * 1024, 4),
+    "gfx942": Gpu(304, 64 * 1024, 2),
 }
 POINTERS = {
     torch.float16: "*fp16",
@@ -72,9 +79,18 @@ def recorded() -> Iterator[Launches]:
 
 
 def launches_of(
-    dtype: torch.dtype, last: bool, operator: tuple[str, str, str], sums: int
+    dtype: torch.dtype,
+    last: bool,
+    operator: tuple[str, str, str],
+    sums: int,
+    window: int = 3,
+    tile: int = OWN_RULE,
 ) -> Launches:
-    """Call every op for a 3x3 layer of 64 channels with everything wanted, on no device."""
+    """Call every op for a 3x3 layer of 64 channels with everything wanted, on no device.
+
+    Args:
+        window, tile: of the implicit GEMM.
+    """
     magnitude, weighting, angular = operator
     layout = torch.channels_last if last else torch.contiguous_format
 
@@ -130,32 +146,47 @@ def launches_of(
             OWN_RULE,
             last,
         )
+        margin = [window // 2] * 4
         ops_one_pass.conv2d_one_pass(
-            empty(n, c, h, h),
-            empty(o, c, 1, 1),
+            x,
+            empty(o, c, window, window),
             a,
-            norm,
+            None if window == 1 else compute(n * h * h),
             empty(o),
             compute(o),
             mean,
             k,
             [1, 1],
-            [0, 0, 0, 0],
+            margin,
             *geometry[2:],
             *functions,
             EPS,
             False,
             True,
-            True,
+            False,
             IMPLICIT_GEMM,
-            OWN_RULE,
-            True,
+            tile,
+            last,
         )
         _, t, _ = ops.conv2d_grad_dot(
             u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, 132, last
         )
         ops.conv2d_grad_filters(
             compute(4, 132, o), weight, weight, a, compute(o), mean, k, norm.numel(), 15, True, 63
+        )
+        ops_one_pass.conv2d_one_pass_grad_input(
+            u,
+            empty(o, c, window, window),
+            x,
+            t,
+            norm,
+            compute(),
+            [1, 1],
+            margin,
+            *geometry[2:],
+            IMPLICIT_GEMM,
+            tile,
+            last,
         )
         ops.conv2d_grad_input(x, x, t, norm, compute(), [3, 3], *geometry, False, last)
     return launches
@@ -173,6 +204,8 @@ def build(
     last: bool,
     operator: tuple[str, str, str],
     sums: int,
+    window: int = 3,
+    tile: int = OWN_RULE,
 ) -> dict[str, Any]:
     """Compile a launch as Triton would: ones are constants, multiples of 16 are known as such.
 
@@ -180,7 +213,8 @@ def build(
         The kind of the assembly, whether it multiplies matrices, the widest global load and store,
         in bits, bytes of stack and number of spilled registers.
     """
-    launches = launches_of(getattr(torch, dtype), last, operator, sums)
+    gemm_tiles.NO_GPU = GPUS[target]
+    launches = launches_of(getattr(torch, dtype), last, operator, sums, window, tile)
     function, args, constants = launches.seen[kernel]
     signature, constexprs, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(function.arg_names, args, strict=False)):
@@ -194,7 +228,7 @@ def build(
             signature[name] = "i32"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": constants.get("num_warps", 4)}
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     for name, value in constants.items():
         if name in options:
             continue
