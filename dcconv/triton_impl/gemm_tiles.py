@@ -40,6 +40,7 @@ TILES = (
     GemmTile(128, 32, 32, 4, 4),
     GemmTile(64, 32, 32, 4, 4),
     GemmTile(128, 16, 32, 4, 4),
+    GemmTile(64, 16, 32, 4, 4),
     GemmTile(32, 32, 16, 4, 2),
     GemmTile(32, 16, 16, 4, 2),
 )
@@ -94,6 +95,7 @@ class Product(NamedTuple):
         groups, lanes: sizes.
         depth: elements that steps of the loop divide: channels, times taps where they share steps.
         taps: pixels of a window.
+        shares_steps: whether taps do.
         element_size: of the operands, in bytes.
     """
 
@@ -103,6 +105,7 @@ class Product(NamedTuple):
     lanes: int
     depth: int
     taps: int
+    shares_steps: bool
     element_size: int
 
 
@@ -121,6 +124,14 @@ def _fits(tile: GemmTile, product: Product, gpu: Gpu) -> bool:
     return max(stages * operands, result) <= gpu.shared
 
 
+def _stays_in_registers(tile: GemmTile, product: Product) -> bool:
+    """Whether a tile was compiled without a stack (``tests/test_triton.py``)."""
+    if product.element_size == 4 and (tile.positions * tile.lanes > 4096 or tile.depth > 32):
+        return False
+    # Where taps share steps every element of a step has an address of its own.
+    return not product.shares_steps or tile.positions * tile.depth <= 16 * 32 * tile.warps
+
+
 def shares_steps(taps: int, channels: int, channels_last: bool) -> bool:
     """Whether the taps of a window share steps of the loop.
 
@@ -132,7 +143,8 @@ def shares_steps(taps: int, channels: int, channels_last: bool) -> bool:
 def worthwhile(product: Product, gpu: Gpu) -> tuple[int, ...]:
     """Return the numbers of the tiles to try, at least one, the one for the largest work first.
 
-    Tiles that do not fit shared memory, or are wider or deeper than the product, are left out.
+    Tiles that do not fit shared memory or registers, or are wider or deeper than the product, are
+    left out.
     """
     lanes = max(power_of_two_at_least(product.lanes), min(tile.lanes for tile in TILES))
     depth = max(power_of_two_at_least(product.depth), SHALLOW)
@@ -144,6 +156,7 @@ def worthwhile(product: Product, gpu: Gpu) -> tuple[int, ...]:
         and tile.depth <= depth
         and (product.taps == 1 or tile.warps <= WINDOW_WARPS)
         and _fits(tile, product, gpu)
+        and _stays_in_registers(tile, product)
     )
     return found[:MOST_TRIED] or (len(TILES) - 1,)
 

@@ -7,6 +7,96 @@ from dcconv.triton_impl.epilogue import decoupled
 from dcconv.triton_impl.product import product, share
 from dcconv.triton_impl.tiles import coordinates, offsets, place, window_norms
 
+# Elements of a tile that go through the functions at a time. More run out of registers: with 64
+# sums per thread tanh x linear had 50 more values than registers, with 32 none.
+WHOLE = tl.constexpr(4096)
+
+
+@triton.jit
+def part(u, NUMBER: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """One of the PARTS, at most two, of a tile's lanes."""
+    if PARTS == 1:
+        return u
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(u, [P, 2, LANES // 2]), [0, 2, 1]))
+        if NUMBER == 0:
+            return low
+        else:
+            return high
+
+
+@triton.jit
+def finish(
+    u,
+    b,
+    first,
+    y,
+    dot,
+    a,
+    bias,
+    radius,
+    mean,
+    k,
+    image,
+    pixel,
+    inside,
+    pixels,
+    group,
+    groups,
+    filters,
+    alpha,
+    beta,
+    power,
+    floor,
+    MAGNITUDE: tl.constexpr,
+    ANGULAR: tl.constexpr,
+    TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr,
+    RADIUS: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEPS_DOT: tl.constexpr,
+    LAST: tl.constexpr,
+    P: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Write y and, with KEEPS_DOT, u of LANES filters of a group, from number ``first`` on."""
+    lane = first + tl.arange(0, LANES)
+    exists = lane < filters
+    channel = group * filters + lane
+    at = offsets(image, pixel, channel, groups * filters, pixels, LAST)
+    mask = inside[:, None] & exists[None, :]
+    if KEEPS_DOT:
+        tl.store(dot + at, u, mask=mask)
+    value = decoupled(
+        u,
+        b,
+        a,
+        bias,
+        radius,
+        mean,
+        k,
+        channel,
+        exists,
+        alpha,
+        beta,
+        power,
+        floor,
+        MAGNITUDE,
+        ANGULAR,
+        TIMES_A,
+        PER_POSITION,
+        RADIUS,
+        HAS_MEAN,
+        CURVATURE,
+        HAS_BIAS,
+        P,
+        LANES,
+        1,
+    )
+    tl.store(y + at, value, mask=mask)
+
 
 @triton.jit(do_not_specialize=["bucket"])
 def implicit_gemm_kernel(
@@ -146,35 +236,41 @@ def implicit_gemm_kernel(
     # All blocks of lanes have the norms: the first writes them.
     if KEEPS_NORM and NORM != "norms" and first == 0:
         tl.store(norm_map + map_at, b, mask=map_mask)
-    channel = group * filters + lane
-    at = offsets(image, pixel, channel, groups * filters, pixels, LAST)
-    mask = inside[:, None] & exists[None, :]
-    if KEEPS_DOT:
-        tl.store(dot + at, u, mask=mask)
-    value = decoupled(
-        u,
-        b,
-        a,
-        bias,
-        radius,
-        mean,
-        k,
-        channel,
-        exists,
-        alpha,
-        beta,
-        power,
-        floor,
-        MAGNITUDE,
-        ANGULAR,
-        TIMES_A,
-        PER_POSITION,
-        RADIUS,
-        HAS_MEAN,
-        CURVATURE,
-        HAS_BIAS,
-        P,
-        LANES,
-        1,
-    )
-    tl.store(y + at, value, mask=mask)
+    PARTS: tl.constexpr = 2 if P * LANES > WHOLE else 1
+    WIDTH: tl.constexpr = LANES // PARTS
+    for number in tl.static_range(PARTS):
+        finish(
+            part(u, number, PARTS, P, LANES),
+            b,
+            first + number * WIDTH,
+            y,
+            dot,
+            a,
+            bias,
+            radius,
+            mean,
+            k,
+            image,
+            pixel,
+            inside,
+            pixels,
+            group,
+            groups,
+            filters,
+            alpha,
+            beta,
+            power,
+            floor,
+            MAGNITUDE,
+            ANGULAR,
+            TIMES_A,
+            PER_POSITION,
+            RADIUS,
+            HAS_MEAN,
+            CURVATURE,
+            HAS_BIAS,
+            KEEPS_DOT,
+            LAST,
+            P,
+            WIDTH,
+        )

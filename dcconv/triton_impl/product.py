@@ -71,7 +71,7 @@ def product(
         tap_stride = channels if LAST else 1
         channel_stride = 1 if LAST else TAPS
     sums = tl.zeros([P, LANES], tl.float32)
-    squares = tl.zeros([P, DEPTH], tl.float32)
+    squares = tl.zeros([P], tl.float32)
     if FLAT:
         steps = tl.cdiv(TAPS * channels, DEPTH)
     else:
@@ -119,12 +119,12 @@ def product(
         )
         if SQUARES:
             value = left.to(tl.float32)
-            squares += value * value
+            squares += tl.sum(value * value, axis=1)
         if UPCASTS:
             sums = tl.dot(left.to(tl.float32), right.to(tl.float32), sums, input_precision="ieee")
         else:
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    return sums, tl.sum(squares, axis=1)
+    return sums, squares
 
 
 @triton.jit
