@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from triton_checks.worker import Worker
 from dcconv import backends, plan_a, plan_b_triton
 from dcconv.problem import Operands, Problem
 from dcconv.triton_impl import features
+from dcconv.triton_impl.gemm_tiles import TILES, Gpu, Product, own_rule, worthwhile
 
 pytestmark = pytest.mark.skipif(features.missing() is not None, reason=str(features.missing()))
 
@@ -26,6 +28,23 @@ LARGE = (
     "groups5-of-3",
     "groups5-of-4",
     "tiles",
+)
+
+
+PRODUCTS = (
+    "pixels",
+    "pixels-s2",
+    "pixels-p1",
+    "pixels-groups2",
+    "3x3",
+    "3x3-groups2",
+    "3x2-s2-dilation2",
+    "2x3-dilation2",
+    "same-s2",
+    "reflect",
+    "circular",
+    "stem",
+    "stem-s1",
 )
 
 
@@ -119,31 +138,86 @@ def test_depthwise(interpreter: Worker, case: str) -> None:
     interpreter.ask("depthwise", case=case)
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_pointwise(interpreter: Worker, number: int) -> None:
-    """float16, and bfloat16 with its products in float32: the interpreter multiplies its bits."""
-    interpreter.ask("pointwise", number=number)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_product(interpreter: Worker, case: str, dtype: str, layout: str) -> None:
+    interpreter.ask("product", case=case, layout=layout, dtype=dtype)
 
 
-def test_what_one_pass_is_for() -> None:
-    last = torch.zeros(2, 4, 5, 5, dtype=torch.float16).to(memory_format=torch.channels_last)
-    weight, window = last[:, :, :1, :1].contiguous(), last[:, :, :3, :3]
+@pytest.mark.parametrize("case", ["pixels", "3x3", "stem-s1"])
+def test_product_in_bfloat16(interpreter: Worker, case: str) -> None:
+    """Products in float32: the interpreter multiplies the bits of bfloat16."""
+    interpreter.ask("product", case=case, layout="channels_last", dtype="bfloat16")
+
+
+def test_every_tile(interpreter: Worker) -> None:
+    interpreter.ask("tiles")
+
+
+def test_tuning(interpreter: Worker) -> None:
+    interpreter.ask("tunes")
+
+
+def test_what_plan_b_takes() -> None:
+    x = torch.zeros(2, 4, 5, 5)
+    weight, window = x[:, :, :1, :1], x[:, :, :3, :3]
     grouped = Problem(groups=4)
 
-    def why_not(x: torch.Tensor, w: torch.Tensor, problem: Problem) -> str | None:
-        return plan_b_triton.why_not(Operands(x, w, None, None, None, None), problem)
+    def reasons(weight: torch.Tensor, problem: Problem) -> list[str | None]:
+        operands = Operands(x, weight, None, None, None, None)
+        predicates = (plan_b_triton.why_not, plan_b_triton.why_not_input_gradient)
+        return [predicate(operands, problem) for predicate in predicates]
 
-    assert why_not(last.float(), window[:, :1], grouped) is None
-    assert why_not(last, weight, Problem()) is None
-    for x, w, problem, sentence in (
-        (last, window[:, :1], grouped._replace(magnitude="linear"), "norm-free operators are one"),
-        (last, window[:, :2], Problem(groups=2), "groups of several channels have no kernel"),
-        (last, window, Problem(), "windows of several pixels have no kernel"),
-        (last, weight, Problem(padding=(0, 0, 1, 0)), "windows of several pixels have no kernel"),
-        (last.float(), weight, Problem(), "float32 products are the library's"),
-        (last.contiguous(), weight, Problem(), "1x1 layers have a kernel in channels_last order"),
+    norm_free = "norm-free operators are one library convolution"
+    assert (
+        reasons(weight, Problem()) == reasons(window, Problem(padding=(1, 0, 2, 1))) == [None] * 2
+    )
+    assert reasons(weight, Problem(magnitude="linear")) == [norm_free] * 2
+    assert reasons(window, Problem(stride=(1, 2))) == [
+        None,
+        "the gradient of the input takes stride 1, got (1, 2)",
+    ]
+    assert reasons(window, Problem(padding_mode="reflect")) == [
+        None,
+        "its kernels pad with zeros, got padding_mode 'reflect'",
+    ]
+    assert reasons(window[:, :1], grouped)[0] is None
+
+
+def test_tiles_are_told_apart_by_their_sizes() -> None:
+    assert len({tile[:3] for tile in TILES}) == len(TILES)
+
+
+@pytest.mark.parametrize(
+    "gpu", [Gpu(132, 227 * 1024, 4), Gpu(84, 99 * 1024, 4), Gpu(304, 65536, 2)]
+)
+def test_tiles_worth_a_try(gpu: Gpu) -> None:
+    """They fit, are no wider than the product, and there is one for every product."""
+    for lanes, depth, taps, shares, size in product(
+        (1, 16, 40, 64, 512), (4, 32, 100, 2048), (1, 9), (False, True), (2, 4)
     ):
-        assert str(why_not(x, w, problem)).startswith(sentence)
+        facts = Product(100_000, 1, 1, lanes, depth, taps, shares, size)
+        tried = worthwhile(facts, gpu)
+        assert 1 <= len(tried) <= 8 and list(tried) == sorted(set(tried))
+        assert own_rule(facts, gpu) == tried[0]
+        for tile in (TILES[number] for number in tried):
+            stages = min(tile.stages, gpu.stages)
+            assert stages * (tile.positions + tile.lanes) * tile.depth * size <= gpu.shared
+            assert tile.lanes < 2 * max(lanes, 16) and tile.depth < 2 * max(depth, 32)
+            assert taps == 1 or tile.warps == 4
+
+
+def test_small_products_take_small_tiles() -> None:
+    gpu = Gpu(132, 227 * 1024, 4)
+    sizes = [
+        (tile.positions, tile.lanes)
+        for tile in (
+            TILES[own_rule(Product(positions, 1, groups, 256, 64, 1, False, 2), gpu)]
+            for positions, groups in ((132 * 128, 1), (65 * 128, 1), (65 * 128, 2), (100, 1))
+        )
+    ]
+    assert sizes == [(128, 128), (128, 64), (128, 128), (64, 32)]
 
 
 def test_offsets_beyond_int32(interpreter: Worker) -> None:
@@ -151,7 +225,7 @@ def test_offsets_beyond_int32(interpreter: Worker) -> None:
 
 
 def test_opcheck_of_every_op(interpreter: Worker) -> None:
-    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 13
+    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 14
 
 
 def test_schemas_are_those_of_the_compiled_library(interpreter: Worker) -> None:
@@ -230,9 +304,10 @@ KERNELS = (
     "filter_norm_kernel",
     "grad_dot_kernel",
     "grad_input_kernel",
+    "implicit_gemm_grad_input_kernel",
+    "implicit_gemm_kernel",
     "parameter_grads_kernel",
     "pixel_sumsq_kernel",
-    "pointwise_kernel",
     "window_norm_kernel",
 )
 
@@ -273,7 +348,7 @@ def built(
     )
     assert found["kind"] == ("amdgcn" if target == "gfx942" else "ptx")
     assert found["stack"] == found["spills"] == 0, found
-    assert found["products"] == (kernel == "pointwise_kernel")
+    assert found["products"] == kernel.startswith("implicit_gemm")
     if kernel in WIDE and sums == plan_a.SUM_RHO:
         # The sums of pixels are one number per row of channels; waves of 64 share a tile that has
         # room for sums by four elements each.

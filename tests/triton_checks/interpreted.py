@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,19 @@ import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
 from cases import CASES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, functional, ops, plan_a, reference
+from dcconv import autograd, backends, functional, ops, plan_a, plan_b_triton, reference
+from dcconv.dispatch import Plans
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
+from dcconv.keep import kept
 from dcconv.numerics import ANGLE_DELTA
-from dcconv.triton_impl import features, functions, launch
+from dcconv.plan_b import OWN_RULE
+from dcconv.plan_b_triton import AUTOTUNED
+from dcconv.triton_impl import features, functions, gemm_tiles, launch, tuning
 from triton_checks.probes import angular_kernel, magnitude_kernel, offsets_kernel
 from triton_checks.worker import serve
 
@@ -50,14 +56,27 @@ DEPTHWISE = {
         Case("many-filters", 1, 2, 3, 4, 38, (2, 2), groups=2),
     )
 }
-POINTWISE = (
-    Case("pointwise", 2, 40, 5, 4, 21, (1, 1)),
-    Case("pointwise-s2", 1, 17, 9, 7, 40, (1, 1), stride=(2, 3)),
-    Case("pointwise-narrow", 3, 5, 3, 2, 3, (1, 1)),
-)
+# Products: several tiles of positions and of filters, several steps, none of them full; steps of
+# one tap, shared steps, windows that are pixels.
+PRODUCTS = {
+    case.id: case
+    for case in (
+        Case("pixels", 2, 40, 9, 8, 21, (1, 1)),
+        Case("pixels-s2", 1, 17, 19, 13, 70, (1, 1), stride=(2, 3)),
+        Case("pixels-p1", 1, 33, 4, 4, 17, (1, 1), padding=1),
+        Case("pixels-groups2", 1, 34, 6, 6, 18, (1, 1), groups=2),
+        Case("3x3", 2, 36, 9, 6, 35, (3, 3), padding=1),
+        Case("3x3-groups2", 1, 68, 5, 6, 20, (3, 3), padding=(2, 0), groups=2),
+        Case("3x2-s2-dilation2", 1, 33, 9, 7, 40, (3, 2), (2, 3), padding=2, dilation=2),
+        Case("2x3-dilation2", 1, 33, 8, 8, 17, (2, 3), padding=2, dilation=2),
+        Case("same-s2", 1, 35, 6, 7, 16, (3, 3), 2, "same"),
+        Case("reflect", 1, 34, 5, 6, 7, (3, 3), padding=2, padding_mode="reflect"),
+        Case("circular", 1, 5, 5, 6, 18, (3, 3), padding=2, padding_mode="circular"),
+        Case("stem", 1, 3, 17, 16, 24, (7, 7), stride=2, padding=3),
+        Case("stem-s1", 2, 4, 6, 7, 5, (5, 3), padding=2),
+    )
+}
 SMALL_TILES = {
-    "PRODUCT": 16,
-    "DEPTH": 16,
     "LANES": 8,
     "POSITIONS": 8,
     "ELEMENTS": 64,
@@ -318,24 +337,105 @@ def depthwise(case: str) -> None:
         assert "conv2d_one_pass" in recorder.names()
 
 
-def pointwise(number: int) -> None:
-    """Several tiles of rows and of filters, and several steps, none of them full."""
-    case = POINTWISE[number]
-    for i, dtype in enumerate((torch.float16, torch.bfloat16)):
-        name, weighting = (("tanh", "separate"), ("segmented", "linear"), ("mix", "none"))[number]
-        inputs = make_inputs(
-            case,
-            dtype,
-            "channels_last",
-            magnitude=name,
-            weighting=weighting,
-            angular=("square_cosine", "sigmoid")[(number + i) % 2],
-            norm=NORMS[(number + i) % 3],
-            bias=number == 2,
-        )
-        with small_tiles(), Recorder() as recorder:
-            compare(f"{case.id} {dtype}", inputs)
-        assert "conv2d_one_pass" in recorder.names()
+def planned(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep: str = "auto",
+    tile: int = OWN_RULE,
+    **options: Any,
+) -> Tensor:
+    """Run the operator by plan B with a tile, both ways where plan B goes both ways."""
+    operands, problem, _ = functional.check_call(x, weight, bias, keep=keep, **options)
+    takes_x = plan_b_triton.why_not_input_gradient(operands, problem) is None
+    plans = Plans(
+        partial(plan_b_triton.forward, tile=tile),
+        launch.NAMESPACE,
+        partial(plan_b_triton.input_gradient, tile=tile) if takes_x else None,
+    )
+    mode = kept(problem, x.dtype, bias is not None, keep)
+    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plans)[0]
+
+
+def product(case: str, layout: str, dtype: str, tile: int = OWN_RULE) -> None:
+    """A product forward and backward; operator, norm and bias change from case to case."""
+    number = list(PRODUCTS).index(case) + (layout == "contiguous")
+    name, weighting = (("tanh", "separate"), ("segmented", "linear"), ("mix", "none"))[number % 3]
+    inputs = make_inputs(
+        PRODUCTS[case],
+        dtype_of(dtype),
+        layout,
+        magnitude=name,
+        weighting=weighting,
+        angular=("square_cosine", "sigmoid")[number // 3 % 2],
+        norm=NORMS[number // 2 % 3],
+        bias=number % 4 == 0,
+    )
+    cotangent = random_cotangent(inputs)
+    truth, peer = truth_and_peer(inputs, cotangent)
+    with Recorder() as recorder:
+        got = evaluate(planned, inputs, cotangent, keep=("dot", "auto")[number % 2], tile=tile)
+    check_all(f"{case} {layout} {dtype} {tile}", got, truth, peer, inputs.tensors["x"].dtype)
+    names = recorder.names()
+    assert "conv2d_one_pass" in names and "conv2d_epilogue_" not in names
+    forward_only = {"pixels-s2", "3x2-s2-dilation2", "same-s2", "reflect", "circular", "stem"}
+    assert ("conv2d_one_pass_grad_input" in names) == (case not in forward_only)
+
+
+def tiles() -> None:
+    """Every tile, in products of two and more of the largest."""
+    for number in range(len(gemm_tiles.TILES)):
+        case = ("3x3", "pixels", "stem-s1")[number % 3]
+        product(case, ("channels_last", "contiguous")[number // 3 % 2], "float16", number)
+
+
+def tunes() -> None:
+    """A made-up clock finds the second tile that is tried to be the fastest, once per bucket."""
+    inputs = make_inputs(PRODUCTS["3x3"], torch.float16, "channels_last", magnitude="log")
+    cotangent = random_cotangent(inputs)
+    truth, peer = truth_and_peer(inputs, cotangent)
+    timed = 0
+
+    def clock(run: Any, quantiles: Any) -> list[float]:
+        nonlocal timed
+        timed += 1
+        run()
+        return [0.5 if timed == 2 else 1.0] * 3
+
+    def call(images: int) -> int:
+        """Run forward for a number of images; return how many tiles were timed."""
+        nonlocal timed
+        timed = 0
+        options = {**inputs.tensors, **inputs.options}
+        x = options.pop("x")[:1].expand(images, -1, -1, -1)
+        planned(x.contiguous(memory_format=FORMATS[1]), **options, tile=AUTOTUNED)
+        return timed
+
+    # 54 positions of 36 channels, and 35 filters.
+    facts = gemm_tiles.Product(54, 1, 1, 35, 36, 9, False, 2)
+    tried = gemm_tiles.worthwhile(facts, gemm_tiles.NO_GPU)
+    assert len(tried) > 2
+    # Without a clock there is nothing to tune by on a CPU, and the rule decides.
+    assert call(1) == 0 and not tuning._best
+    tuning.stopwatch = clock
+    try:
+        assert call(1) == len(tried)
+        assert list(tuning._best.values()) == [tried[1]]
+        # 54 positions stand for up to 64; 108 do not.
+        assert call(1) == 0 and call(2) == len(tried)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert not tuning.may_tune(torch.empty(1))
+        timed = 0
+        got = evaluate(planned, inputs, cotangent, tile=AUTOTUNED)
+        check_all("tuned", got, truth, peer, torch.float16)
+        assert {key[0] for key in tuning._best} == {
+            "implicit_gemm_kernel",
+            "implicit_gemm_grad_input_kernel",
+        }
+    finally:
+        tuning.stopwatch = None
+        tuning._best.clear()
 
 
 def offsets_beyond_int32() -> None:
@@ -389,7 +489,8 @@ def opcheck() -> list[str]:
         {"case": by_id("n0"), "magnitude": "tanh"},
         {"case": LARGE["filter-chunks"], "magnitude": "log", "layout": LAYOUTS[1]},
         {"case": DEPTHWISE["zeros-s2"], "bias": True},
-        {"case": POINTWISE[1], "norm": "none", "bias": True, "layout": LAYOUTS[1]},
+        {"case": PRODUCTS["3x3"], "norm": "batch", "angular": "sigmoid"},
+        {"case": PRODUCTS["pixels-s2"], "norm": "none", "bias": True, "layout": LAYOUTS[1]},
         {"case": DEPTHWISE["same-s2-multiplier2"], "norm": "given", "layout": LAYOUTS[1]},
     )
     for options in variants:
@@ -397,7 +498,8 @@ def opcheck() -> list[str]:
         inputs = make_inputs(**options, dtype=torch.float16)
         tiles = small_tiles() if case in LARGE.values() else nullcontext()
         with Recorder() as recorder, tiles:
-            evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))
+            call = planned if case in PRODUCTS.values() else functional.decoupled_conv2d
+            evaluate(call, inputs, random_cotangent(inputs))
             # Without a gradient of x there is less to return.
             weight = inputs.tensors["weight"].detach().requires_grad_()
             y = functional.decoupled_conv2d(
@@ -633,6 +735,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     assert features.INTERPRETED and len(weightings) == 4
+    # Import the kernels before any test changes the sizes of tiles.
+    assert features.why_not(0) is None
     with backends.use_backend("triton"):
         serve({name: value for name, value in globals().items() if callable(value)})
 
