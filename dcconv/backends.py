@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 
 import dcconv.fakes
 import dcconv.fakes_one_pass  # noqa: F401  (registers them)
-from dcconv import autograd, checks, dispatch, ops, plan_a, plan_b_triton, reference
-from dcconv.autograd import ONE_OP, PASSES, PLAN_A, TRITON
-from dcconv.dispatch import Plans, pin_table
+from dcconv import autograd, checks, dispatch, ops, reference
+from dcconv.autograd import ONE_OP, PLAN_A, TRITON
 from dcconv.dispatch import allowed as plans
+from dcconv.dispatch import pin_table
 from dcconv.keep import NOTHING, kept
 from dcconv.problem import Operands, Problem
 from dcconv.triton_impl import features
@@ -46,10 +46,11 @@ __all__ = [
 
 AUTO = "auto"
 
-#: Whether calls on the cuda backend measure the plans that can run them, once per GPU and kind of
-#: call, and take the fastest; ``torch.backends.cudnn.benchmark`` for the whole operator. What was
+#: Whether calls on the cuda and triton backends measure the plans that can run them, once per GPU
+#: and kind of call, and take the fastest: ``torch.backends.cudnn.benchmark`` for the whole
+#: operator. Triton's one pass is measured, and run, with tiles that its autotuner chooses. What was
 #: measured is kept on disk, in ``$DCCONV_CACHE`` or ``dcconv`` in the user's cache folder. Nothing
-#: is measured while a CUDA graph is captured or a call is traced; under
+#: is measured while a CUDA graph is captured or a call is traced; in Triton's interpreter, under
 #: ``torch.use_deterministic_algorithms`` and with a pinned table the mode is off.
 benchmark: bool = False
 
@@ -138,34 +139,32 @@ def _differentiated(operands: Operands) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
 
-def _conv2d_by(
-    fixed: Plans | None,
+def _one_op_conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
+    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+    if _differentiated(operands):
+        results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, None)
+    else:
+        results = autograd.conv2d_forward(operands, problem, NOTHING, None)
+    return results[0], results[2]
+
+
+def _planned_conv2d_by(
+    backend: str,
 ) -> Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]:
     def conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
         mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
-        if _differentiated(operands):
-            results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, fixed)
-        else:
-            results = autograd.conv2d_forward(operands, problem, NOTHING, fixed)
+        if not _differentiated(operands):
+            chosen = dispatch.choose(backend, operands, problem, NOTHING, 0, benchmark)
+            results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
+            return results[0], results[2]
+        backward = ops.NEEDS_X if operands.x.requires_grad else 0
+        if operands.weight.requires_grad:
+            backward |= ops.NEEDS_WEIGHT
+        chosen = dispatch.choose(backend, operands, problem, mode, backward, benchmark)
+        results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
         return results[0], results[2]
 
     return conv2d
-
-
-def _planned_conv2d(
-    operands: Operands, problem: Problem, keep: str
-) -> tuple[Tensor, Tensor | None]:
-    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
-    if not _differentiated(operands):
-        chosen = dispatch.choose(operands, problem, NOTHING, 0, benchmark)
-        results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
-        return results[0], results[2]
-    backward = ops.NEEDS_X if operands.x.requires_grad else 0
-    if operands.weight.requires_grad:
-        backward |= ops.NEEDS_WEIGHT
-    chosen = dispatch.choose(operands, problem, mode, backward, benchmark)
-    results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
-    return results[0], results[2]
 
 
 def _patch_norm_by(plan: str) -> Callable[[Tensor, tuple[int, int], Problem], Tensor]:
@@ -183,18 +182,10 @@ def _reference_conv2d(
     return reference.forward(operands, problem)
 
 
-def _triton_forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
-    if plan_b_triton.why_not(operands, problem) is None:
-        return plan_b_triton.forward(operands, problem, kept)
-    return plan_a.forward(operands, problem, kept, PASSES[TRITON])
-
-
-_TRITON_PLANS = Plans(_triton_forward, PASSES[TRITON])
-
 _BACKENDS = (
-    Backend("cuda", _why_not_cuda, _planned_conv2d, _patch_norm_by(PLAN_A)),
-    Backend("triton", _why_not_triton, _conv2d_by(_TRITON_PLANS), _patch_norm_by(TRITON)),
-    Backend("cpu", _why_not_cpu, _conv2d_by(None), _patch_norm_by(ONE_OP)),
+    Backend("cuda", _why_not_cuda, _planned_conv2d_by("cuda"), _patch_norm_by(PLAN_A)),
+    Backend("triton", _why_not_triton, _planned_conv2d_by("triton"), _patch_norm_by(TRITON)),
+    Backend("cpu", _why_not_cpu, _one_op_conv2d, _patch_norm_by(ONE_OP)),
     Backend("reference", _why_not_reference, _reference_conv2d, reference.window_norm),
 )
 
@@ -363,9 +354,10 @@ def report(
 ) -> str:
     """Return which backend would run a call, one line per backend, and what backward would keep.
 
-    Under the cuda backend stand the plans of each direction: the choice, how it was made, and every
-    plan's time, where it was measured, or refusal. Under the cpu backend stands whether a direction
-    takes one pass or the passes around the library convolution. Nothing is measured for the report.
+    Under the cuda and triton backends stand the plans of each direction: the choice, how it was
+    made, and every plan's time, where it was measured, or refusal. Under the cpu backend stands
+    whether a direction takes one pass or the passes around the library convolution. Nothing is
+    measured for the report.
 
     Args:
         x, weight, bias, stride, padding, dilation, groups, operator: as in
@@ -400,8 +392,8 @@ def report(
         lines.append(f"  {candidate.name:<10}{state}")
         if candidate.name == "cpu" and reason is None:
             lines += _cpu_schemes(operands, problem)
-        if candidate.name == "cuda" and reason is None:
-            planned = dispatch.describe(operands, problem, mode, benchmark)
+        if candidate.name in dispatch.BACKENDS and reason is None:
+            planned = dispatch.describe(candidate.name, operands, problem, mode, benchmark)
             lines += [f"    {line}" for line in planned]
     if chosen.name != "reference":
         kept_names = (

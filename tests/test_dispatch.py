@@ -22,9 +22,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcconv
 from bench.layers import DEFAULT_BATCH, Layer, distinct_layers
-from dcconv import backends, functional, ops, warn
+from dcconv import (
+    backends,
+    functional,
+    numerics,
+    ops,
+    plan_a,
+    plan_b,
+    plan_b_triton,
+    warn,
+)
 from dcconv.dispatch import choice, plans, rule, stopwatch, tables
-from dcconv.dispatch.key import DIRECTIONS, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Key, key_of
+from dcconv.dispatch import key as key_module
+from dcconv.dispatch.key import (
+    BACKENDS,
+    DIRECTIONS,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Key,
+    key_of,
+)
 from dcconv.functional import check_call
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -33,6 +51,7 @@ EVERY = ("A", "B", "G")
 
 def key_for(layer: Layer, direction: str = FORWARD, **changes: Any) -> Key:
     key = Key(
+        "cuda",
         direction,
         GPU,
         "bfloat16",
@@ -99,6 +118,50 @@ def test_rule(layer: Layer, forward: str, input_gradient: str, weight_gradient: 
     assert found == [forward, input_gradient, weight_gradient]
 
 
+@pytest.mark.parametrize(
+    ("layer", "dtype", "forward", "input_gradient", "weight_gradient"),
+    [
+        # Depthwise, whatever it multiplies in.
+        (Layer(8, 96, 56, 96, 7, groups=96), "float32", "B", "B", "B"),
+        (Layer(8, 96, 56, 192, 7, 2, groups=96), "bfloat16", "B", "B", "B"),
+        (Layer(8, 1, 28, 32, 5), "float32", "A", "A", "A"),
+        # 1x1, however long the sum; strided gradients of the input have no kernel.
+        (Layer(8, 2048, 7, 512, 1), "float16", "B", "B", "A"),
+        (Layer(8, 2044, 7, 509, 1), "bfloat16", "B", "B", "A"),
+        (Layer(8, 512, 7, 1024, 1, 2), "float16", "B", "A", "A"),
+        (Layer(8, 64, 56, 256, 1), "tf32", "B", "B", "A"),
+        (Layer(8, 64, 56, 256, 1), "float32", "A", "A", "A"),
+        # 256 products and one more: 4 x 64, 1 x 257, 28 x 9, 29 x 9.
+        (Layer(8, 64, 56, 64, 2), "bfloat16", "B", "B", "A"),
+        (Layer(8, 28, 56, 29, 3), "float16", "B", "A", "A"),
+        (Layer(8, 29, 56, 28, 3), "float16", "A", "B", "A"),
+        (Layer(8, 29, 56, 28, 3, 2), "float16", "A", "A", "A"),
+        (Layer(8, 28, 56, 28, 3), "tf32", "A", "A", "A"),
+        (Layer(8, 3, 224, 64, 7, 2), "bfloat16", "B", "A", "A"),
+        (Layer(8, 3, 224, 64, 7, 2), "tf32", "A", "A", "A"),
+        (Layer(8, 512, 7, 512, 3), "bfloat16", "A", "A", "A"),
+        # Groups of 16, of 15 on either side, and long ones.
+        (Layer(8, 512, 28, 512, 3, groups=32), "bfloat16", "B", "B", "A"),
+        (Layer(8, 480, 28, 512, 3, groups=32), "bfloat16", "A", "A", "A"),
+        (Layer(8, 512, 28, 480, 3, groups=32), "bfloat16", "A", "A", "A"),
+        (Layer(8, 64, 56, 64, 1, groups=2), "float16", "B", "B", "A"),
+        (Layer(8, 64, 56, 64, 1, groups=2), "tf32", "A", "A", "A"),
+        (Layer(8, 514, 56, 512, 1, groups=2), "float16", "A", "B", "A"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_rule_of_triton(
+    layer: Layer, dtype: str, forward: str, input_gradient: str, weight_gradient: str, layout: str
+) -> None:
+    changes = {"backend": "triton", "dtype": dtype, "layout": layout}
+    keys = [key_for(layer, direction, **changes) for direction in DIRECTIONS]
+    found = [rule.rule(key, ("A", "B")) for key in keys]
+    assert found == [forward, input_gradient, weight_gradient]
+    assert [rule.rule(key, ("A",)) for key in keys] == ["A"] * 3
+    assert [rule.rule(key, ("B",)) for key in keys] == ["B"] * 3
+
+
 def test_rule_takes_willing_plans_only_and_needs_no_sizes() -> None:
     large, small = Layer(8, 512, 7, 512, 3), Layer(8, 64, 7, 64, 1)
     assert rule.rule(key_for(large), ("A", "B")) == "A"
@@ -122,13 +185,14 @@ def test_plan_a_wins_within_the_margin() -> None:
 
 def test_text_of_a_key_stays_what_it_is() -> None:
     """Tables on disk have it; a change must change tables.FORMAT as well."""
-    assert tables.FORMAT == 1
+    assert tables.FORMAT == 2
     layer = Layer(8, 64, 56, 128, 3, stride=2)
     assert [key_for(layer, direction, bias=True).text for direction in DIRECTIONS] == [
-        "forward bfloat16 channels_last c64 o128 k3x3 s2x2 p1,1,1,1 d1x1 g1 zeros "
+        "cuda forward bfloat16 channels_last c64 o128 k3x3 s2x2 p1,1,1,1 d1x1 g1 zeros "
         "tanh cosine none norm=batch kept=output bias",
-        "input_gradient bfloat16 channels_last c64 o128 k3x3 s2x2 p1,1,1,1 d1x1 g1 zeros norm=",
-        "weight_gradient bfloat16 channels_last c64 o128 k3x3 s2x2 p1,1,1,1 d1x1 g1 zeros",
+        "cuda input_gradient bfloat16 channels_last c64 o128 k3x3 s2x2 p1,1,1,1 d1x1 g1 zeros "
+        "norm=",
+        "cuda weight_gradient bfloat16 channels_last c64 o128 k3x3 s2x2 p1,1,1,1 d1x1 g1 zeros",
     ]
 
 
@@ -137,17 +201,95 @@ def test_key_of_a_call() -> None:
     weight = torch.zeros(16, 4, 3, 2, dtype=torch.bfloat16)
     call = {"bias": torch.zeros(16).bfloat16(), "padding": "same", "groups": 2}
     operands, problem, _ = check_call(x, weight, **call, norm_mean="batch", backend="reference")
-    forward, grad_x, grad_weight = (key_of(operands, problem, "dot", d) for d in DIRECTIONS)
+    forward, grad_x, grad_weight = (
+        key_of("triton", operands, problem, "dot", d) for d in DIRECTIONS
+    )
     assert forward == Key(
-        "forward", "cpu", "bfloat16", "channels_last", 2, 9, 7, 8, 16, 3, 2, (1, 1), (1, 1, 0, 1),
-        (1, 1), 2, "zeros", "tanh cosine none", "batch", "dot", True,
+        "triton", "forward", "cpu", "bfloat16", "channels_last", 2, 9, 7, 8, 16, 3, 2, (1, 1),
+        (1, 1, 0, 1), (1, 1), 2, "zeros", "tanh cosine none", "batch", "dot", True,
     )  # fmt: skip
     assert grad_x == forward._replace(
         direction=INPUT_GRADIENT, operator="", norm="batch", kept="", bias=False
     )
     assert grad_weight == grad_x._replace(direction=WEIGHT_GRADIENT, norm="")
-    detached = key_of(operands, problem._replace(norm_grad=False), "dot", INPUT_GRADIENT)
+    assert key_of("cuda", operands, problem, "dot", FORWARD) == forward._replace(backend="cuda")
+    detached = key_of("cuda", operands, problem._replace(norm_grad=False), "dot", INPUT_GRADIENT)
     assert detached.norm == "none"
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_key_says_whether_float32_is_multiplied_in_tf32(tf32: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(numerics, "tf32_convolutions", lambda: tf32)
+    monkeypatch.setattr(key_module, "_gpu_name", lambda index: GPU)
+    with FakeTensorMode():
+        for device, dtype, expected in (
+            ("cuda:0", torch.float32, "tf32" if tf32 else "float32"),
+            ("cuda:0", torch.float16, "float16"),
+            ("cuda:0", torch.float64, "float64"),
+            ("cpu", torch.float32, "float32"),
+        ):
+            x = torch.empty(2, 8, 9, 7, dtype=dtype, device=device)
+            weight = torch.empty(16, 8, 3, 3, dtype=dtype, device=device)
+            operands, problem, _ = check_call(x, weight, backend="reference")
+            for backend in BACKENDS:
+                key = key_of(backend, operands, problem, "nothing", FORWARD)
+                assert key.dtype == expected
+                assert key.text.startswith(f"{backend} forward {expected} contiguous c8 o16 ")
+
+
+def test_times_of_one_backend_and_precision_are_not_those_of_another() -> None:
+    keys = [
+        KEY._replace(backend=backend, dtype=dtype)
+        for backend in BACKENDS
+        for dtype in ("float32", "tf32", "bfloat16")
+    ]
+    times = [{"A": 1.0 + i} for i in range(len(keys))]
+    read, _ = tables.from_text(tables.to_text(table_of(*zip(keys, times, strict=True))))
+    assert [read.find(key) for key in keys] == times
+    assert read.find(KEY._replace(dtype="float16")) == {}
+
+
+# Plans
+
+
+def test_tiles_of_tritons_plan_are_its_own_or_tuned(monkeypatch: Any) -> None:
+    calls = []
+    for name in ("forward", "input_gradient"):
+        monkeypatch.setattr(plan_b_triton, name, lambda *arguments: calls.append(arguments))
+    for table in (plans.registry, plans.tuned):
+        table["triton"]["B"].forward(1, 2, 3)
+        table["triton"]["B"].input_gradient(*range(7))
+    tiles = (plan_b.OWN_RULE, plan_b_triton.AUTOTUNED)
+    assert calls == [
+        call for tile in tiles for call in ((1, 2, 3, tile), (0, 1, 2, 3, 4, 5, 6, tile))
+    ]
+    assert len(set(tiles)) == 2
+
+
+def test_passes_of_plan_a_are_the_backends(monkeypatch: Any) -> None:
+    calls = []
+    for name in ("forward", "input_gradient"):
+        monkeypatch.setattr(plan_a, name, lambda *arguments: calls.append(arguments))
+    for backend, namespace in (("cuda", "dcconv"), ("triton", "dcconv_triton")):
+        for table in (plans.registry, plans.tuned):
+            table[backend]["A"].forward(1, 2, 3)
+            table[backend]["A"].input_gradient(*range(7))
+            assert calls == [(1, 2, 3, namespace), (0, 1, 2, 3, 4, 5, 6, namespace)]
+            calls.clear()
+        assert plans.namespaces[backend] == namespace
+
+
+def test_backends_have_the_plans_that_the_rule_knows() -> None:
+    assert tuple(plans.registry) == tuple(plans.tuned) == tuple(plans.namespaces) == BACKENDS
+    assert [tuple(plans.registry[backend]) for backend in BACKENDS] == [EVERY, ("A", "B")]
+    assert set(BACKENDS) < set(backends.names)
+    for backend, own in plans.registry.items():
+        for name, plan in own.items():
+            assert name in rule.PLANS
+            # A choice holds for both: only the functions differ, and on Triton's plan B alone.
+            tuned = plans.tuned[backend][name]
+            assert tuned[4:] == plan[4:]
+            assert (tuned == plan) == ((backend, name) != ("triton", "B"))
 
 
 # Stopwatch
@@ -266,7 +408,7 @@ def test_file_of_another_version_is_another_file(cache: Path, monkeypatch: Any) 
     tables.Cache(GPU).add(KEY, {"A": 2.0})
     (first,) = cache.glob("*.json")
     assert first.name == (
-        f"NVIDIA-H100-80GB-HBM3-dcconv-{dcconv.__version__}-torch-{torch.__version__}-format-1.json"
+        f"NVIDIA-H100-80GB-HBM3-dcconv-{dcconv.__version__}-torch-{torch.__version__}-format-2.json"
     )
     monkeypatch.setattr(dcconv, "__version__", "99.0")
     renewed = tables.Cache(GPU)
@@ -390,21 +532,31 @@ class Clock:
 
 
 class World:
-    """Three plans that compute by plan A's model and tell the clock their name."""
+    """A backend's plans, which compute by plan A's model and tell the clock their name.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    A star marks those of the triton backend that stand in where benchmark mode counts.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str = "cuda") -> None:
         self.clock = Clock(A=3.0, B=2.0, G=1.0)
         self.refusals: dict[tuple[str, str], str] = {}
         self.ran: list[tuple[str, str]] = []
         self.operands: list[Any] = []
         monkeypatch.setattr(choice, "stopwatch", self.clock)
-        monkeypatch.setattr(choice, "plans", {name: self.plan(name) for name in EVERY})
+        monkeypatch.setattr(choice, "TIMED_DEVICES", ("cpu",))
+        own = {name: self.plan(name) for name in plans.registry[backend]}
+        tuned = {name: self.plan(name, "*") for name in own} if backend == "triton" else own
+        monkeypatch.setitem(plans.registry, backend, own)
+        monkeypatch.setitem(plans.tuned, backend, tuned)
+        monkeypatch.setitem(plans.namespaces, backend, plan_a.COMPILED)
 
-    def plan(self, name: str) -> plans.Plan:
+    def plan(self, name: str, mark: str = "") -> plans.Plan:
+        genuine = plans.registry["cuda"]["A"]
+
         def computing(direction: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any) -> Any:
                 self.clock.last = name
-                self.ran.append((name, direction))
+                self.ran.append((name + mark, direction))
                 self.operands.append(arguments)
                 return function(*arguments)
 
@@ -419,7 +571,7 @@ class World:
                 computing(direction, function)
                 for direction, function in zip(
                     DIRECTIONS,
-                    (plans.A.forward, plans.A.input_gradient, plans.A.weight_gradient),
+                    (genuine.forward, genuine.input_gradient, genuine.weight_gradient),
                     strict=True,
                 )
             ),
@@ -437,10 +589,28 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield World(monkeypatch)
 
 
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    with cuda_backend_on_cpu():
+        records = [
+            record._replace(why_not=lambda call: None) if record.name == "triton" else record
+            for record in backends._BACKENDS
+        ]
+        monkeypatch.setattr(backends, "_BACKENDS", tuple(records))
+        with backends.use_backend("triton"):
+            yield World(monkeypatch, "triton")
+
+
 def operands(n: int = 2, **options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(n, 8, 6, 5)
     return {"x": x, "weight": torch.randn(4, 8, 3, 3), "padding": 1} | options
+
+
+def small_pointwise() -> dict[str, Any]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16, 4, 5), torch.randn(16, 16, 1, 1)
+    return {"x": x.bfloat16(), "weight": weight.bfloat16()}
 
 
 def run(**call: Any) -> Tensor:
@@ -663,7 +833,7 @@ def test_deterministic_mode_follows_the_rule_unless_a_table_is_pinned(
 def test_pinned_table_is_the_only_one(world: World, tmp_path: Path) -> None:
     x = operands()["x"]
     checked, problem, _ = check_call(**operands())
-    key = key_of(checked, problem, "nothing", FORWARD)
+    key = key_of("cuda", checked, problem, "nothing", FORWARD)
     path = tmp_path / "pinned.json"
     path.write_text(tables.to_text(table_of((key, {"A": 1.0, "B": 5.0, "G": 5.0}), device="cpu")))
     content = path.read_bytes()
@@ -690,7 +860,7 @@ def test_choices_made_while_a_table_is_pinned_are_not_remembered(
 ) -> None:
     """As by another thread, between a choice and its entry in the memory."""
     checked, problem, _ = check_call(**operands())
-    key = key_of(checked, problem, "nothing", FORWARD)
+    key = key_of("cuda", checked, problem, "nothing", FORWARD)
     path = tmp_path / "pinned.json"
     path.write_text(tables.to_text(table_of((key, {"A": 1.0, "B": 5.0}), device="cpu")))
     genuine = choice._choose
@@ -707,11 +877,47 @@ def test_choices_made_while_a_table_is_pinned_are_not_remembered(
     assert world.ran == [("B", FORWARD), ("A", FORWARD)]
 
 
+def test_table_that_is_unpinned_meanwhile_is_read_to_the_end(
+    world: World, monkeypatch: Any
+) -> None:
+    """As by another thread, between two looks at it."""
+    checked, problem, _ = check_call(**operands())
+    key = key_of("cuda", checked, problem, "nothing", FORWARD)
+
+    class Unpinned(tables.Table):
+        def __getattribute__(self, name: str) -> Any:
+            choice._pinned = None
+            return super().__getattribute__(name)
+
+    table = Unpinned("cpu")
+    table.add(key, {"A": 1.0, "B": 5.0})
+    monkeypatch.setattr(choice, "_pinned", table)
+    run(**operands())
+    assert world.ran == [("A", FORWARD)]
+
+
+def test_plans_allowed_meanwhile_are_not_remembered_for_others(
+    world: World, monkeypatch: Any
+) -> None:
+    """As by another thread that enters ``backends.plans`` while this one chooses."""
+    genuine = choice._willing
+
+    def overtaken(*arguments: Any) -> Any:
+        with backends.plans("A"):
+            return genuine(*arguments)
+
+    monkeypatch.setattr(choice, "_willing", overtaken)
+    run(**operands())
+    monkeypatch.setattr(choice, "_willing", genuine)
+    run(**operands())
+    assert world.ran == [("B", FORWARD)] * 2
+
+
 def test_shipped_times_come_before_the_rule_and_after_measurements(
     world: World, monkeypatch: Any
 ) -> None:
     checked, problem, _ = check_call(**operands())
-    key = key_of(checked, problem, "nothing", FORWARD)
+    key = key_of("cuda", checked, problem, "nothing", FORWARD)
     table = table_of((key, {"A": 1.0, "B": 5.0}), device="cpu")
     monkeypatch.setattr(choice, "shipped", lambda device: table)
     run(**operands())
@@ -801,6 +1007,168 @@ def test_environment_names_the_allowed_plans(world: World, monkeypatch: Any) -> 
     message = "^dcconv: DCCONV_PLANS must be names out of A, B, G, joined by commas, got 'X'$"
     with pytest.raises(ValueError, match=message):
         run(**operands())
+
+
+def test_triton_has_no_plan_g(triton: World) -> None:
+    for names, plan in (("A", "A"), ("A,B,G", "B"), ("B", "B"), ("G,A", "A")):
+        with backends.plans(names):
+            run(**small_pointwise())
+        assert triton.ran[-1] == (plan, FORWARD), names
+    sentence = (
+        "dcconv: no allowed plan runs the %s of this call: G: the triton backend has no plan G"
+    )
+    with backends.plans("G"), pytest.raises(NotImplementedError) as error:
+        run(**small_pointwise())
+    assert str(error.value) == sentence % FORWARD
+    call = small_pointwise()
+    call["weight"].requires_grad_()
+    with backends.plans("A", weight_gradient="G"), pytest.raises(NotImplementedError) as error:
+        run(**call)
+    assert str(error.value) == sentence % WEIGHT_GRADIENT
+    with backends.plans("G"):
+        text = backends.report(**call)
+    assert (
+        "triton    runs this call\n    forward: no allowed plan runs it\n      A  not allowed"
+        in text
+    )
+
+
+def test_benchmark_mode_times_and_runs_tuned_tiles_on_triton(triton: World, cache: Path) -> None:
+    call = small_pointwise()
+    for name in ("x", "weight"):
+        call[name].requires_grad_()
+    triton.clock.milliseconds = {"A": 3.0, "B": 2.0}
+    with backends.benchmarking():
+        y = run(**call)
+        assert {name for name, _ in triton.ran} == {"A*", "B*"}
+        assert sorted(triton.clock.measured) == ["A"] * 21 + ["B"] * 21
+        triton.ran.clear()
+        y.sum().backward()
+        assert triton.ran == [("B*", WEIGHT_GRADIENT), ("B*", INPUT_GRADIENT)]
+    table, _ = tables.read(next(cache.glob("*.json")))
+    assert [text.split()[:2] for text in sorted(table.times)] == [
+        ["triton", d] for d in sorted(DIRECTIONS)
+    ]
+    # Without the mode: neither what it measured nor its tiles.
+    triton.ran.clear()
+    run(**call).sum().backward()
+    assert triton.ran == [("B", FORWARD), ("B", INPUT_GRADIENT)]
+    # Where the mode does not count: a pinned table, or algorithms that repeat.
+    with backends.benchmarking():
+        backends.pin_table(next(cache.glob("*.json")))
+        triton.ran.clear()
+        run(**call)
+        assert triton.ran == [("B", FORWARD)]
+        backends.pin_table(None)
+        torch.use_deterministic_algorithms(True)
+        try:
+            run(**call)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert triton.ran == [("B", FORWARD)] * 2
+        run(**call)
+        assert triton.ran[-1] == ("B*", FORWARD)
+    assert len(triton.clock.measured) == 42
+
+
+def test_compiled_code_has_the_tiles_of_the_mode(triton: World) -> None:
+    module = dcconv.DecoupledConv2d(16, 16, 1).bfloat16().eval()
+    x = small_pointwise()["x"]
+
+    def compiled() -> list[tuple[str, str]]:
+        torch._dynamo.reset()
+        triton.ran.clear()
+        with torch.no_grad():
+            torch.compile(module, fullgraph=True, backend="eager")(x)
+        return triton.ran
+
+    assert compiled() == [("B", FORWARD)]
+    with backends.benchmarking():
+        assert compiled() == [("B*", FORWARD)]
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert compiled() == [("B", FORWARD)]
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert not triton.clock.measured
+
+
+def test_one_backends_times_choose_nothing_on_the_other(triton: World) -> None:
+    with backends.benchmarking():
+        run(**small_pointwise())
+        assert len(triton.clock.measured) == 14
+        (key,) = choice._caches["cpu"].table.times
+    assert key.startswith("triton forward bfloat16 ")
+    _, problem, _ = check_call(**small_pointwise())
+    checked = check_call(**small_pointwise())[0]
+    for backend, source in (("triton", choice.MEASURED), ("cuda", "by rule")):
+        found = key_of(backend, checked, problem, "nothing", FORWARD)
+        assert choice.decide(found, ("A", "B"), benchmark=True).source == source
+
+
+def test_choices_of_one_backend_are_not_taken_for_the_other(triton: World) -> None:
+    with backends.plans("A"):
+        first = run(**small_pointwise())
+        second = run(**small_pointwise(), backend="cuda")
+        assert torch.equal(run(**small_pointwise()), first) and torch.equal(first, second)
+    assert triton.ran == [("A", FORWARD)] * 2 and len(choice._choices) == 2
+
+
+@pytest.mark.parametrize(("name", "namespace"), [("cuda", "dcconv"), ("triton", "dcconv_triton")])
+def test_passes_around_a_choice_are_the_backends(
+    name: str, namespace: str, monkeypatch: Any
+) -> None:
+    """Those of backward, and those that make the operands of a measured gradient."""
+    checked, problem, _ = check_call(**small_pointwise(), backend="reference")
+    with backends.plans("A"):
+        chosen = choice.choose(name, checked, problem, "output", 0, False)
+    assert chosen.namespace == namespace
+    seen = []
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        seen.append(arguments[3:])
+        return (torch.zeros(1),) * 5
+
+    monkeypatch.setattr(plan_a, "forward", forward)
+    key = key_of(name, checked, problem, "output", INPUT_GRADIENT)
+    assert list(choice._runs(checked, problem, "output", key, ("A",))) == ["A"]
+    assert seen == [(namespace,)]
+
+
+def test_interpreted_kernels_are_not_timed(triton: World, monkeypatch: Any, cache: Path) -> None:
+    """On CPU tensors, which only Triton's interpreter takes, benchmark mode is off."""
+    monkeypatch.setattr(choice, "TIMED_DEVICES", ("cuda",))
+    with backends.benchmarking():
+        run(**small_pointwise())
+        text = backends.report(**small_pointwise())
+    assert triton.ran == [("B", FORWARD)] and not triton.clock.measured and not cache.exists()
+    assert "forward: plan B (plan B of a test; by rule)" in text
+
+
+def test_report_names_tritons_plan(triton: World) -> None:
+    triton.refuse("B", WEIGHT_GRADIENT)
+    lines = backends.report(**small_pointwise()).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[0] == "triton")
+    assert lines[start : start + 11] == [
+        "  triton    runs this call",
+        "    forward: plan B (plan B of a test; by rule)",
+        "      A  not measured",
+        "      B  not measured",
+        "    input gradient: plan B (plan B of a test; by rule)",
+        "      A  not measured",
+        "      B  not measured",
+        "    weight gradient: plan A (plan A of a test; the only one willing)",
+        "      A  not measured",
+        "      B  plan B does not want to",
+        "  cpu       could run it (" + torch.ops.dcconv.cpu_isa() + " instructions)",
+    ]
+    call = small_pointwise() | {"weight": torch.randn(16, 16, 3, 3).bfloat16()}
+    text = backends.report(**call, padding=1)
+    assert "    forward: plan B (plan B of a test; by rule)" in text
+    wide = torch.randn(2, 64, 4, 5).bfloat16()
+    text = backends.report(wide, torch.randn(16, 64, 3, 3).bfloat16())
+    assert "    forward: plan A (plan A of a test; by rule)" in text
+    assert not triton.clock.measured
 
 
 def test_report_has_choices_refusals_and_times(world: World) -> None:

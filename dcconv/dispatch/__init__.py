@@ -1,6 +1,10 @@
-"""Chooses the plan of each direction of a call on the cuda backend: by measurement or by a rule."""
+"""Chooses the plan of each direction of a call, on the cuda and triton backends.
+
+By measurement, or by a rule.
+"""
 
 from dcconv.dispatch.choice import allowed, choose, describe, pin_table
+from dcconv.dispatch.key import BACKENDS
 from dcconv.dispatch.plans import Plans
 
-__all__ = ["Plans", "allowed", "choose", "describe", "pin_table"]
+__all__ = ["BACKENDS", "Plans", "allowed", "choose", "describe", "pin_table"]

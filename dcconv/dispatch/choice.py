@@ -29,7 +29,7 @@ from dcconv.dispatch.key import (
     Key,
     key_of,
 )
-from dcconv.dispatch.plans import Plans, plans
+from dcconv.dispatch.plans import Plans, namespaces, registry, tuned
 from dcconv.dispatch.rule import PASSES, PLANS, fastest, rule
 from dcconv.dispatch.stopwatch import Stopwatch, compare, cuda_events
 from dcconv.dispatch.tables import Cache, Table, Times, read, shipped
@@ -61,6 +61,9 @@ _allowed = Allowed(os.environ.get("DCCONV_PLANS") or Allowed().names)
 #: What times the plans: ``Callable[[run], milliseconds per call]``.
 stopwatch: Stopwatch = cuda_events
 
+#: Where plans are timed. Kernels on CPU tensors are interpreted: their times say nothing of a GPU.
+TIMED_DEVICES: tuple[str, ...] = ("cuda",)
+
 _lock = threading.RLock()
 _pinned: Table | None = None
 _caches: dict[str, Cache] = {}
@@ -86,13 +89,14 @@ def checked_names(argument: str, names: object) -> tuple[str, ...]:
 def allowed(
     names: str, *, input_gradient: str | None = None, weight_gradient: str | None = None
 ) -> Iterator[None]:
-    """Let the calls inside the context choose between some plans only.
+    """Let the calls inside the context choose between some plans only, on every backend with plans.
 
     The setting belongs to the process, not to a thread; ``DCCONV_PLANS`` sets it at import.
 
     Args:
         names: names joined by commas: ``A`` (library convolution and fused passes), ``B`` (one
-            pass), ``G`` (cuDNN graph). A gradient that none of them computes is left to plan A.
+            pass), ``G`` (cuDNN graph, cuda backend alone). A gradient that none of them computes is
+            left to plan A.
         input_gradient, weight_gradient: the plans of this direction, where they differ; then
             without plan A as a way out.
 
@@ -122,7 +126,7 @@ def allowed(
 
 
 def pin_table(path: str | os.PathLike[str] | None) -> None:
-    """Choose by one file of measured times and nothing else; nothing is measured then.
+    """Choose by one file of measured times and nothing else; nothing is measured or tuned then.
 
     A call without an entry follows the rule. With a pinned table the same calls take the same
     plans in every process, so it counts under ``torch.use_deterministic_algorithms`` as well.
@@ -145,39 +149,48 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
             table, _ = read(Path(path))
         except (OSError, ValueError, RuntimeError) as error:
             raise value_error("path", "be a file of measured times", f"{path}: {error}") from error
-    _pinned = table
-    _choices = {}
+    with _lock:
+        _pinned = table
+        _choices = {}
 
 
-def _reasons(operands: Operands, problem: Problem, direction: str) -> dict[str, str | None]:
+def _reasons(
+    backend: str, operands: Operands, problem: Problem, direction: str, setting: Allowed
+) -> dict[str, str | None]:
     """Return by allowed plan why it refuses a direction of a call, None if it does not."""
-    own = {INPUT_GRADIENT: _allowed.input_gradient, WEIGHT_GRADIENT: _allowed.weight_gradient}
+    own = {INPUT_GRADIENT: setting.input_gradient, WEIGHT_GRADIENT: setting.weight_gradient}
     names = own.get(direction)
-    allowed_names = checked_names("DCCONV_PLANS", _allowed.names if names is None else names)
+    allowed_names = checked_names("DCCONV_PLANS", setting.names if names is None else names)
     if direction != FORWARD and names is None:
         allowed_names = (PASSES, *allowed_names)
+    plans = registry[backend]
     return {
-        name: plan.reason(direction, operands, problem)
-        for name, plan in plans.items()
+        name: plans[name].reason(direction, operands, problem)
+        if name in plans
+        else f"the {backend} backend has no plan {name}"
+        for name in PLANS
         if name in allowed_names
     }
 
 
-def _willing(operands: Operands, problem: Problem, direction: str) -> tuple[str, ...]:
-    reasons = _reasons(operands, problem, direction)
+def _willing(
+    backend: str, operands: Operands, problem: Problem, direction: str, setting: Allowed
+) -> tuple[str, ...]:
+    reasons = _reasons(backend, operands, problem, direction, setting)
     willing = tuple([name for name, reason in reasons.items() if reason is None])
     if not willing:
         said = "; ".join([f"{name}: {reason}" for name, reason in reasons.items()])
         raise NotImplementedError(
-            f"dcconv: no allowed plan runs the {direction} of this call: {said or 'none is there'}"
+            f"dcconv: no allowed plan runs the {direction} of this call: {said}"
         )
     return willing
 
 
 def _known(key: Key, benchmark: bool) -> tuple[str, Times]:
     """Return where the times of a key come from, and the times."""
-    if _pinned is not None:
-        return "pinned table", _pinned.find(key) if _pinned.device == key.device else {}
+    pinned = _pinned
+    if pinned is not None:
+        return "pinned table", pinned.find(key) if pinned.device == key.device else {}
     if benchmark:
         if key.device not in _caches:
             _caches[key.device] = Cache(key.device)
@@ -203,9 +216,15 @@ def decide(key: Key, willing: Sequence[str], benchmark: bool) -> Decision:
     )
 
 
-def _measures(benchmark: bool) -> bool:
-    """Whether benchmark mode counts: measured choices may differ from run to run."""
-    return benchmark and not torch.are_deterministic_algorithms_enabled()
+# Constant for tracing, which cannot see what is pinned.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _measures(device_type: str) -> bool:
+    """Whether benchmark mode counts: measured choices and tiles may differ from run to run."""
+    return (
+        device_type in TIMED_DEVICES
+        and _pinned is None
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 # Constant for tracing: tables are not part of a graph.
@@ -213,7 +232,7 @@ def _measures(benchmark: bool) -> bool:
 def _decided_name(key: tuple[Any, ...], willing: tuple[str, ...], benchmark: bool) -> str:
     # A plain tuple: tracing does not make constants of named ones.
     with _lock:
-        return decide(Key(*key), willing, _measures(benchmark)).plan
+        return decide(Key(*key), willing, benchmark).plan
 
 
 def _scratch(t: Tensor | None) -> Tensor | None:
@@ -225,11 +244,12 @@ def _scratch(t: Tensor | None) -> Tensor | None:
 
 
 def _runs(
-    operands: Operands, problem: Problem, kept: str, direction: str, willing: Sequence[str]
+    operands: Operands, problem: Problem, kept: str, key: Key, willing: Sequence[str]
 ) -> dict[str, Any]:
     """Return by plan a function that runs a direction of a call, on copies of its tensors."""
+    plans = tuned[key.backend]
     operands = Operands._make(_scratch(t) for t in operands)
-    if direction == FORWARD:
+    if key.direction == FORWARD:
         return {
             name: lambda run=plans[name].forward: run(operands, problem, kept) for name in willing
         }
@@ -237,8 +257,8 @@ def _runs(
     x = operands.x.contiguous(memory_format=layout)
     weight = operands.weight.contiguous(memory_format=ops.memory_format(operands.weight))
     # Of the right shapes, layouts and magnitudes.
-    _, norm_map, _, grad_u, _ = plan_a.forward(operands, problem, DOT)
-    if direction == WEIGHT_GRADIENT:
+    _, norm_map, _, grad_u, _ = plan_a.forward(operands, problem, DOT, namespaces[key.backend])
+    if key.direction == WEIGHT_GRADIENT:
         return {
             name: lambda run=plans[name].weight_gradient: run(grad_u, x, weight, problem)
             for name in willing
@@ -276,18 +296,20 @@ def _measure(
         torch.profiler.record_function("dcconv: measuring plans"),
     ):
         try:
-            times = compare(_runs(operands, problem, kept, key.direction, willing), stopwatch)
+            times = compare(_runs(operands, problem, kept, key, willing), stopwatch)
         except torch.OutOfMemoryError:
             warn_once(f"too little memory to measure plans for [{key.text}]: the rule decides")
             return
     _caches[key.device].add(key, times)
 
 
-def _functions(names: Sequence[str]) -> Plans:
+def _functions(backend: str, names: Sequence[str], benchmark: bool) -> Plans:
     """Return the functions behind the names of a call's plans, in the order of DIRECTIONS."""
     forward, input_gradient, weight_gradient = names
+    plans = (tuned if benchmark else registry)[backend]
     return Plans(
         plans[forward].forward,
+        namespaces[backend],
         input_gradient=None if input_gradient == PASSES else plans[input_gradient].input_gradient,
         weight_gradient=None
         if weight_gradient == PASSES
@@ -304,39 +326,44 @@ def _dimensions(t: Tensor | None) -> int | None:
 
 
 def choose(
-    operands: Operands, problem: Problem, kept: str, backward: int, benchmark: bool
+    backend: str, operands: Operands, problem: Problem, kept: str, backward: int, benchmark: bool
 ) -> Plans:
     """Return the plans of a call.
 
     Args:
+        backend: one of ``key.BACKENDS``.
         operands, problem: the call.
         kept: what its backward keeps.
         backward: bits ``ops.NEEDS_X`` and ``ops.NEEDS_WEIGHT``: the gradients that may come.
-        benchmark: whether to measure what is not known.
+        benchmark: whether to measure what is not known, and to tune what runs.
     """
+    x, weight, bias, radius, norm_mean, k = operands
+    device = x.device
+    benchmark = benchmark and _measures(device.type)
+    # Read once: other threads may change it meanwhile.
+    setting = _allowed
     if torch.compiler.is_compiling():
         wanted = _wanted(backward)
         names = [
             _decided_name(
-                tuple(key_of(operands, problem, kept, direction)),
-                _willing(operands, problem, direction),
+                tuple(key_of(backend, operands, problem, kept, direction)),
+                _willing(backend, operands, problem, direction, setting),
                 benchmark,
             )
             if direction in wanted
             else PASSES
             for direction in DIRECTIONS
         ]
-        return _functions(names)
-    x, weight, bias, radius, norm_mean, k = operands
-    benchmark = _measures(benchmark)
+        return _functions(backend, names, benchmark)
     if not (_plain(x) and _plain(weight)):
-        return _choose(operands, problem, kept, backward, benchmark)[0]
+        return _choose(backend, operands, problem, kept, backward, benchmark, setting)[0]
     facts = (
+        backend,
         x.shape,
         x.stride(),
         x.storage_offset(),
         x.dtype,
-        x.device,
+        device,
         weight.shape,
         weight.stride(),
         weight.storage_offset(),
@@ -348,12 +375,12 @@ def choose(
         kept,
         backward,
         benchmark,
-        _allowed,
+        setting,
     )
     choices = _choices
     found = choices.get(facts)
     if found is None:
-        found, final = _choose(operands, problem, kept, backward, benchmark)
+        found, final = _choose(backend, operands, problem, kept, backward, benchmark, setting)
         if final:
             if len(choices) >= _MOST_CHOICES:
                 choices.clear()
@@ -371,7 +398,13 @@ def _wanted(backward: int) -> tuple[str, ...]:
 
 
 def _choose(
-    operands: Operands, problem: Problem, kept: str, backward: int, benchmark: bool
+    backend: str,
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    backward: int,
+    benchmark: bool,
+    setting: Allowed,
 ) -> tuple[Plans, bool]:
     """Return the plans of a call, and whether the choice stands, so that it is not made again.
 
@@ -381,8 +414,8 @@ def _choose(
     for direction in DIRECTIONS:
         name = PASSES
         if direction in _wanted(backward):
-            willing = _willing(operands, problem, direction)
-            key = key_of(operands, problem, kept, direction)
+            willing = _willing(backend, operands, problem, direction, setting)
+            key = key_of(backend, operands, problem, kept, direction)
             with _lock:
                 if benchmark and _lacks_times(key, willing):
                     if _may_measure(operands.x):
@@ -391,7 +424,7 @@ def _choose(
                         final = False
                 name = decide(key, willing, benchmark).plan
         names.append(name)
-    return _functions(names), final
+    return _functions(backend, names, benchmark), final
 
 
 def _lacks_times(key: Key, willing: Sequence[str]) -> bool:
@@ -402,16 +435,20 @@ def _lacks_times(key: Key, willing: Sequence[str]) -> bool:
     return source != MEASURED or any(name not in times for name in willing)
 
 
-def describe(operands: Operands, problem: Problem, kept: str, benchmark: bool) -> list[str]:
+def describe(
+    backend: str, operands: Operands, problem: Problem, kept: str, benchmark: bool
+) -> list[str]:
     """Return lines for the report: by direction the choice, and each plan's time or refusal."""
-    benchmark = _measures(benchmark)
+    benchmark = benchmark and _measures(operands.x.device.type)
+    setting = _allowed
+    plans = registry[backend]
     lines = []
     for direction in DIRECTIONS:
         title = direction.replace("_", " ")
-        reasons = _reasons(operands, problem, direction)
+        reasons = _reasons(backend, operands, problem, direction, setting)
         willing = tuple(name for name, reason in reasons.items() if reason is None)
         if willing:
-            key = key_of(operands, problem, kept, direction)
+            key = key_of(backend, operands, problem, kept, direction)
             with _lock:
                 decision = decide(key, willing, benchmark)
             chosen, times = decision.plan, decision.times

@@ -9,19 +9,27 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dcconv import ops
+from dcconv.numerics import TF32_ANGLE_DELTA
 from dcconv.problem import NORM_BATCH, Operands, Problem
+
+# The backends that choose between plans.
+BACKENDS = ("cuda", "triton")
+CUDA, TRITON = BACKENDS
 
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = DIRECTIONS
+
+TF32 = "tf32"
 
 
 class Key(NamedTuple):
     """One direction of one call.
 
     Attributes:
+        backend: one of ``BACKENDS``.
         direction: one of ``DIRECTIONS``.
         device: the GPU's name.
-        dtype: of x, as ``bfloat16``.
+        dtype: of x, as ``bfloat16``; ``tf32`` is float32 where PyTorch may convolve in TF32.
         layout: ``channels_last`` or ``contiguous``, that of the result.
         n, h, w: sizes of x; None where tracing keeps them open.
         c, o, r, s: channels of all groups, filters, rows and columns of a filter.
@@ -34,6 +42,7 @@ class Key(NamedTuple):
         bias: whether one is added; forward only.
     """
 
+    backend: str
     direction: str
     device: str
     dtype: str
@@ -65,11 +74,12 @@ class Key(NamedTuple):
         """Everything but the device and the sizes, in the form that tables are written in.
 
         Example:
-            >>> Key("weight_gradient", "NVIDIA H100", "float32", "contiguous", 8, 56, 56, 64, 64,
-            ...     3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "zeros").text
-            'weight_gradient float32 contiguous c64 o64 k3x3 s1x1 p1,1,1,1 d1x1 g64 zeros'
+            >>> Key("cuda", "weight_gradient", "NVIDIA H100", "tf32", "contiguous", 8, 56, 56, 64,
+            ...     64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "zeros").text
+            'cuda weight_gradient tf32 contiguous c64 o64 k3x3 s1x1 p1,1,1,1 d1x1 g64 zeros'
         """
         parts = [
+            self.backend,
             self.direction,
             self.dtype,
             self.layout,
@@ -115,14 +125,22 @@ def _known(size: int) -> int | None:
     return _fixed(size) if has_static_value(size) else None
 
 
-def key_of(operands: Operands, problem: Problem, kept: str, direction: str) -> Key:
+def _precision(x: Tensor, problem: Problem) -> str:
+    # The call's checks have asked PyTorch: by the answer they set the floor of (1 - c)(1 + c).
+    if x.dtype == torch.float32 and problem.delta == TF32_ANGLE_DELTA:
+        return TF32
+    return str(x.dtype).removeprefix("torch.")
+
+
+def key_of(backend: str, operands: Operands, problem: Problem, kept: str, direction: str) -> Key:
     """Return the key of one direction of a call; ``kept`` is what its backward keeps."""
     x, weight = operands.x, operands.weight
     channels_last = ops.memory_format(x, weight) == torch.channels_last
     key = Key(
+        backend,
         direction,
         device_name(x),
-        str(x.dtype).removeprefix("torch."),
+        _precision(x, problem),
         "channels_last" if channels_last else "contiguous",
         _known(x.shape[0]),
         _known(x.shape[2]),

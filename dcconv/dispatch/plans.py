@@ -1,4 +1,4 @@
-"""The plans of the cuda backend: for each direction what computes it, and what refuses."""
+"""The plans of each backend: for each direction what computes it, and what refuses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from dcconv import plan_a, plan_b, plan_g
-from dcconv.dispatch.key import FORWARD, INPUT_GRADIENT
+from dcconv import plan_a, plan_b, plan_b_triton, plan_g
+from dcconv.dispatch.key import CUDA, FORWARD, INPUT_GRADIENT, TRITON
 from dcconv.plan_a import InputGradient, WeightGradient
 from dcconv.problem import Operands, Problem
 
@@ -59,16 +59,63 @@ def _library_only(operands: Operands, problem: Problem) -> str | None:
     return "the gradient of the weight is the library's"
 
 
-A = Plan(
-    "library convolution and fused passes",
-    plan_a.forward,
-    plan_a.input_gradient,
-    plan_a.weight_gradient,
-    _never,
-    _never,
-    _never,
-)
-B = Plan(
+def _passes(namespace: str) -> Plan:
+    """Return plan A on the passes of a namespace."""
+
+    def forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
+        return plan_a.forward(operands, problem, kept, namespace)
+
+    def input_gradient(
+        grad_u: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        t: Tensor,
+        norm_map: Tensor,
+        sigma: Tensor | None,
+        problem: Problem,
+    ) -> Tensor:
+        return plan_a.input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, namespace)
+
+    return Plan(
+        "library convolution and fused passes",
+        forward,
+        input_gradient,
+        plan_a.weight_gradient,
+        _never,
+        _never,
+        _never,
+    )
+
+
+def _triton_one_pass(tile: int) -> Plan:
+    """Return Triton's plan B with the tiles of a rule, its own or the autotuner's."""
+
+    def forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
+        return plan_b_triton.forward(operands, problem, kept, tile)
+
+    def input_gradient(
+        grad_u: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        t: Tensor,
+        norm_map: Tensor,
+        sigma: Tensor | None,
+        problem: Problem,
+    ) -> Tensor:
+        return plan_b_triton.input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, tile)
+
+    return Plan(
+        "one pass",
+        forward,
+        input_gradient,
+        plan_a.weight_gradient,
+        plan_b_triton.why_not,
+        plan_b_triton.why_not_input_gradient,
+        plan_b_triton.why_not_weight_gradient,
+    )
+
+
+_ONE_PASS = Plan(
     "one pass",
     plan_b.forward,
     plan_b.input_gradient,
@@ -77,9 +124,7 @@ B = Plan(
     plan_b.why_not_input_gradient,
     plan_b.why_not_weight_gradient,
 )
-
-
-G = Plan(
+_GRAPH = Plan(
     "cuDNN graph",
     plan_g.forward,
     plan_g.input_gradient,
@@ -89,5 +134,18 @@ G = Plan(
     _library_only,
 )
 
-#: The plans by name, plan A first.
-plans: dict[str, Plan] = {"A": A, "B": B, "G": G}
+#: Namespace of each backend's passes.
+namespaces: dict[str, str] = {CUDA: plan_a.COMPILED, TRITON: plan_b_triton.NAMESPACE}
+
+#: The plans of each backend by name, plan A first.
+registry: dict[str, dict[str, Plan]] = {
+    CUDA: {"A": _passes(namespaces[CUDA]), "B": _ONE_PASS, "G": _GRAPH},
+    TRITON: {"A": _passes(namespaces[TRITON]), "B": _triton_one_pass(plan_b.OWN_RULE)},
+}
+
+#: The same where benchmark mode counts: kernels that can be tuned are timed, and run, as tuned.
+#: Their predicates are those of ``registry``.
+tuned: dict[str, dict[str, Plan]] = {
+    **registry,
+    TRITON: registry[TRITON] | {"B": _triton_one_pass(plan_b_triton.AUTOTUNED)},
+}

@@ -24,7 +24,7 @@ from dcconv.dispatch.key import Key
 from dcconv.warn import warn_once
 
 # Counts up when the text of keys or the layout of files changes.
-FORMAT = 1
+FORMAT = 2
 
 # Milliseconds that nothing takes; also keeps NaN and infinities out.
 LONGEST = 1e9
