@@ -1207,6 +1207,18 @@ def test_report_has_choices_refusals_and_times(world: World) -> None:
     assert "input gradient: plan A" in text
 
 
+def test_ever_new_sizes_are_measured_only_so_often(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(choice, "MOST_SIZES", 2)
+    with backends.benchmarking():
+        for n, plan in ((1, "G"), (2, "G"), (3, "B"), (2, "G")):
+            run(**operands(n))
+            assert world.ran[-1] == (plan, FORWARD)
+        assert len(world.clock.measured) == 2 * 3 * stopwatch.ROUNDS
+        # Of another kind of call there are none yet.
+        run(**operands(3, stride=2))
+        assert world.ran[-1] == ("G", FORWARD)
+
+
 def test_choices_are_forgotten_when_there_are_too_many(world: World, monkeypatch: Any) -> None:
     monkeypatch.setattr(choice, "_MOST_CHOICES", 3)
     for n in range(1, 9):

@@ -64,6 +64,10 @@ stopwatch: Stopwatch = cuda_events
 #: Where plans are timed. Kernels on CPU tensors are interpreted: their times say nothing of a GPU.
 TIMED_DEVICES: tuple[str, ...] = ("cuda",)
 
+# Sizes of x that are measured per kind of call. Images of ever new sizes would be measured for
+# ever, and each time the file that has all of them be written again.
+MOST_SIZES = 256
+
 _lock = threading.RLock()
 _pinned: Table | None = None
 _caches: dict[str, Cache] = {}
@@ -432,7 +436,9 @@ def _lacks_times(key: Key, willing: Sequence[str]) -> bool:
     if _pinned is not None or len(willing) == 1 or None in key.sizes:
         return False
     source, times = _known(key, benchmark=True)
-    return source != MEASURED or any(name not in times for name in willing)
+    if source == MEASURED:
+        return any(name not in times for name in willing)
+    return _caches[key.device].table.count(key) < MOST_SIZES
 
 
 def describe(

@@ -56,6 +56,10 @@ class Table:
         ]
         return measured[max(fitting, key=math.prod)] if fitting else {}
 
+    def count(self, key: Key) -> int:
+        """Return of how many sizes of x there are times."""
+        return len(self.times.get(key.text, {}))
+
     def merge(self, other: Table) -> None:
         """Take over another table's times, over those of the same plans."""
         for text, by_sizes in other.times.items():
