@@ -170,12 +170,12 @@ def worker_command(options: argparse.Namespace, tree: Path, reduced: bool) -> li
     return [*command, *["--reduced"] * reduced]
 
 
-def worker_environ() -> dict[str, str]:
+def worker_environ(backend: str) -> dict[str, str]:
     """Return the settings that checks need before CUDA starts."""
     return os.environ | {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # Rows of their own check the other plans.
-        "DCCONV_PLANS": "A",
+        # On the cuda backend rows of their own check the other plans.
+        "DCCONV_PLANS": "A,B" if backend == "triton" else "A",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
@@ -221,7 +221,7 @@ def suite(options: argparse.Namespace, timeout: float, log: IO[bytes]) -> Figure
         if has_xdist.returncode == 0:
             command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
         command += [str(ROOT / "tests" / name) for name in SUITE]
-        environ = worker_environ() | {
+        environ = worker_environ(options.backend) | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             "OMP_NUM_THREADS": "2",
         }
@@ -308,7 +308,7 @@ class Gate:
             [name.removeprefix(prefix) for name in chosen],
             self.report,
             self.budget,
-            lambda: Worker(command, worker_environ(), self.log),
+            lambda: Worker(command, worker_environ(self.options.backend), self.log),
             self.options.limits,
             prefix,
         )
