@@ -14,6 +14,7 @@ from plan_a_model import implementations
 from triton_checks.worker import Worker
 
 from dcconv import backends, plan_a, plan_b_triton
+from dcconv.plan_b import OWN_RULE
 from dcconv.problem import Operands, Problem
 from dcconv.triton_impl import features
 from dcconv.triton_impl.gemm_tiles import TILES, Gpu, Product, own_rule, worthwhile
@@ -105,9 +106,10 @@ def test_functions_are_within_their_ulp(interpreter: Worker) -> None:
     ids=ids,
 )
 def test_geometry(interpreter: Worker, case: Case, dtype: str) -> None:
-    """No pass has a product of matrices, which the interpreter gets wrong in bfloat16.
+    """By the plan that the rule takes: float32 by plan A, short sums of half precision by plan B.
 
-    bfloat16 differs from float16 in loads and stores alone: every fourth case.
+    The types of half precision differ in loads and stores alone: bfloat16 in every fourth case, its
+    products in float32, because the interpreter multiplies its bits.
     """
     interpreter.ask("geometry", case=case.id, dtype=dtype)
 
@@ -336,8 +338,10 @@ def built(
     last: bool = True,
     operator: Operator = ("tanh", "none", "cosine"),
     sums: int = plan_a.SUM_RHO,
-) -> None:
-    found = compiler.ask(
+    window: int = 3,
+    tile: int = OWN_RULE,
+) -> dict[str, Any]:
+    found: dict[str, Any] = compiler.ask(
         "build",
         kernel=kernel,
         target=target,
@@ -345,10 +349,14 @@ def built(
         last=last,
         operator=operator,
         sums=sums,
+        window=window,
+        tile=tile,
     )
     assert found["kind"] == ("amdgcn" if target == "gfx942" else "ptx")
     assert found["stack"] == found["spills"] == 0, found
-    assert found["products"] == kernel.startswith("implicit_gemm")
+    # Tensor cores have no float32 of full precision.
+    matrices = kernel.startswith("implicit_gemm")
+    assert found["products"] == (matrices and (dtype != "float32" or target == "gfx942"))
     if kernel in WIDE and sums == plan_a.SUM_RHO:
         # The sums of pixels are one number per row of channels; waves of 64 share a tile that has
         # room for sums by four elements each.
@@ -356,6 +364,7 @@ def built(
         if target == "gfx942":
             narrow["grad_dot_kernel"] = 64
         assert found["load"] == 128 and found["store"] >= narrow.get(kernel, 128), found
+    return found
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -390,6 +399,45 @@ def test_all_sums_of_the_largest_operator_stay_in_registers(
 ) -> None:
     operator = ("tanh", "separate", "sigmoid")
     built(compiler, "grad_dot_kernel", "sm_90", dtype, last, operator, sums=15)
+
+
+GEMMS = ("implicit_gemm_kernel", "implicit_gemm_grad_input_kernel")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", GEMMS)
+@pytest.mark.parametrize(
+    ("dtype", "last", "window"),
+    [
+        ("bfloat16", True, 1),
+        ("float16", False, 1),
+        ("float16", False, 3),
+        ("float32", True, 1),
+        ("float32", False, 3),
+    ],
+)
+def test_products_compile(
+    compiler: Worker, kernel: str, dtype: str, last: bool, window: int, target: str
+) -> None:
+    """In channels_last order operands are copied asynchronously, 16 bytes at a time."""
+    found = built(compiler, kernel, target, dtype, last, window=window)
+    if last and target != "gfx942":
+        assert found["copies"] == 16
+        assert found["store"] == 128
+
+
+@pytest.mark.parametrize("number", range(len(TILES)))
+def test_every_tile_compiles(compiler: Worker, number: int) -> None:
+    built(compiler, GEMMS[0], "sm_90", operator=("tanh", "none", "linear"), tile=number)
+
+
+@pytest.mark.parametrize("kernel", GEMMS)
+def test_products_in_tf32_compile(compiler: Worker, kernel: str) -> None:
+    arguments = {"dtype": "float32", "last": True, "operator": ("tanh", "none", "cosine")}
+    found = compiler.ask(
+        "build", kernel=kernel, target="sm_90", sums=1, window=1, tf32=True, **arguments
+    )
+    assert found["products"] and found["stack"] == 0, found
 
 
 def test_compilers_see_the_kernels(compiler: Worker) -> None:

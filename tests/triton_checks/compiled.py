@@ -206,16 +206,23 @@ def build(
     sums: int,
     window: int = 3,
     tile: int = OWN_RULE,
+    tf32: bool = False,
 ) -> dict[str, Any]:
     """Compile a launch as Triton would: ones are constants, multiples of 16 are known as such.
 
+    Args:
+        window, tile, tf32: of the implicit GEMM.
+
     Returns:
         The kind of the assembly, whether it multiplies matrices, the widest global load and store,
-        in bits, bytes of stack and number of spilled registers.
+        in bits, the widest asynchronous copy, in bytes, bytes of stack and number of spilled
+        registers.
     """
     gemm_tiles.NO_GPU = GPUS[target]
     launches = launches_of(getattr(torch, dtype), last, operator, sums, window, tile)
     function, args, constants = launches.seen[kernel]
+    if tf32:
+        constants["PRECISION"] = "tf32"
     signature, constexprs, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(function.arg_names, args, strict=False)):
         if isinstance(value, Tensor):
@@ -247,6 +254,7 @@ def of_ptx(text: str, cubin: bytes) -> dict[str, Any]:
         found = re.findall(rf"{access}\.global\S*?(?:\.v(\d))?\.b(\d+)", text)
         return max((int(count or 1) * int(bits) for count, bits in found), default=0)
 
+    copies = re.findall(r"cp\.async\.c[ga]\.\S+ \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+)", text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         usage = subprocess.run(
@@ -261,6 +269,7 @@ def of_ptx(text: str, cubin: bytes) -> dict[str, Any]:
         "products": re.search(r"\b(?:mma\.sync|wgmma\.mma_async)", text) is not None,
         "kind": "ptx" if ".visible .entry" in text else "",
         "load": widest("ld"),
+        "copies": max((int(size, 16) for size in copies), default=0),
         "store": widest("st"),
         "stack": int(found[1]),
         "spills": int(found[2]),

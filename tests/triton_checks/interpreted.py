@@ -497,7 +497,8 @@ def opcheck() -> list[str]:
         case = options["case"]
         inputs = make_inputs(**options, dtype=torch.float16)
         tiles = small_tiles() if case in LARGE.values() else nullcontext()
-        with Recorder() as recorder, tiles:
+        direct = case in DEPTHWISE.values()
+        with Recorder() as recorder, tiles, backends.plans("B" if direct else "A"):
             call = planned if case in PRODUCTS.values() else functional.decoupled_conv2d
             evaluate(call, inputs, random_cotangent(inputs))
             # Without a gradient of x there is less to return.
