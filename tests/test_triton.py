@@ -441,9 +441,16 @@ def test_products_in_tf32_compile(compiler: Worker, kernel: str) -> None:
 
 
 def test_compilers_see_the_kernels(compiler: Worker) -> None:
-    """Forward: squares, window norms, filter norms, epilogue; backward: five more."""
-    assert compiler.ask("traced") == {
+    """Forward: squares, window norms, filter norms, epilogue; backward: five more.
+
+    Plan B has one kernel each for epilogue and product, and for grad_x and its product.
+    """
+    assert compiler.ask("traced", plan="A") == {
         "triton_kernel_wrapper_functional": 9,
         "aten.convolution.default": 1,
+        "aten.convolution_backward.default": 1,
+    }
+    assert compiler.ask("traced", plan="B") == {
+        "triton_kernel_wrapper_functional": 9,
         "aten.convolution_backward.default": 1,
     }

@@ -126,12 +126,12 @@ def _fits(tile: GemmTile, product: Product, gpu: Gpu) -> bool:
 
 def _stays_in_registers(tile: GemmTile, product: Product) -> bool:
     """Whether a tile was compiled without a stack (``tests/test_triton.py``)."""
-    if product.element_size == 4:
-        most = 2048 if product.shares_steps else 4096
-        if tile.positions * tile.lanes > most or tile.depth > 32:
-            return False
+    wide = product.element_size == 4
+    if wide and (tile.positions * tile.lanes > 4096 or tile.depth > 32):
+        return False
     # Where taps share steps every element of a step has an address of its own.
-    return not product.shares_steps or tile.positions * tile.depth <= 16 * 32 * tile.warps
+    addresses = tile.positions * tile.depth // (32 * tile.warps)
+    return not product.shares_steps or addresses <= (8 if wide else 16)
 
 
 def shares_steps(taps: int, channels: int, channels_last: bool) -> bool:

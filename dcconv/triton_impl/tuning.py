@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from dcconv.triton_impl.features import INTERPRETED
 from dcconv.triton_impl.gemm_tiles import TILES, Gpu, Product, own_rule, programs, worthwhile
 from dcconv.triton_impl.launch import power_of_two_at_least
 
@@ -92,7 +93,8 @@ def _measured(
         configs=configs,
         key=["bucket", "groups", "channels", "filters", *constants],
         do_bench=stopwatch,
-        cache_results=True,
+        # Interpreted kernels have no compiled form to file times under.
+        cache_results=not INTERPRETED,
     )(kernel)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:

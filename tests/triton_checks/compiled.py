@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dcconv import plan_a
+from dcconv import plan_a, plan_b_triton
 from dcconv.keep import OUTPUT
 from dcconv.numerics import ANGLE_DELTA, EPS
 from dcconv.ops import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
@@ -303,19 +304,34 @@ class NoGpu:
         return TARGETS["sm_90"]
 
 
-def traced() -> dict[str, int]:
+def traced(plan: str) -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
     ops.on_device = ops_one_pass.on_device = lambda t: nullcontext()
     plan_a._multiprocessors[0] = 132
+    gemm_tiles._gpus[0] = GPUS["sm_90"]
+    forward = partial(plan_a.forward, namespace=launch.NAMESPACE)
+    input_gradient = None
+    if plan == "B":
+        forward, input_gradient = plan_b_triton.forward, plan_b_triton.input_gradient
     problem = Problem(padding=(1, 1, 1, 1), norm="batch", weighting="linear")
 
     def step(x: Tensor, weight: Tensor, radius: Tensor, grad_y: Tensor) -> tuple[Any, ...]:
         operands = Operands(x, weight, None, radius, None, None)
-        y, norm_map, mean, _, a = plan_a.forward(operands, problem, OUTPUT, launch.NAMESPACE)
+        y, norm_map, mean, _, a = forward(operands, problem, OUTPUT)
         needs = NEEDS_X | NEEDS_WEIGHT | NEEDS_RADIUS
         grads = plan_a.backward(
-            grad_y, y, norm_map, mean, a, operands, problem, OUTPUT, needs, launch.NAMESPACE
+            grad_y,
+            y,
+            norm_map,
+            mean,
+            a,
+            operands,
+            problem,
+            OUTPUT,
+            needs,
+            launch.NAMESPACE,
+            input_gradient,
         )
         return y, *(grad for grad in grads if grad is not None)
 
