@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +57,53 @@ def project_weights(model: nn.Module) -> None:
         layer.weight.copy_(layer.weight.to(a.dtype) / a)
 
 
+# The counters of each optimiser's projections: their names in its first group of parameters.
+_counters: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
+
+
+class Projection:
+    """Projections that go on until they are removed; :func:`register_projection` makes it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, every: int) -> None:
+        taken = _counters.setdefault(optimizer, set())
+        names = (f"projection_steps_{i}" if i else "projection_steps" for i in count())
+        counter = next(name for name in names if name not in taken)
+        taken.add(counter)
+
+        def project(*_: Any) -> None:
+            # Looked up at every step: load_state_dict puts other dictionaries in place of these.
+            group = optimizer.param_groups[0]
+            iteration = group.get(counter, 0)
+            if iteration and iteration % every == 0:
+                project_weights(model)
+            group[counter] = iteration + 1
+
+        handle = optimizer.register_step_post_hook(project)
+
+        def remove() -> None:
+            handle.remove()
+            taken.discard(counter)
+            optimizer.param_groups[0].pop(counter, None)
+
+        self._remove: Callable[[], None] | None = remove
+
+    def remove(self) -> None:
+        """End the projections and forget how many steps they have counted."""
+        if self._remove is not None:
+            self._remove()
+        self._remove = None
+
+
 def register_projection(
     optimizer: torch.optim.Optimizer, model: nn.Module, every: int = 100
-) -> torch.utils.hooks.RemovableHandle:
+) -> Projection:
     """Project the model's filters after every ``every``-th optimiser step but the first.
 
     The official schedule: at iteration i (from 0) when i > 0 and i is a multiple of 100, after
-    that iteration's step (spec 2.6).
+    that iteration's step (spec 2.6). The optimiser's first group of parameters holds the count,
+    ``projection_steps``, so a run that restores ``optimizer.state_dict()`` goes on counting,
+    whether it registers before or after. A second projection of the same optimiser has a count of
+    its own; register them in the same order again.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; a post-step hook is registered on it.
@@ -69,7 +111,7 @@ def register_projection(
         every: iterations between projections, at least 1.
 
     Returns:
-        The hook's handle; ``remove()`` ends the projections.
+        A handle; ``remove()`` ends the projections.
 
     Raises:
         TypeError, ValueError: as :func:`project_weights`, or ``every`` is wrong.
@@ -82,15 +124,7 @@ def register_projection(
     """
     checks.integer("every", every, 1)
     _require_layers(model)
-    iteration = 0
-
-    def project(*_: Any) -> None:
-        nonlocal iteration
-        if iteration and iteration % every == 0:
-            project_weights(model)
-        iteration += 1
-
-    return optimizer.register_step_post_hook(project)
+    return Projection(optimizer, model, every)
 
 
 def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,14 +96,17 @@ def test_projection_leaves_the_graph_and_the_optimiser_alone() -> None:
     assert all(torch.equal(optimizer.state[weight][k], v) for k, v in state.items())
 
 
-def projected_iterations(every: int | None, iterations: int) -> list[int]:
-    """Return the iterations, from 0, after whose step the filters were projected."""
+def projectable() -> tuple[DecoupledConv2d, torch.optim.Optimizer]:
     layer = DecoupledConv2d(1, 1, 1, magnitude="sphere")
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    options = {} if every is None else {"every": every}
-    dcconv.register_projection(optimizer, layer, **options)
+    return layer, torch.optim.SGD(layer.parameters(), lr=0.5)
+
+
+def projected_iterations(
+    layer: DecoupledConv2d, optimizer: torch.optim.Optimizer, iterations: range
+) -> list[int]:
+    """Return the iterations after whose step the filters were projected."""
     found = []
-    for iteration in range(iterations):
+    for iteration in iterations:
         with torch.no_grad():
             layer.weight.fill_(3.0)
         layer.weight.grad = torch.full_like(layer.weight, 2.0)
@@ -116,11 +120,58 @@ def projected_iterations(every: int | None, iterations: int) -> list[int]:
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (7, [])])
 def test_projection_schedule_is_the_official_one(every: int, expected: list[int]) -> None:
-    assert projected_iterations(every, 7) == expected
+    layer, optimizer = projectable()
+    dcconv.register_projection(optimizer, layer, every)
+    assert projected_iterations(layer, optimizer, range(7)) == expected
 
 
 def test_projection_is_every_hundred_iterations_by_default() -> None:
-    assert projected_iterations(None, 301) == [100, 200, 300]
+    layer, optimizer = projectable()
+    dcconv.register_projection(optimizer, layer)
+    assert projected_iterations(layer, optimizer, range(301)) == [100, 200, 300]
+
+
+@pytest.mark.parametrize("register_first", [True, False])
+def test_projection_goes_on_counting_in_a_resumed_run(register_first: bool, tmp_path: Path) -> None:
+    layer, optimizer = projectable()
+    dcconv.register_projection(optimizer, layer, 3)
+    assert projected_iterations(layer, optimizer, range(5)) == [3]
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    layer, optimizer = projectable()
+    if register_first:
+        dcconv.register_projection(optimizer, layer, 3)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    if not register_first:
+        dcconv.register_projection(optimizer, layer, 3)
+    assert projected_iterations(layer, optimizer, range(5, 13)) == [6, 9, 12]
+
+
+def test_projection_counts_from_the_start_after_a_checkpoint_without_a_count() -> None:
+    layer, optimizer = projectable()
+    before = optimizer.state_dict()
+    dcconv.register_projection(optimizer, layer, 3)
+    projected_iterations(layer, optimizer, range(2))
+    optimizer.load_state_dict(before)
+    assert projected_iterations(layer, optimizer, range(4)) == [3]
+
+
+def test_projections_of_one_optimiser_have_a_count_each() -> None:
+    layer, optimizer = projectable()
+    first = dcconv.register_projection(optimizer, layer, 3)
+    second = dcconv.register_projection(optimizer, layer, 5)
+    assert projected_iterations(layer, optimizer, range(11)) == [3, 5, 6, 9, 10]
+    first.remove()
+    assert projected_iterations(layer, optimizer, range(11, 22)) == [15, 20]
+    third = dcconv.register_projection(optimizer, layer, 7)
+    assert projected_iterations(layer, optimizer, range(22, 31)) == [25, 22 + 7, 30]
+    names = [name for name in optimizer.param_groups[0] if name.startswith("projection")]
+    assert sorted(names) == ["projection_steps", "projection_steps_1"]
+    # Removed once already: the name of its count is another's now.
+    first.remove()
+    second.remove()
+    assert projected_iterations(layer, optimizer, range(31, 46)) == [22 + 14, 22 + 21]
+    third.remove()
+    assert not any(name.startswith("projection") for name in optimizer.param_groups[0])
 
 
 def test_removed_projection_hook_is_gone() -> None:
