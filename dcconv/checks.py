@@ -6,6 +6,7 @@ Values are checked for Python numbers only: reading a tensor's value would synch
 from __future__ import annotations
 
 import math
+import operator as operators
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
@@ -73,6 +74,20 @@ def integer(argument: str, value: object, low: int) -> None:
         raise value_error(argument, rule, value)
 
 
+def size(argument: str, value: Any, low: int) -> int:
+    """Return an integer of at least ``low``: an int, or what stands for one, as NumPy's do."""
+    # Not a tensor, whose value may be on a device.
+    if not isinstance(value, (int, torch.SymInt, Tensor)):
+        try:
+            value = operators.index(value)
+        except TypeError:
+            # Not an integer: refused below, by its type.
+            pass
+    integer(argument, value, low)
+    result: int = value
+    return result
+
+
 def boolean(argument: str, value: object) -> None:
     """Require a bool."""
     if not isinstance(value, bool):
@@ -84,11 +99,9 @@ def pair(argument: str, value: Any, low: int) -> tuple[int, int]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
             raise value_error(argument, "be an integer or a pair of integers", tuple(value))
-        for item in value:
-            integer(argument, item, low)
-        return int(value[0]), int(value[1])
-    integer(argument, value, low)
-    return int(value), int(value)
+        return int(size(argument, value[0], low)), int(size(argument, value[1], low))
+    value = int(size(argument, value, low))
+    return value, value
 
 
 def padding_argument(padding: Any) -> str | tuple[int, int]:
@@ -275,7 +288,7 @@ def convolution(
     """Check a decoupled convolution call and return its operands, x batched, and its problem."""
     operator(magnitude, angular, weighting, alpha, beta, power, eps, padding_mode)
     input_tensor(x)
-    integer("groups", groups, 1)
+    groups = size("groups", groups, 1)
     weight_tensor(weight, x, groups)
     bias_tensor(bias, x, weight.shape[0])
     parameter("radius", radius, x, weight.shape[0])
@@ -327,7 +340,7 @@ def patch_norm(
     choice("padding_mode", padding_mode, PADDING_MODES)
     number("eps", eps, "be a finite number above 0", 0.0)
     input_tensor(x)
-    integer("groups", groups, 1)
+    groups = size("groups", groups, 1)
     kernel = pair("kernel_size", kernel_size, 1)
     channels = x.shape[-3]
     if channels == 0 or channels % groups:

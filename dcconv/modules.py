@@ -128,9 +128,9 @@ class DecoupledConv2d(nn.Module):
     ) -> None:
         super().__init__()
         checks.operator(magnitude, angular, weighting, alpha, beta, power, eps, padding_mode)
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            checks.integer(name, channels, 1)
-        checks.integer("groups", groups, 1)
+        in_channels = checks.size("in_channels", in_channels, 1)
+        out_channels = checks.size("out_channels", out_channels, 1)
+        groups = checks.size("groups", groups, 1)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise checks.value_error("groups", f"divide {name} {channels}", groups)

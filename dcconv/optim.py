@@ -122,7 +122,7 @@ def register_projection(
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         >>> handle = dcconv.register_projection(optimizer, layer)
     """
-    checks.integer("every", every, 1)
+    every = checks.size("every", every, 1)
     _require_layers(model)
     return Projection(optimizer, model, every)
 

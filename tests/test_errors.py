@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -122,7 +123,12 @@ GEOMETRY = [
         ("v", (1, 1, 1), "be an integer or a pair of integers", "(1, 1, 1)"),
         ("t", 1.0, f"be an integer of at least {low}", "float"),
         ("t", (1, 2.0), f"be an integer of at least {low}", "float"),
+        ("v", np.int64(low - 1), f"be an integer of at least {low}", low - 1),
         ("t", True, f"be an integer of at least {low}", "bool"),
+        ("t", np.True_, f"be an integer of at least {low}", type(np.True_).__name__),
+        ("t", np.float32(2), f"be an integer of at least {low}", "float32"),
+        ("t", np.array([2, 2]), f"be an integer of at least {low}", "ndarray"),
+        ("t", torch.tensor(2), f"be an integer of at least {low}", "Tensor"),
         ("t", None, f"be an integer of at least {low}", "NoneType"),
     )
 ]
@@ -215,6 +221,8 @@ GROUPS = [
             ("v", 0, "be an integer of at least 1", 0),
             ("t", 2.0, "be an integer of at least 1", "float"),
             ("t", "2", "be an integer of at least 1", "str"),
+            ("t", True, "be an integer of at least 1", "bool"),
+            ("t", torch.tensor(2), "be an integer of at least 1", "Tensor"),
         )
     ),
     refusal(conv(groups=3), "v", "groups", "divide the 4 channels of x", 3),

@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dcconv
-from dcconv import DecoupledConv2d
+from dcconv import DecoupledConv2d, checks
 from dcconv.functional import decoupled_conv2d, patch_norm
 
 T = 1e-3
@@ -86,6 +87,28 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "same": {"padding": "same"},
     "reflect": {"padding": 1, "padding_mode": "reflect"},
 }
+
+
+def test_numpy_integers_are_taken_where_nn_conv2d_takes_them() -> None:
+    two = np.int64(2)
+    layer = DecoupledConv2d(
+        np.int32(4), np.uint8(6), np.int64(3), (two, np.int16(1)), two, np.array(2), two
+    )
+    plain = DecoupledConv2d(4, 6, 3, (2, 1), 2, 2, 2)
+    assert repr(layer) == repr(plain)
+    for name in ("in_channels", "out_channels", "groups"):
+        assert type(getattr(layer, name)) is int, name
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        assert [type(value) for value in getattr(layer, name)] == [int, int], name
+    plain.load_state_dict(layer.state_dict())
+    x = images(2, 4, 8, 8)
+    assert torch.equal(layer(x), plain(x))
+    y = decoupled_conv2d(x, layer.weight, None, two, two, two, two)
+    assert torch.equal(y, decoupled_conv2d(x, layer.weight, None, 2, 2, 2, 2))
+    b = patch_norm(x, np.int64(3), two, two, two, two)
+    assert torch.equal(b, patch_norm(x, 3, 2, 2, 2, 2))
+    _, _, problem = checks.patch_norm(x, 3, two, two, two, two, 1e-4, "zeros")
+    assert type(problem.groups) is int
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
