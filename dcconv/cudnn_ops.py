@@ -2,7 +2,8 @@
 
 ``cudnn_conv2d_forward`` is plan A's library convolution and epilogue in one,
 ``cudnn_conv2d_grad_input`` its data gradient and last pass. Graphs are built by the package
-nvidia-cudnn-frontend, once for every ``Key``, which takes from a tenth of a second to some seconds.
+nvidia-cudnn-frontend, once for every ``Key``, which takes from a tenth of a second to some seconds;
+the last ``MAX_GRAPHS`` are kept.
 
 Where a graph cannot run, the op computes by plan A's kernels and warns once per reason: cuDNN
 refuses to build it, or it is not there yet while a CUDA graph is captured, when nothing may be
@@ -265,8 +266,14 @@ def build(key: Key, frontend: Any, **device: Any) -> Plan:
     return Plan(graph, tensors, constants, int(graph.get_workspace_size()))
 
 
-# Graphs, or the sentence why there is none. Threads build and enqueue one at a time.
+#: How many graphs are kept, the least recently used one giving way: several networks at several
+#: sizes. Each takes 11 MB of host memory and half a second to build (cuDNN 9.26, 64 channels).
+MAX_GRAPHS = 256
+
+# Graphs, or the sentence why there is none, the last used one last; and graphs that captured CUDA
+# graphs launch, which stay for good. Threads build and enqueue one at a time.
 _plans: dict[Key, Plan | str] = {}
+_captured: dict[Key, Plan] = {}
 _lock = threading.Lock()
 # A handle belongs to one thread and one GPU.
 _handles = threading.local()
@@ -284,16 +291,36 @@ def _handle(device: int) -> Any:
     return known[device]
 
 
+def _make_room() -> None:
+    """Drop the least recently used graph where there is no room for another."""
+    while len(_plans) >= MAX_GRAPHS:
+        oldest = next(iter(_plans))
+        if isinstance(_plans[oldest], Plan):
+            # It may still be running, and its kernels are unloaded with it.
+            torch.cuda.synchronize(oldest.device)
+        del _plans[oldest]
+
+
 def _graph(key: Key, handle: Any) -> Plan | str:
     """Return a key's graph, building it if it is new, or one sentence why there is none."""
-    if key not in _plans:
-        if torch.cuda.is_current_stream_capturing():
-            return CAPTURING
-        try:
-            _plans[key] = build(key, _frontend, handle=handle)
-        except (_frontend.cudnnGraphNotSupportedError, RuntimeError) as error:
-            first = str(error).strip().partition("\n")[0]
-            _plans[key] = f"cuDNN cannot build it: {first}"
+    if key in _captured:
+        return _captured[key]
+    capturing = torch.cuda.is_current_stream_capturing()
+    if key in _plans:
+        # Moves to the end.
+        built = _plans[key] = _plans.pop(key)
+        if capturing and isinstance(built, Plan):
+            _captured[key] = built
+            del _plans[key]
+        return built
+    if capturing:
+        return CAPTURING
+    _make_room()
+    try:
+        _plans[key] = build(key, _frontend, handle=handle)
+    except (_frontend.cudnnGraphNotSupportedError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        _plans[key] = f"cuDNN cannot build it: {first}"
     return _plans[key]
 
 

@@ -11,6 +11,7 @@ import ctypes
 import enum
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -230,7 +231,10 @@ class Graph:
 
 
 class Frontend:
-    """The module. ``refusal`` is raised by every build; the counters say what happened."""
+    """The module. ``refusal`` is raised by every build; the counters say what happened.
+
+    ``graphs`` are those that something still refers to.
+    """
 
     data_type = DataType
     heur_mode = HeurMode
@@ -244,6 +248,7 @@ class Frontend:
         self.refusal: Exception | None = None
         self.built = 0
         self.executed = 0
+        self.graphs: WeakSet[Graph] = WeakSet()
 
     def backend_version(self) -> int:
         return self.version
@@ -257,4 +262,6 @@ class Frontend:
         self.handles[handle] = stream
 
     def pygraph(self, **arguments: Any) -> Graph:
-        return Graph(self, **arguments)
+        graph = Graph(self, **arguments)
+        self.graphs.add(graph)
+        return graph

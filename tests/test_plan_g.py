@@ -69,6 +69,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(cudnn_ops, "_missing", None)
     monkeypatch.setattr(cudnn_ops, "_looked", True)
     monkeypatch.setattr(cudnn_ops, "_plans", {})
+    monkeypatch.setattr(cudnn_ops, "_captured", {})
     monkeypatch.setattr(warn, "_said", set())
     monkeypatch.setattr(cudnn_ops, "_handles", threading.local())
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
@@ -294,6 +295,60 @@ def test_other_errors_of_a_build_come_through(world: World) -> None:
     world.frontend.refusal = TypeError("a bug")
     with pytest.raises(TypeError, match="a bug"):
         run_both()
+
+
+@pytest.fixture
+def waits(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Room for two graphs; how many there were at each wait for the GPU."""
+    monkeypatch.setattr(cudnn_ops, "MAX_GRAPHS", 2)
+    waits: list[int] = []
+
+    def synchronize(device: int) -> None:
+        waits.append(len(world.frontend.graphs))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    return waits
+
+
+def built_for(world: World, case: str) -> int:
+    """Run a case forward; return how many graphs were built for it."""
+    before = world.frontend.built
+    operands, problem = prepare(make_inputs(by_id(case), torch.float32))
+    plan_g.forward(operands, problem, keep.NOTHING)
+    return world.frontend.built - before
+
+
+def test_the_least_recently_used_graph_gives_way(world: World, waits: list[int]) -> None:
+    a, b, c = "3x3-p1", "3x3-s2-p1", "1x1-s2"
+    assert [built_for(world, case) for case in (a, b, a, c)] == [1, 1, 0, 1]
+    # The GPU was waited for while the graph that went was still there.
+    assert (waits, len(world.frontend.graphs)) == ([2], 2)
+    assert [built_for(world, case) for case in (a, c, b, c)] == [0, 0, 1, 0]
+    assert (waits, len(world.frontend.graphs)) == ([2, 2], 2)
+    assert world.frontend.executed == 8
+
+
+def test_refusals_give_way_too(world: World, waits: list[int]) -> None:
+    world.frontend.refusal = NotSupportedError("no engine")
+    cases = ("3x3-p1", "3x3-s2-p1", "1x1-s2", "3x3-p1", "1x1-s2")
+    with pytest.warns(RuntimeWarning, match="no engine"):
+        assert [built_for(world, case) for case in cases] == [1, 1, 1, 1, 0]
+    assert len(cudnn_ops._plans) == 2 and not waits
+
+
+def test_graphs_that_were_captured_stay(world: World, waits: list[int]) -> None:
+    a, b, c, d = "3x3-p1", "3x3-s2-p1", "1x1-s2", "asymmetric"
+    built_for(world, a)
+    world.capturing = True
+    assert built_for(world, a) == 0
+    world.capturing = False
+    # It takes no room of the others.
+    assert [built_for(world, case) for case in (b, c, b, c)] == [1, 1, 0, 0]
+    assert [built_for(world, case) for case in (d, a, c)] == [1, 0, 0]
+    world.capturing = True
+    assert built_for(world, a) == 0 and len(world.frontend.graphs) == 3
+    assert waits == [3]
+    assert world.frontend.executed == 10
 
 
 def test_threads_have_their_own_handles(world: World) -> None:
