@@ -343,3 +343,14 @@ def test_every_folder_of_the_package_is_installed() -> None:
         for path in (ROOT / "dcconv").glob("**/__init__.py")
     }
     assert set(json.loads(listed[1])) == found
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_lint_formats_every_file_of_c(tmp_path: Path) -> None:
+    command = ["make", "--dry-run", "lint", f"VENV={tmp_path}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in said.splitlines() if "clang-format" in line)
+    endings = (".h", ".inl", ".cpp", ".cuh", ".cu", ".c", ".cc", ".hpp")
+    found = (path for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*"))
+    files = {str(path.relative_to(ROOT)) for path in found if path.suffix in endings}
+    assert set(line.split()) >= files and "tests/simt/simt.h" in files
