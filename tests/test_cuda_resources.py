@@ -35,7 +35,7 @@ namespace {
 template <class T, bool all>
 __global__ void implicit_gemm_kernel(const uint4* x, float* y, int n) {
   __shared__ uint4 rows[32];
-  cuda::copy_async<16>(rows + threadIdx.x, x + threadIdx.x, n > 3);
+  cuda::copy_async(rows + threadIdx.x, x + threadIdx.x, n > 3);
   cuda::commit_async();
   cuda::wait_async<0>();
   __syncwarp();

@@ -12,29 +12,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 }
 #endif
 
-// Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes; zeros instead, and global
-// memory is not read, where !valid. 16 bytes go past the L1 cache. What shared memory holds is
-// undefined from here until the thread's wait_async, and unseen by other threads until a barrier
-// after it.
-template <int Bytes>
+// 16 bytes from global to shared memory, both aligned to 16, past the L1 cache; zeros instead, and
+// global memory is not read, where !valid. What shared memory holds is undefined from here until
+// the thread's wait_async, and unseen by other threads until a barrier after it.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #if defined(DCCONV_SIMT)
-  simt::copy_async(shared, global, Bytes, valid);
+  simt::copy_async(shared, global, valid);
 #else
   const uint32_t to = shared_address(shared);
   const std::size_t from = __cvta_generic_to_global(global);
-  const int bytes = valid ? Bytes : 0;
-  if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 :
-                 : "r"(to), "l"(from), "n"(Bytes), "r"(bytes)
-                 : "memory");
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(from), "r"(bytes)
+               : "memory");
 #endif
 }
 

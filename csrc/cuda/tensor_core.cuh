@@ -53,27 +53,15 @@ mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T type) {
 #endif
 }
 
-// Four (or two) 8 x 8 matrices of 16-bit elements. Lane 8 i + j gives the address of row j of
-// matrix i: 16 bytes of shared memory, aligned to 16; of the x2 forms, lanes 16 and above give
-// none. r[i] gets row g, columns 2 t and 2 t + 1 of matrix i. Writes of other lanes to a row have
-// to be followed by __syncwarp or more.
+// Four 8 x 8 matrices of 16-bit elements. Lane 8 i + j gives the address of row j of matrix i: 16
+// bytes of shared memory, aligned to 16. r[i] gets row g, columns 2 t and 2 t + 1 of matrix i.
+// Writes of other lanes to a row have to be followed by __syncwarp or more.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
 #if defined(DCCONV_SIMT)
   simt::load_matrices("load_matrix_x4", r, shared_row, false);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row))
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* shared_row) {
-#if defined(DCCONV_SIMT)
-  simt::load_matrices("load_matrix_x2", r, shared_row, false);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(shared_row))
                : "memory");
 #endif
@@ -87,18 +75,6 @@ load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row))
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void
-load_matrix_x2_transposed(uint32_t (&r)[2], const void* shared_row) {
-#if defined(DCCONV_SIMT)
-  simt::load_matrices("load_matrix_x2_transposed", r, shared_row, true);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(shared_row))
                : "memory");
 #endif

@@ -68,13 +68,13 @@ __global__ void __launch_bounds__(kThreads) pipelined_gemm_kernel(Params p) {
       const bool valid = (row < p.m || kFault == Fault::kWrongRows) &&
                          k + (kFault == Fault::kWrongDepth) * 8 < p.k;
       const T* from = static_cast<const T*>(p.a) + (valid ? int64_t(row) * p.k + k : 0);
-      copy_async<16>(a + a_offset(i / 4, i % 4), from, valid);
+      copy_async(a + a_offset(i / 4, i % 4), from, valid);
     }
     for (int i = thread; i < kDepth * kTile / 8; i += kThreads) {
       const int k = tile * kDepth + i / 8, column = first_column + i % 8 * 8;
       const bool valid = k < p.k && column < p.n;
       const T* from = static_cast<const T*>(p.b) + (valid ? int64_t(k) * p.n + column : 0);
-      copy_async<16>(b + b_offset(i / 8, i % 8), from, valid);
+      copy_async(b + b_offset(i / 8, i % 8), from, valid);
     }
   };
 

@@ -94,24 +94,31 @@ void too_large_shared() {
 
 // ---- asynchronous copies
 
+// What one copy takes.
+struct alignas(16) Four {
+  float at[4];
+};
+
+std::vector<Four> fours(std::size_t count, float value) {
+  return std::vector<Four>(count, Four{{value, value, value, value}});
+}
+
 // Thread i copies element i, every third one as zeros; without a wait and a barrier it reads what
 // it must not.
-template <int kBytes, bool kWait>
+template <bool kWait>
 void copy() {
-  struct alignas(kBytes) Element {
-    unsigned char bytes[kBytes];
-  };
-  std::vector<Element> x(64), y(64);
+  std::vector<Four> x(64), y(64);
   for (unsigned i = 0; i < 64; ++i)
-    std::memset(x[i].bytes, int(i + 1), kBytes);
+    for (unsigned j = 0; j < 4; ++j)
+      x[i].at[j] = float(4 * i + j + 1);
   run(
       [&] {
         SharedMemory shared;
-        Element* values = shared.take<Element>(64);
+        Four* values = shared.take<Four>(64);
         const unsigned i = threadIdx.x;
         const bool valid = i % 3 != 0;
         // No byte of null is read.
-        copy_async<kBytes>(values + i, valid ? x.data() + i : nullptr, valid);
+        copy_async(values + i, valid ? x.data() + i : nullptr, valid);
         commit_async();
         if (kWait)
           wait_async<0>();
@@ -121,34 +128,30 @@ void copy() {
       64
   );
   for (unsigned i = 0; i < 64; ++i)
-    for (const unsigned char byte : y[i].bytes)
-      expect("byte", i, int(byte), i % 3 == 0 ? 0 : int(i + 1));
-}
-
-void copies() {
-  copy<4, true>();
-  copy<8, true>();
-  copy<16, true>();
+    for (unsigned j = 0; j < 4; ++j)
+      expect("copy", 4 * i + j, y[i].at[j], i % 3 == 0 ? 0 : x[i].at[j]);
 }
 
 // Which of three groups have landed after a wait for all but one; a copy outside of a group is in
 // none that a wait is for.
 void groups() {
-  const std::vector<float> x = {1, 2, 3, 4};
+  std::vector<Four> x(4);
+  for (unsigned i = 0; i < 4; ++i)
+    x[i].at[3] = float(i + 1);
   std::vector<float> y = poisoned<float>(12);
   run([&] {
     SharedMemory shared;
-    float* values = shared.take<float>(4 * 32);
-    float* mine = values + threadIdx.x * 4;
+    Four* values = shared.take<Four>(4 * 32);
+    Four* mine = values + threadIdx.x * 4;
     const auto look = [&](unsigned row) {
       for (unsigned i = 0; i < 4 && threadIdx.x == 5; ++i)
-        y[row * 4 + i] = mine[i];
+        y[row * 4 + i] = mine[i].at[3];
     };
     for (unsigned i = 0; i < 3; ++i) {
-      copy_async<4>(mine + i, x.data() + i, true);
+      copy_async(mine + i, x.data() + i, true);
       commit_async();
     }
-    copy_async<4>(mine + 3, x.data() + 3, true);
+    copy_async(mine + 3, x.data() + 3, true);
     wait_async<1>();
     look(0);
     wait_async<0>();
@@ -166,15 +169,16 @@ void groups() {
 
 // Prints what is copied of a source that changes between issue and wait: either.
 void changed_source() {
-  std::vector<float> x(32, 1), y = poisoned<float>(32);
+  std::vector<Four> x = fours(32, 1);
+  std::vector<float> y = poisoned<float>(32);
   run([&] {
     SharedMemory shared;
-    float* values = shared.take<float>(32);
-    copy_async<4>(values + threadIdx.x, x.data() + threadIdx.x, true);
+    Four* values = shared.take<Four>(32);
+    copy_async(values + threadIdx.x, x.data() + threadIdx.x, true);
     commit_async();
-    x[threadIdx.x] = 2;
+    x[threadIdx.x].at[3] = 2;
     wait_async<0>();
-    y[threadIdx.x] = values[threadIdx.x];
+    y[threadIdx.x] = values[threadIdx.x].at[3];
   });
   for (const float value : y)
     std::printf("%g ", value);
@@ -182,16 +186,16 @@ void changed_source() {
 
 // A buffer that a copy goes to while another thread still reads it.
 void overwritten() {
-  const std::vector<float> x(64, 2);
+  const std::vector<Four> x = fours(64, 2);
   std::vector<float> y = poisoned<float>(64);
   run(
       [&] {
         SharedMemory shared;
-        float* values = shared.take<float>(64);
-        values[threadIdx.x] = 1;
+        Four* values = shared.take<Four>(64);
+        values[threadIdx.x].at[3] = 1;
         __syncthreads();
-        y[threadIdx.x] = values[63 - threadIdx.x];
-        copy_async<4>(values + threadIdx.x, x.data() + threadIdx.x, true);
+        y[threadIdx.x] = values[63 - threadIdx.x].at[3];
+        copy_async(values + threadIdx.x, x.data() + threadIdx.x, true);
         commit_async();
         wait_async<0>();
       },
@@ -202,26 +206,27 @@ void overwritten() {
 }
 
 void never_waited() {
-  const std::vector<float> x(32, 1);
+  const std::vector<Four> x = fours(32, 1);
   run([&] {
     SharedMemory shared;
-    float* values = shared.take<float>(32);
-    copy_async<4>(values + threadIdx.x, x.data() + threadIdx.x, true);
+    Four* values = shared.take<Four>(32);
+    copy_async(values + threadIdx.x, x.data() + threadIdx.x, true);
     commit_async();
     if (threadIdx.x != 9)
       wait_async<0>();
   });
 }
 
-// One copy of 8 bytes by thread 7, so many bytes from where it belongs.
+// One copy by thread 7, so many bytes from where it belongs: the piece ends within the 16 bytes
+// from 256 on.
 void one_copy(std::size_t to, std::size_t from) {
-  const std::vector<float> x(64, 1);
+  const std::vector<Four> x = fours(16, 1);
   run([&] {
     SharedMemory shared;
-    float* values = shared.take<float>(65);
     shared.take<float>(64);
+    float* values = shared.take<float>(65);
     if (threadIdx.x == 7)
-      copy_async<8>(
+      copy_async(
           reinterpret_cast<char*>(values) + to, reinterpret_cast<const char*>(x.data()) + from, true
       );
     commit_async();
@@ -236,9 +241,9 @@ uint16_t place(unsigned matrix, unsigned row, unsigned column) {
   return static_cast<uint16_t>(matrix << 8 | row << 4 | column);
 }
 
-template <int N, class F>
+template <class F>
 void matrices(bool transposed, F&& load_matrix) {
-  std::vector<uint32_t> out = poisoned<uint32_t>(32 * N);
+  std::vector<uint32_t> out = poisoned<uint32_t>(32 * 4);
   run([&] {
     SharedMemory shared;
     uint16_t* rows = shared.take<uint16_t>(32 * 8);
@@ -248,25 +253,23 @@ void matrices(bool transposed, F&& load_matrix) {
     for (unsigned k = 0; k < 8; ++k)
       row[k] = place(i, j, k);
     __syncwarp();
-    uint32_t r[N];
-    load_matrix(r, i < N ? row : nullptr);
-    for (unsigned k = 0; k < N; ++k)
-      out[threadIdx.x * N + k] = r[k];
+    uint32_t r[4];
+    load_matrix(r, row);
+    for (unsigned k = 0; k < 4; ++k)
+      out[threadIdx.x * 4 + k] = r[k];
   });
   for (unsigned lane = 0; lane < 32; ++lane)
-    for (unsigned i = 0; i < N; ++i) {
+    for (unsigned i = 0; i < 4; ++i) {
       const unsigned g = lane / 4, t = lane % 4;
       const uint16_t low = transposed ? place(i, 2 * t, g) : place(i, g, 2 * t);
       const uint16_t high = transposed ? place(i, 2 * t + 1, g) : place(i, g, 2 * t + 1);
-      expect("matrix", lane * N + i, out[lane * N + i], uint32_t(low) | uint32_t(high) << 16);
+      expect("matrix", lane * 4 + i, out[lane * 4 + i], uint32_t(low) | uint32_t(high) << 16);
     }
 }
 
 void load_matrix() {
-  matrices<4>(false, [](uint32_t (&r)[4], const void* row) { load_matrix_x4(r, row); });
-  matrices<4>(true, [](uint32_t (&r)[4], const void* row) { load_matrix_x4_transposed(r, row); });
-  matrices<2>(false, [](uint32_t (&r)[2], const void* row) { load_matrix_x2(r, row); });
-  matrices<2>(true, [](uint32_t (&r)[2], const void* row) { load_matrix_x2_transposed(r, row); });
+  matrices(false, [](uint32_t (&r)[4], const void* row) { load_matrix_x4(r, row); });
+  matrices(true, [](uint32_t (&r)[4], const void* row) { load_matrix_x4_transposed(r, row); });
 }
 
 // One instruction, fragments filled element by element after the table in tensor_core.cuh.
@@ -389,7 +392,7 @@ const std::map<std::string, std::function<void()>> commands = {
     {"gemm", gemm},
     {"large_shared", large_shared},
     {"too_large_shared", too_large_shared},
-    {"copies", copies},
+    {"copies", copy<true>},
     {"groups", groups},
     {"changed_source", changed_source},
     {"load_matrix", load_matrix},
@@ -401,13 +404,13 @@ const std::map<std::string, std::function<void()>> commands = {
     {"wrong_swizzle", faulty<Fault::kWrongSwizzle>},
     {"wrong_depth", faulty<Fault::kWrongDepth>},
     {"wrong_rows", faulty<Fault::kWrongRows>},
-    {"early_read", copy<8, false>},
+    {"early_read", copy<false>},
     {"overwritten", overwritten},
     {"never_waited", never_waited},
     {"copy_across_end", [] { one_copy(256, 0); }},
-    {"copy_beyond_end", [] { one_copy(264, 0); }},
-    {"copy_unaligned", [] { one_copy(4, 0); }},
-    {"copy_from_unaligned", [] { one_copy(0, 4); }},
+    {"copy_beyond_end", [] { one_copy(272, 0); }},
+    {"copy_unaligned", [] { one_copy(8, 0); }},
+    {"copy_from_unaligned", [] { one_copy(0, 8); }},
     {"copy_beyond_global", [] { one_copy(0, 256); }},
     {"divergent_mma", divergent_mma},
     {"divergent_load", divergent_load},

@@ -83,14 +83,16 @@ struct Warp;
 struct Block;
 
 // An asynchronous copy that has not landed.
+// Bytes that cp.async and ldmatrix take of a thread's address at once, aligned to as many.
+constexpr unsigned kAccess = 16;
+
 struct Copy {
   void* shared;
   const void* global;
-  unsigned bytes;
   bool valid;  // zeros otherwise
   std::uint64_t group;
   bool is_read = false;
-  unsigned char data[16] = {};
+  unsigned char data[kAccess] = {};
 };
 
 struct Thread {

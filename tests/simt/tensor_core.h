@@ -15,19 +15,18 @@ struct MatrixRow {
   std::uint16_t at[8];
 };
 
-// Lane 8 i + j gives the address of row j of matrix i, lanes beyond the last matrix none. A lane's
-// row is read before the lanes meet: what other lanes wrote to it needs a __syncwarp.
-template <int N>
-void load_matrices(const char* name, std::uint32_t (&r)[N], const void* row, bool transposed) {
+// Lane 8 i + j gives the address of row j of matrix i. A lane's row is read before the lanes meet:
+// what other lanes wrote to it needs a __syncwarp.
+inline void
+load_matrices(const char* name, std::uint32_t (&r)[4], const void* row, bool transposed) {
   Thread& self = here(name);
-  MatrixRow mine{};
-  if (self.lane < 8 * N) {
-    check_shared(self, name, row, sizeof(mine), sizeof(mine));
-    std::memcpy(&mine, row, sizeof(mine));
-  }
+  check_shared(self, name, row);
+  MatrixRow mine;
+  static_assert(sizeof(mine) == kAccess, "a row of a matrix");
+  std::memcpy(&mine, row, sizeof(mine));
   const Lanes<MatrixRow> rows = exchange(self, name, 0, mine);
   const unsigned fixed = self.lane / 4, pair = self.lane % 4 * 2;
-  for (unsigned i = 0; i < N; ++i) {
+  for (unsigned i = 0; i < 4; ++i) {
     const std::uint32_t low =
         transposed ? rows[8 * i + pair].at[fixed] : rows[8 * i + fixed].at[pair];
     const std::uint32_t high =

@@ -21,11 +21,11 @@ RIGHT = ("gemm", "large_shared", "copies", "groups", "load_matrix", "tensor_core
 # Faults that the model names itself.
 NAMED = {
     "never_waited": r"thread 9: exits while 1 of its copies are under way",
-    "copy_unaligned": r"thread 7: copy_async: the address in shared memory must be aligned to 8",
+    "copy_unaligned": r"thread 7: copy_async: the address in shared memory must be aligned to 16",
     "copy_from_unaligned": r"thread 7: copy_async: the address in global memory must be aligned "
-    r"to 8",
-    "copy_across_end": r"thread 7: copy_async: 8 bytes are in no shared piece",
-    "copy_beyond_end": r"thread 7: copy_async: 8 bytes are in no shared piece",
+    r"to 16",
+    "copy_across_end": r"thread 7: copy_async: 16 bytes are in no shared piece",
+    "copy_beyond_end": r"thread 7: copy_async: 16 bytes are in no shared piece",
     "row_unaligned": r"thread 31: load_matrix_x4: the address in shared memory must be aligned to "
     r"16",
     "row_beyond_piece": r"thread 31: load_matrix_x4: 16 bytes are in no shared piece",

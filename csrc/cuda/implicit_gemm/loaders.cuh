@@ -80,7 +80,7 @@ public:
         valid = valid &&
                 static_cast<unsigned>(y_[i] + step.y) < static_cast<unsigned>(p.vertical.size) &&
                 static_cast<unsigned>(x_[i] + step.x) < static_cast<unsigned>(p.horizontal.size);
-      copy_async<16>(
+      copy_async(
           stage + place_ + i * (kStride * kPieces * 16),
           image_ + (valid ? int64_t(offset_[i] + offset) * kPiece : 0),
           valid
@@ -119,7 +119,7 @@ public:
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool valid = in_depth && column_ + i * kStride < p.columns;
-      copy_async<16>(
+      copy_async(
           stage + place_ + i * (kStride * kPieces * 16),
           weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
           valid
@@ -159,7 +159,7 @@ public:
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool valid = in_columns_ && step.channel + row_ + i * kStride < p.depth;
-      copy_async<16>(
+      copy_async(
           stage + place_ + i * (kStride * kPieces * 16),
           weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
           valid
