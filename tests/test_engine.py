@@ -52,7 +52,11 @@ def options_of(**given: Any) -> EngineOptions:
 
 
 def train(
-    path: Path, before: dict | None = None, task: TinyTask | None = None, **given: Any
+    path: Path,
+    before: dict | None = None,
+    task: TinyTask | None = None,
+    kind: type[Trainer] = Trainer,
+    **given: Any,
 ) -> tuple[int, Trainer, str]:
     """Train the tiny task in a folder; return the status, the trainer and what it printed."""
     seed_all(0)
@@ -60,8 +64,13 @@ def train(
     task.before = before or {}
     output = io.StringIO()
     console = Console(file=output, width=300)
-    trainer = Trainer(task, options_of(**given), RunFolder.at(path), console, program="prog")
+    trainer = kind(task, options_of(**given), RunFolder.at(path), console, program="prog")
     return trainer.run(), trainer, output.getvalue()
+
+
+class PartOfARun(Trainer):
+    def how_to_resume(self) -> str:
+        return f"All of {self.folder.path.name} goes on"
 
 
 def kill(number: int) -> Any:
@@ -304,6 +313,18 @@ def test_nan_names_the_layer_and_keeps_the_last_good_checkpoint(tmp_path, capsys
     assert records_of(tmp_path)[-1]["step"] == 8
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["status"] == "failed" and "Broken" in results["reason"]
+
+
+def test_subclass_says_how_to_resume(tmp_path, capsys):
+    _, _, text = train(tmp_path / "stopped", {3: kill(signal.SIGINT)}, kind=PartOfARun)
+    assert "Stopped by Ctrl-C after step 4. All of stopped goes on\n" in text
+
+    def spoil():
+        task.network[0].weight.data.fill_(torch.nan)
+
+    task = TinyTask()
+    train(tmp_path / "failed", {3: spoil}, task=task, kind=PartOfARun)
+    assert capsys.readouterr().err.endswith("\nAll of failed goes on\n")
 
 
 class BadGradient(torch.autograd.Function):

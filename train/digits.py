@@ -266,7 +266,8 @@ class DigitsTask:
 class _Training(Trainer):
     """One training of a run; what can be resumed is the run."""
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
+        """Name the command of the whole run."""
         return f"Resume with: {self.program}"
 
 

@@ -129,7 +129,8 @@ class Trainer:
     """Trains a task to its last step, or until a signal or an error ends it.
 
     With a folder that has checkpoints the run goes on after the newest intact one: on one device
-    the result is the same, bit for bit, as without the interruption.
+    the result is the same, bit for bit, as without the interruption. A subclass may override
+    :meth:`how_to_resume`, and nothing else.
 
     Args:
         task: what to train; its network is on the device already.
@@ -522,7 +523,7 @@ class Trainer:
         if self.main:
             sys.stderr.write(text + "\n")
             if self.checkpoints.entries:
-                sys.stderr.write(self._how_to_resume() + "\n")
+                sys.stderr.write(self.how_to_resume() + "\n")
             sys.stderr.flush()
             try:
                 self._write_results("failed", text)
@@ -530,7 +531,12 @@ class Trainer:
                 sys.stderr.write(f"{error}\n")
         return FAILED
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
+        """Return the sentence that tells how to go on after a signal or an error.
+
+        This one names this training's command and folder. Where a larger run is resumed instead, a
+        subclass names that.
+        """
         return (
             f"Step {self.checkpoints.last_step} is saved; resume with: "
             f"{self.program} --resume {os.fspath(self.folder.path)}"
@@ -563,7 +569,7 @@ class Trainer:
             self._write_results("interrupted", signal.Signals(stop).name)
             if self.main:
                 name = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
-                self._say(f"Stopped by {name} after step {self.step}. {self._how_to_resume()}")
+                self._say(f"Stopped by {name} after step {self.step}. {self.how_to_resume()}")
             return exit_status(stop)
         self._write_results("finished")
         if self._speed:

@@ -75,7 +75,8 @@ class _StopError(Exception):
 class _Training(Trainer):
     """A training that is resumed by resuming the whole run."""
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
+        """Name the command and the folder of the whole run."""
         run = self.folder.path.parent.parent
         return f"What is finished is kept; resume with: {self.program} --resume {os.fspath(run)}"
 
