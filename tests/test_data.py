@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import tarfile
@@ -1139,10 +1140,23 @@ def test_shard_stream_refuses_wrong_arguments(shard_folder, options, message):
         shard_stream(shard_folder, **options)
 
 
+@pytest.mark.parametrize("readers", [{"world_size": 2}, {"workers": 4}, {"lanes": 4}])
+def test_lanes_of_the_resumed_run_are_needed(shard_folder, readers):
+    state = shard_stream(shard_folder).state_dict() | {"lanes": 1}
+    stream = shard_stream(shard_folder, **readers)
+    sentence = (
+        "dcconv: lanes must be 1 as in the resumed run (not given: ranks times workers), "
+        f"got {stream.lanes}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        stream.load_state_dict(state)
+    assert stream.position == 0
+
+
 def test_state_of_other_shards_is_refused(shard_folder):
     stream = shard_stream(shard_folder, lanes=2)
     for change, message in (
-        ({"lanes": 4}, "saved stream's lanes must be 2 to resume this stream, got 4"),
+        ({"lanes": 0}, "saved stream's lanes must be an integer of at least 1, got 0"),
         ({"buffer": 9}, "saved stream's buffer must be 4 to resume this stream, got 9"),
         ({"position": -1}, "saved stream's position must be an integer of at least 0, got -1"),
     ):

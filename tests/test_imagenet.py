@@ -159,6 +159,17 @@ def test_steps_are_the_same_after_going_on(form, folders, shards, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
+def test_other_workers_need_the_lanes_of_the_run(shards, tmp_path, capsys):
+    assert train(shards, tmp_path / "run", "--workers", 1, "--steps", 1) == 0
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "2", "--workers", "2"]
+    assert imagenet.main(resume) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "dcconv: lanes must be 1 as in the resumed run (not given: ranks times workers), got 2"
+    )
+    assert imagenet.main([*resume, "--lanes", "1"]) == 2
+    assert "lanes must be a multiple of ranks times workers, 2, got 1" in capsys.readouterr().err
+
+
 def flat_tensors(state: dict) -> torch.Tensor:
     """Return every number of nested states in one tensor."""
     parts = []

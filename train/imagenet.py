@@ -45,7 +45,9 @@ class ImageNetRun(ImageNetOptions, RecipeRun[ImageNetRecipe]):
     data: str = option("imagenet", "folder with train and val: class folders, or shards *.tar")
     format: Literal["auto", "folders", "shards"] = option("auto", "what the data are")
     workers: int = option(8, "decoding processes of each training process")
-    lanes: int | None = option(None, "sequences of shards a batch is made of; not given: workers")
+    lanes: int | None = option(
+        None, "sequences of shards a batch is made of, the same to resume; not given: all workers"
+    )
     buffer: int = option(1000, "samples each of them shuffles among")
     skip_corrupt: bool = option(False, "pass over files that cannot be read, and list them")
     sync_norm: bool = option(True, "average mean patch norms over the processes")

@@ -336,8 +336,8 @@ class ShardStream:
         world_size: number of ranks.
         workers: reading processes of this rank; 0 reads in this one.
         lanes: sequences that a batch is made of, at most one per shard. By default one per
-            worker of every rank. Name a number with many divisors to resume with other numbers
-            of ranks and workers.
+            worker of every rank. A state is of its number of lanes: name one with many divisors
+            to resume with other numbers of ranks and workers.
         buffer: places of each lane's shuffling buffer, in samples.
         skip_corrupt: put the next sample in the place of one that cannot be read, and list it
             in ``skipped``; else raise ValueError with its name.
@@ -446,8 +446,15 @@ class ShardStream:
         Raises:
             ValueError: the state is of other data or of another order.
         """
-        check_state(state, self._identity())
-        checks.integer("saved stream's position", state.get("position"), 0)
+        identity = self._identity()
+        del identity["lanes"]
+        check_state(state, identity)
+        for name, low in (("lanes", 1), ("position", 0)):
+            checks.integer(f"saved stream's {name}", state.get(name), low)
+        if state["lanes"] != self.lanes:
+            # Another number of ranks or workers, where nobody named the lanes.
+            rule = f"be {state['lanes']} as in the resumed run (not given: ranks times workers)"
+            raise value_error("lanes", rule, self.lanes)
         self.position = state["position"]
         self.close()
 
