@@ -259,3 +259,17 @@ def test_empty_batch(backend: str, device: str) -> None:
             assert x.grad is not None and x.grad.shape == x.shape
             for name, p in layer.named_parameters():
                 assert p.grad is not None and not p.grad.any(), name
+
+
+@pytest.mark.backend("cpu")
+def test_gradients_of_tiny_float16_patches_are_finite_on_the_cpu() -> None:
+    """The gradient of u, some 1e5 here, is beyond float16; those of x and the weight are not."""
+    inputs = make_inputs(by_id("3x3-p1"), torch.float16, magnitude="sphere", norm="none")
+    inputs.tensors["x"] = inputs.tensors["x"] * 1e-4
+    inputs.tensors["weight"] = inputs.tensors["weight"].clamp(-1, 1) * 1e-3
+    cotangent = random_cotangent(inputs).clamp(-1, 1) * 50
+    truth, peer = truth_and_peer(inputs, cotangent)
+    assert not peer["x"].isfinite().all() and not peer["weight"].isfinite().all()
+    got = evaluate(functional.decoupled_conv2d, inputs, cotangent, backend="cpu")
+    check_all("tiny patches", got, truth, peer, torch.float16)
+    assert got["x"].isfinite().all() and got["weight"].isfinite().all()
