@@ -74,8 +74,9 @@ inline Tensor convolution(
   );
 }
 
-// Gradients with respect to input, weight and bias; those not wanted are undefined tensors.
-inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+using ConvolutionGradients = std::tuple<Tensor, Tensor, Tensor>;
+
+inline ConvolutionGradients library_backward(
     const Tensor& grad,
     const Tensor& x,
     const Tensor& weight,
@@ -104,6 +105,34 @@ inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(
       torch::stable::detail::to<Tensor>(stack[0]),
       torch::stable::detail::to<Tensor>(stack[1]),
       torch::stable::detail::to<Tensor>(stack[2])
+  };
+}
+
+// Gradients with respect to input, weight and bias; those not wanted are undefined tensors.
+inline ConvolutionGradients convolution_backward(
+    const Tensor& grad,
+    const Tensor& x,
+    const Tensor& weight,
+    const LibraryGeometry& g,
+    std::array<bool, 3> wanted
+) {
+  // The library's bfloat16 gradient of a grouped convolution's weight takes part of its sums from
+  // memory that nobody wrote, where rows are dilated (PyTorch 2.13 and 2.15, AVX-512:
+  // channels_last, stride 1, rows of 29 outputs and more). Its float32 gradient is right.
+  const bool in_float =
+      wanted[1] && g.groups > 1 && g.dilation[0] > 1 && grad.scalar_type() == ScalarType::BFloat16;
+  if (!in_float)
+    return library_backward(grad, x, weight, g, wanted);
+  const auto to_float = [](const Tensor& t) { return to_dtype(t, ScalarType::Float); };
+  ConvolutionGradients others;
+  if (wanted[0] || wanted[2])
+    others = library_backward(grad, x, weight, g, {wanted[0], false, wanted[2]});
+  const ConvolutionGradients of_weight =
+      library_backward(to_float(grad), to_float(x), to_float(weight), g, {false, true, false});
+  return {
+      std::get<0>(others),
+      to_dtype(std::get<1>(of_weight), ScalarType::BFloat16),
+      std::get<2>(others)
   };
 }
 
