@@ -57,6 +57,7 @@ from bench.tables import first_own, show
 from bench.timing import Candidate, Protocol, Staged, Stopwatch, Timing
 from dcconv import backends
 from dcconv.checks import integer, value_error
+from dcconv.dispatch.plans import registry
 from dcconv.dispatch.rule import PLANS
 from dcconv.numerics import compute_dtype
 
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plans",
         type=names,
         metavar="A,B",
-        help=f"of the cuda backend, each by itself: {', '.join(PLANS)}",
+        help=f"of the backends on CUDA, each by itself: {', '.join(PLANS)}",
     )
     add("--graphs", action="store_true", help="on CUDA, time the replay of captured graphs")
 
@@ -171,7 +172,12 @@ def complete(options: argparse.Namespace) -> None:
     options.own = [OURS + name for name in chosen if name != "reference"]
     if options.plans and options.device != "cuda":
         raise value_error("--plans", "go with --device cuda", repr(options.device))
-    options.own += [plan_provider(plan) for plan in options.plans or ()]
+    options.own += [
+        plan_provider(backend, plan)
+        for backend in registry
+        for plan in options.plans or ()
+        if backend in chosen and plan in registry[backend]
+    ]
 
 
 def refusal(name: str, device: str) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.cases import BATCH, Case, Inputs
 from bench.options import FORWARD
 from dcconv import backends
-from dcconv.dispatch.rule import PLANS
+from dcconv.dispatch.plans import registry
 from dcconv.functional import decoupled_conv2d
 from dcconv.functions import capped_asin
 from dcconv.numerics import EPS, angle_delta, compute_dtype
@@ -251,9 +251,9 @@ CONV2D, EAGER, FORMULA, COMPILED_EAGER, COMPILED, BCOS = (
 OURS = "dcconv-"
 
 
-def plan_provider(plan: str) -> str:
-    """Return the name of the provider that is one plan of the cuda backend."""
-    return f"{OURS}cuda-{plan}"
+def plan_provider(backend: str, plan: str) -> str:
+    """Return the name of the provider that is one plan of a backend."""
+    return f"{OURS}{backend}-{plan}"
 
 
 #: Every implementation by its name; ours are named after their backends.
@@ -283,9 +283,13 @@ PROVIDERS: dict[str, Provider] = {
         ),
         *(
             Provider(
-                plan_provider(plan), f"dcconv, plan {plan}", ours("cuda", plan), backend="cuda"
+                plan_provider(backend, plan),
+                f"dcconv, backend {backend}, plan {plan}",
+                ours(backend, plan),
+                backend=backend,
             )
-            for plan in PLANS
+            for backend, plans in registry.items()
+            for plan in plans
         ),
     )
 }

@@ -537,7 +537,8 @@ def test_peak_sees_temporaries_and_not_what_was_there() -> None:
 
 def test_own_providers_follow_the_backends() -> None:
     assert [name for name in PROVIDERS if name.startswith(OURS)] == [
-        f"{OURS}{name}" for name in ("cuda", "triton", "cpu", "cuda-A", "cuda-B", "cuda-G")
+        f"{OURS}{name}"
+        for name in ("cuda", "triton", "cpu", "cuda-A", "cuda-B", "cuda-G", "triton-A", "triton-B")
     ]
     assert options.willing_backends("cpu") == ([] if compiled.missing else ["cpu"])
     assert BASELINES == ("conv2d", "eager", "formula", "compiled-eager", "compiled", "bcos")
