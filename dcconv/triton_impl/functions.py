@@ -74,18 +74,15 @@ def tanh_slope(x):
 
 @triton.jit
 def tanh_of(x):
-    """x P(x^2) / Q(x^2), minimax on [0, 9]; tanh 9 rounds to 1."""
-    z = at_least(at_most(x, 9.0), -9.0)
+    """2 n q / (q^2 + n^2), n / q = tanh(x / 2) minimax up to 9.01; tanh 9.01 rounds to 1."""
+    z = at_least(at_most(x, 9.01), -9.01)
     t = z * z
-    p = 1.33545521e-08 * t + 2.0608999e-05
-    p = p * t + 0.00349558285
-    p = p * t + 0.133810207
-    p = p * t + 1.0
-    q = 7.77651223e-07 * t + 0.00032856263
-    q = q * t + 0.0258769616
-    q = q * t + 0.467143357
-    q = q * t + 1.0
-    return clamp_unit(z * p / q)
+    p = 0.000105595297 * t + 0.0275366791
+    n = z * (p * t + 0.925)
+    q = 2.26981943e-06 * t + 0.00223125657
+    q = q * t + 0.209239960
+    q = q * t + 1.85
+    return clamp_unit((n + n) * q / (q * q + n * n))
 
 
 @triton.jit
