@@ -10,7 +10,7 @@ import torch
 from accuracy import Results, check_all, check_equal, evaluate, random_cotangent, truth_and_peer
 from cases import CASES, OPERATORS, Case, Inputs, make_inputs
 
-from dcconv import autograd, backends, functional
+from dcconv import autograd, backends, functional, reference
 from dcconv.keep import NOTHING, OUTPUT
 
 pytestmark = pytest.mark.backend("cpu")
@@ -93,6 +93,52 @@ def test_products_of_every_shape(isa: str, case: Case, layout: str) -> None:
     got = run("own", inputs, cotangent)
     assert torch.ops.dcconv.cpu_scheme_taken() == ("own" if case.stride == 1 else "library")
     check_all(f"{isa} {case.id}", got, truth, peer, torch.float32)
+
+
+# Filters in one, several and partial vectors; groups of whole ones.
+TANH_COSINE = (
+    Case("c12-o70-k1", 2, 12, 7, 9, 70, (1, 1)),
+    Case("c400-o48-k1", 2, 400, 5, 5, 48, (1, 1)),
+    Case("c20-o34-k1-s2", 2, 20, 9, 8, 34, (1, 1), stride=2),
+    Case("c4-o16-k3", 2, 4, 7, 8, 16, (3, 3), padding=1),
+    Case("c8-o64-k3-g2", 2, 8, 6, 7, 64, (3, 3), padding=1, groups=2),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", TANH_COSINE, ids=lambda case: case.id)
+def test_tanh_cosine_from_small_to_saturated(isa: str, case: Case, dtype: torch.dtype) -> None:
+    """In the registers of a product, which keeps y alone, and in passes of its own."""
+    for weighting, bias in (("none", False), ("linear", True)):
+        inputs = make_inputs(
+            case, dtype, "channels_last", norm="given", weighting=weighting, bias=bias, alpha=1.3
+        )
+        inputs.tensors["radius"] *= torch.logspace(-2, 3, case.o)[torch.randperm(case.o)]
+        truth, peer = truth_and_peer(inputs, None)
+        for scheme in ("own", "library"):
+            for keep in ("output", "dot"):
+                got = run(scheme, inputs, None, keep="dot" if bias else keep)
+                check_all(f"{isa} {case.id} {weighting} {scheme}", got, truth, peer, dtype)
+
+
+@pytest.mark.parametrize("scheme", ["own", "library"])
+def test_tanh_cosine_keeps_infinity_and_nan_to_their_places(isa: str, scheme: str) -> None:
+    x = torch.ones(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    x[0, :, 2, 3] = 1e25  # its squares overflow
+    x[0, 5, 4, 4] = torch.nan
+    weight = torch.ones(32, 16, 1, 1) / 16
+    radius = torch.full((32,), 4.0)
+    radius[7] = torch.nan
+    torch.ops.dcconv.set_cpu_scheme(scheme)
+    y = functional.decoupled_conv2d(x, weight, radius=radius, backend="cpu")[0]
+    usual = torch.ones(8, 8, dtype=torch.bool)
+    usual[2, 3] = usual[4, 4] = False
+    fine = torch.arange(32) != 7
+    assert bool(y[7].isnan().all())
+    assert bool(y[:, 4, 4].isnan().all())
+    assert bool((y[fine, 2, 3] == 0.0).all())
+    want = reference.decoupled_conv2d(x.double(), weight.double(), radius=radius.double())[0]
+    check_equal("elsewhere", y[fine][:, usual], want[fine][:, usual].float())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])

@@ -91,7 +91,9 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   const Parameters<A> parameters(
       plan.shape, filters, static_cast<const A*>(compute_weight.const_data_ptr())
   );
+  const TanhCosineScales scales(call, filters);
   p.filters = parameters.pointers;
+  p.scales = scales.pointers();
   p.y = y.mutable_data_ptr();
   p.dot = in.keep_dot ? dot.mutable_data_ptr() : nullptr;
   run();

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
+#include "cpu/pixels.h"
 #include "cpu/rows.h"
+#include "cpu/tanh_cosine.h"
 #include "cpu/tile.h"
 
 namespace dcconv {
@@ -134,8 +136,51 @@ void epilogue_planar(const EpilogueParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// Tanh x cosine of a row of filters.
+template <bool kSaturates, class T, class U>
+void tanh_cosine_row(
+    const EpilogueParams& p, int64_t filter, int64_t end, float b, int64_t offset
+) {
+  const Vector s = Vector{} + b * b;
+  const U* u = static_cast<const U*>(p.u) + offset;
+  T* y = static_cast<T*>(p.y) + offset;
+  T* dot = p.dot == nullptr ? nullptr : static_cast<T*>(p.dot) + offset;
+  for (; filter < end; filter += kLanes) {
+    Vector v;
+    load_pixels<float>(v, u + filter);
+    if (dot != nullptr)
+      store_pixels(dot + filter, v);
+    store_pixels(y + filter, TanhCosine(*p.scales, filter).value<kSaturates>(v, s));
+  }
+}
+
+template <class T, class U>
+void tanh_cosine_channels_last(const EpilogueParams& p, int64_t begin, int64_t end) {
+  const Positions& shape = p.shape;
+  const int64_t per_group = shape.filters_per_group();
+  const float* norm = static_cast<const float*>(p.norm);
+  float most = 0.0f;
+  for (int64_t i = 0; i * kScaleGroup < shape.o; ++i)
+    most = std::max(most, p.scales->most[i]);
+  const int64_t last = std::min(end * shape.task_rows(), shape.n * shape.pixels);
+  for (int64_t row = begin * shape.task_rows(); row < last; ++row)
+    for (int64_t group = 0; group < shape.groups; ++group) {
+      const float b = norm[row * shape.groups + group];
+      const int64_t from = group * per_group;
+      const auto finish =
+          b * b * most > kSaturated ? tanh_cosine_row<true, T, U> : tanh_cosine_row<false, T, U>;
+      finish(p, from, from + per_group, b, row * shape.o);
+    }
+}
+
 template <class T, class U, class A>
 void epilogue(const EpilogueParams& p, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<A, float>)
+    if (p.scales != nullptr && !p.shape.h_per_position && p.shape.channels_last &&
+        p.shape.filters_per_group() % kLanes == 0) {
+      tanh_cosine_channels_last<T, U>(p, begin, end);
+      return;
+    }
   if (p.shape.channels_last) {
     epilogue_channels_last<T, U, A>(p, begin, end);
   } else {

@@ -49,11 +49,13 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
     }
   }
   const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, compute_bias);
+  const TanhCosineScales scales(call, filters);
 
   EpilogueParams p{};
   p.op = call.op;
   p.filters = filters.pointers();
   p.bias = filters.bias.empty() ? nullptr : filters.bias.data();
+  p.scales = scales.pointers();
   const int64_t image_map = shape.groups * shape.output_pixels();
   const int64_t image_output = shape.o * shape.output_pixels();
   for (int64_t first = 0; first < std::max<int64_t>(shape.n, 1); first += call.chunk) {

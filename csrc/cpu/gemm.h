@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/tanh_cosine.h"
 #include "cpu/vector.h"
 
 namespace dcconv {
@@ -27,11 +28,38 @@ constexpr int64_t kDepth = 384;
 struct ProductTile {
   const float *a, *b;
   float* c;
+  const float* norm;       // of the first row; null unless these are the last sums of tanh x cosine
+  int64_t column;          // the first one
   int64_t columns;         // of c that exist
   int64_t segments, k;     // sums of `segments` times k products
   const int64_t* offsets;  // of the segments in a
   bool add;
 };
+
+// Tanh x cosine of the dot products of a tile, in place.
+template <int kRows, int kWidth>
+DC_HD void
+finish_tile(const GemmParams& p, const ProductTile& tile, Vector (&sums)[kRows][kWidth]) {
+  float squares[kRows], most = 0.0f;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    squares[i] = tile.norm[i] * tile.norm[i];
+    most = std::max(most, squares[i]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kWidth; ++j) {
+    const TanhCosine f(*p.scales, tile.column + j * kLanes);
+    if (f.saturates(most)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+        sums[i][j] = f.value<true>(sums[i][j], Vector{} + squares[i]);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+        sums[i][j] = f.value<false>(sums[i][j], Vector{} + squares[i]);
+    }
+  }
+}
 
 template <int kRows, int kWidth>
 void product_tile(const GemmParams& p, const ProductTile& tile) {
@@ -61,6 +89,17 @@ void product_tile(const GemmParams& p, const ProductTile& tile) {
       b += b_k;
     }
   }
+  if (tile.add)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kWidth; ++j) {
+        const float* c = tile.c + i * p.c_row + j * kLanes;
+        const int64_t left = tile.columns - j * kLanes;
+        sums[i][j] += left >= kLanes ? load_vector(c) : load_lanes(c, left);
+      }
+  if (tile.norm != nullptr)
+    finish_tile(p, tile, sums);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -68,12 +107,11 @@ void product_tile(const GemmParams& p, const ProductTile& tile) {
       float* c = tile.c + i * p.c_row + j * kLanes;
       const int64_t left = tile.columns - j * kLanes;
       if (left >= kLanes) {
-        store_vector(c, tile.add ? load_vector(c) + sums[i][j] : sums[i][j]);
+        store_vector(c, sums[i][j]);
       } else {
         float rest[kLanes];
         store_vector(rest, sums[i][j]);
-        for (int64_t lane = 0; lane < left; ++lane)
-          c[lane] = tile.add ? c[lane] + rest[lane] : rest[lane];
+        std::copy_n(rest, left, c);
       }
     }
 }
@@ -110,8 +148,9 @@ DC_HD ProductFunction pick_product(int64_t rows, int64_t vectors) {
 
 // All tiles of one part of the sums: rows split evenly, so that no tile is much lower than others.
 inline void product_part(const GemmParams& p, ProductTile tile) {
-  const float *a = tile.a, *b = tile.b;
+  const float *a = tile.a, *b = tile.b, *norm = tile.norm;
   for (int64_t column = 0; column < p.n; column += kPanel) {
+    tile.column = column;
     tile.columns = std::min(kPanel, p.n - column);
     tile.b = b + column / kPanel * p.b_panel;
     const int64_t vectors = (tile.columns + kLanes - 1) / kLanes;
@@ -123,6 +162,7 @@ inline void product_part(const GemmParams& p, ProductTile tile) {
     for (int64_t i = 0; i < tiles; ++i) {
       tile.a = a + row * p.a_row;
       tile.c = p.c + row * p.c_row + column;
+      tile.norm = norm == nullptr ? nullptr : norm + row;
       (i < taller ? tall : low)(p, tile);
       row += i < taller ? each + 1 : each;
     }
@@ -140,6 +180,8 @@ inline void gemm(const GemmParams& p) {
       tile.offsets = p.a_offsets + segment;
       tile.a = p.a + k * p.a_k;
       tile.b = p.b + segment * p.b_segment + k * p.b_k;
+      const bool last = segment + together >= p.segments && k + kDepth >= p.k;
+      tile.norm = last && p.scales != nullptr ? p.norm : nullptr;
       product_part(p, tile);
       tile.add = true;
     }

@@ -62,11 +62,12 @@ struct EpilogueParams {
   Positions shape;
   Operator op;
   Filters filters;
-  const void* u;     // dot products, library dtype
-  const void* norm;  // b, [n, pixels, groups] or [n, groups, pixels], compute dtype
-  const void* bias;  // [repeat * o], compute dtype, or null
-  void* y;           // storage dtype; may be u
-  void* dot;         // copy of u in storage dtype, or null
+  const void* u;               // dot products, library dtype
+  const void* norm;            // b, [n, pixels, groups] or [n, groups, pixels], compute dtype
+  const void* bias;            // [repeat * o], compute dtype, or null
+  void* y;                     // storage dtype; may be u
+  void* dot;                   // copy of u in storage dtype, or null
+  const FilterScales* scales;  // null unless the operator is tanh x cosine in float
 };
 
 // Column sums that a backward call needs, each [o] per task.
@@ -169,6 +170,10 @@ struct GemmParams {
   float* c;
   int64_t c_row;
   bool add;
+  // Null, or c becomes tanh x cosine of the dot products: its columns are filters, and b of its
+  // rows is in norm.
+  const FilterScales* scales;
+  const float* norm;
 };
 
 // c = a b^T, or c + a b^T: a [m, k] and b [n, k] with neighbouring values in rows.

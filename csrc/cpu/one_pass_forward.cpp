@@ -18,8 +18,21 @@ struct Pass {
   double eps;
   bool norms;  // whether norms are computed here
 
-  // y, which holds u, to its values; `first` is its first position.
+  // Products that write y from position `first` on: its values where the product makes them, else
+  // u.
+  void write(GemmParams& p, int64_t first) const {
+    p.c = y + first * call.shape.o;
+    p.c_row = call.shape.o;
+    if (dot == nullptr) {
+      p.scales = epilogue.scales;
+      p.norm = norm + first;
+    }
+  }
+
+  // y, which holds u, to its values, unless it has them; `first` is its first position.
   void finish(int64_t first, int64_t count) const {
+    if (dot == nullptr && epilogue.scales != nullptr)
+      return;
     EpilogueParams p = epilogue;
     const int64_t offset = first * call.shape.o;
     p.shape.n = 1;
@@ -40,7 +53,7 @@ struct Pass {
 
 void pointwise(const Pass& pass) {
   const Call& call = pass.call;
-  const int64_t c = call.shape.c, o = call.shape.o, positions = call.shape.positions();
+  const int64_t c = call.shape.c, positions = call.shape.positions();
   const int64_t block = pointwise_block(call.shape);
   run_tasks((positions + block - 1) / block, [&](int64_t begin, int64_t end) {
     const Scratch sums(block);
@@ -60,8 +73,7 @@ void pointwise(const Pass& pass) {
       p.a_row = c;
       p.a_k = 1;
       p.a_offsets = &offset;
-      p.c = pass.y + first * o;
-      p.c_row = o;
+      pass.write(p, first);
       call.table.gemm(p);
       pass.finish(first, count);
     }
@@ -129,7 +141,7 @@ int64_t window_block(const ConvShape& shape) {
 void windows(const Pass& pass) {
   const Call& call = pass.call;
   const ConvShape& shape = call.shape;
-  const int64_t o = shape.o, q = shape.columns.output;
+  const int64_t q = shape.columns.output;
   const int64_t block = window_block(shape), blocks = (shape.rows.output + block - 1) / block;
   const PaddedRows padded(shape);
   const std::vector<int64_t> offsets = patch_offsets(shape, padded.row(), shape.c);
@@ -155,10 +167,9 @@ void windows(const Pass& pass) {
       p.a_row = shape.columns.stride * shape.c;
       p.a_k = 1;
       p.a_offsets = offsets.data();
-      p.c_row = o;
       for (int64_t i = 0; i < count; ++i) {
         p.a = patches + i * shape.rows.stride * padded.row();
-        p.c = pass.y + (position + (first + i) * q) * o;
+        pass.write(p, position + (first + i) * q);
         call.table.gemm(p);
       }
       pass.finish(position + first * q, count * q);
@@ -188,11 +199,13 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   if (in.bias.has_value())
     bias = to_dtype(*in.bias, call.compute);
   const FilterVectors<float> vectors(call, weight.a, in.radius, factor, in.k, bias);
+  const TanhCosineScales scales(call, vectors);
   EpilogueParams epilogue{};
   epilogue.shape = positions_of(call, shape.n, vectors.radius_per_filter);
   epilogue.op = call.op;
   epilogue.filters = vectors.pointers();
   epilogue.bias = vectors.bias.empty() ? nullptr : vectors.bias.data();
+  epilogue.scales = scales.pointers();
   std::optional<PackedFilters> packed;
   if (last)
     packed.emplace(call, weight.stored, false);

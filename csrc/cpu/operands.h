@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/directions.h"
@@ -104,6 +105,50 @@ struct FilterVectors {
   Filters pointers() const {
     return {a.data(), inverse_a.data(), rho.data(), inverse_rho.data(), k.data()};
   }
+};
+
+// The factors of tanh x cosine; none for other operators and in double.
+class TanhCosineScales {
+public:
+  template <class A>
+  TanhCosineScales(const Call& call, const FilterVectors<A>& filters) {
+    if constexpr (std::is_same_v<A, float>) {
+      const Operator& op = call.op;
+      if (op.magnitude != magnitude_index(portable::Tanh::name, "none") ||
+          op.angular != index_of(portable::Angulars{}, portable::Cosine::name, "angular function"))
+        return;
+      constexpr int64_t whole = 4 * kScaleGroup;  // the widest panel of a product
+      const int64_t o = call.shape.o, count = (o + whole - 1) / whole * whole;
+      for (std::vector<float>* v : {&scale_, &slope_, &factor_, &bias_})
+        v->assign(static_cast<std::size_t>(count), 0.0f);
+      most_.assign(static_cast<std::size_t>(count / kScaleGroup), 0.0f);
+      for (std::size_t i = 0; i < static_cast<std::size_t>(o); ++i) {
+        const float inverse_rho = filters.inverse_rho[i];
+        scale_[i] = inverse_rho * inverse_rho;
+        factor_[i] = float(op.alpha) * filters.inverse_a[i];
+        if (op.times_a)
+          factor_[i] *= filters.a[i];
+        slope_[i] = 2.0f * factor_[i] * inverse_rho;
+        if (!filters.bias.empty())
+          bias_[i] = filters.bias[i];
+        float& most = most_[i / kScaleGroup];
+        most = std::max(most, scale_[i]);
+      }
+      pointers_ = {
+          scale_.data(),
+          slope_.data(),
+          factor_.data(),
+          filters.bias.empty() ? nullptr : bias_.data(),
+          most_.data()
+      };
+    }
+  }
+
+  const FilterScales* pointers() const { return scale_.empty() ? nullptr : &pointers_; }
+
+private:
+  std::vector<float> scale_, slope_, factor_, bias_, most_;
+  FilterScales pointers_{};
 };
 
 // Whether the magnitude depends on the norm of the filter.

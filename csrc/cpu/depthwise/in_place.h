@@ -4,9 +4,10 @@
 
 #include <vector>
 
-#include "cpu/depthwise/tanh_cosine.h"
+#include "cpu/depthwise/lanes.h"
 #include "cpu/depthwise/window.h"
 #include "cpu/epilogue.h"
+#include "cpu/tanh_cosine.h"
 
 namespace dcconv {
 namespace cpu {
@@ -25,6 +26,7 @@ struct WindowRun {
   Window<T, A> window;
   BlockFilters<A> filters;
   Operator op;
+  const FilterScales* scales;
   int64_t fresh;  // the first output that no run before had
   int64_t map_pitch, y_pitch;
   A* map;  // or null
@@ -72,7 +74,20 @@ void window_run(const WindowRun<T, A>& p) {
         for (int i = 0; i < kRun; ++i)
           store_pixels(p.dot + i * p.y_pitch + lane, dots[i]);
     if constexpr (kFinish == Finish::tanh_cosine) {
-      TanhCosine(p.filters, lane, p.op).apply(dots, sums);
+      const TanhCosine f(*p.scales, p.window.channel + lane);
+      Vector most = sums[0];
+#pragma GCC unroll 8
+      for (int i = 1; i < kRun; ++i)
+        most = sums[i] > most ? sums[i] : most;
+      if (f.saturates(most)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRun; ++i)
+          dots[i] = f.value<true>(dots[i], sums[i]);
+      } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRun; ++i)
+          dots[i] = f.value<false>(dots[i], sums[i]);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kRun; ++i)
         store_pixels(p.y + i * p.y_pitch + lane, dots[i]);
@@ -136,15 +151,16 @@ public:
     WindowRun<T, A>& r = run_;
     r.window.eps = A(p.eps);
     r.op = p.op;
+    r.scales = p.scales;
     r.map_pitch = s_.c;
     r.y_pitch = s_.o;
     r.magnitude = pick_magnitude_lanes<A>(Magnitudes{}, WeightedMagnitudes{}, p.op);
     r.angular = pick_angular_lanes<T, A>(Angulars{}, p.op.angular, p.filters.bias != nullptr);
     const int64_t elements = s_.n * s_.c * (s_.rows.input * s_.columns.input + s_.pixels());
     fetches_ = elements * int64_t{sizeof(T)} > kAheadBytes;
-    const Finish finish = p.y == nullptr         ? Finish::norms
-                          : TanhCosine::is(p.op) ? Finish::tanh_cosine
-                                                 : Finish::functions;
+    const Finish finish = p.y == nullptr        ? Finish::norms
+                          : p.scales != nullptr ? Finish::tanh_cosine
+                                                : Finish::functions;
     long_run_ = pick<kLongRun>(finish);
     short_run_ = pick<kShortRun>(finish);
   }

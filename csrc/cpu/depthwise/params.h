@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/filter_scales.h"
 #include "operator.h"
 #include "shape.h"
 
@@ -65,6 +66,7 @@ struct DepthwiseParams {
   DepthwiseShape shape;
   Operator op;
   DepthwiseFilters filters;
+  const FilterScales* scales;  // null unless the operator is tanh x cosine in float
   double eps;
   const int64_t* row_sources;     // [padded rows]
   const int64_t* column_sources;  // [padded columns]

@@ -3,8 +3,7 @@
 // squared once.
 #pragma once
 
-#include "cpu/depthwise/direct.h"
-#include "storage.h"
+#include "cpu/pixels.h"
 
 namespace dcconv {
 namespace cpu {
@@ -14,37 +13,6 @@ namespace DCCONV_ISA {
 // of 16 registers are shorter. Sizes of images of common networks are multiples of 7.
 constexpr int kLongRun = DCCONV_LANES == 16 ? 7 : 3;
 constexpr int kShortRun = DCCONV_LANES == 16 ? 4 : 2;
-
-// 64 bytes of compute values from storage values.
-template <class A>
-DC_HD void load_pixels(typename Lanes<A>::Vector& v, const A* p) {
-  load_vector<A>(v, p);
-}
-
-template <class A>
-DC_HD void load_pixels(typename Lanes<A>::Vector& v, const BFloat16* p) {
-  static_assert(sizeof(A) == sizeof(float));
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-  Halves halves;
-  std::memcpy(&halves, p, sizeof(halves));
-  v = (typename Lanes<A>::Vector)(__builtin_convertvector(halves, Words) << 16);
-}
-
-DC_HD void store_pixels(float* p, const Lanes<float>::Vector& v) {
-  store_vector<float>(p, v);
-}
-
-// As Store<BFloat16> rounds.
-DC_HD void store_pixels(BFloat16* p, const Lanes<float>::Vector& v) {
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-  const Words bits = (Words)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Words nan = Words{} + 0x7fc0u;
-  const Halves halves =
-      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
-  std::memcpy(p, &halves, sizeof(halves));
-}
 
 template <class T, class A>
 struct Window {
