@@ -44,6 +44,15 @@ inline bool is_pointwise(const ConvShape& shape) {
   return plain(shape.rows) && plain(shape.columns);
 }
 
+// A window of one pixel without padding: x at some of its pixels, which a copy makes rows of one
+// matrix.
+inline bool is_sampled(const ConvShape& shape) {
+  const auto bare = [](const Axis& axis) {
+    return axis.kernel == 1 && axis.before == 0 && axis.after == 0;
+  };
+  return shape.channels_last && bare(shape.rows) && bare(shape.columns);
+}
+
 // Whether the kernels of gemm.h compute the call at all.
 inline bool one_pass_fits(const Call& call, bool backward) {
   const ConvShape& shape = call.shape;
@@ -97,7 +106,7 @@ inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) 
     if (!shape.channels_last)
       return shape.output_pixels() >= 16;
     const bool packs_little = shape.o * shape.filter_size() <= (int64_t{1} << 15);
-    return (pointwise || shallow) && (packs_little || shape.positions() >= 512);
+    return (is_sampled(shape) || shallow) && (packs_little || shape.positions() >= 512);
   }
   if (pointwise) {
     // In contiguous layout a block ends with its image: 1.5 : 1.2 for [8, 256, 14, 14] -> 1024,

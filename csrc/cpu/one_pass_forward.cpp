@@ -43,11 +43,27 @@ struct Pass {
     call.table.epilogue(p, 0, p.shape.tasks());
   }
 
-  // Sums of squares of the pixels from `first` on.
-  void squares(int64_t first, int64_t count, float* sums) const {
-    const int64_t c = call.shape.c;
-    const PixelSumsqParams p{1, count, c, 1, true, x + first * c, sums};
+  // Sums of squares of `count` pixels.
+  void squares(const float* pixels, int64_t count, float* sums) const {
+    const PixelSumsqParams p{1, count, call.shape.c, 1, true, pixels, sums};
     call.table.pixel_sumsq(p, 0, p.tasks());
+  }
+
+  // The pixels of x that positions [first, first + count) see, where windows are single pixels: x
+  // itself where they are neighbours, else a copy in `scratch`.
+  const float* sample(int64_t first, int64_t count, float* scratch) const {
+    const ConvShape& s = call.shape;
+    if (is_pointwise(s))
+      return x + first * s.c;
+    for (int64_t i = first; i < first + count; ++i, scratch += s.c) {
+      const int64_t image = i / s.output_pixels(), pixel = i % s.output_pixels();
+      const int64_t row = pixel / s.columns.output * s.rows.stride;
+      const int64_t column = pixel % s.columns.output * s.columns.stride;
+      std::copy_n(
+          x + (image * s.input_pixels() + row * s.columns.input + column) * s.c, s.c, scratch
+      );
+    }
+    return scratch - count * s.c;
   }
 };
 
@@ -56,12 +72,13 @@ void pointwise(const Pass& pass) {
   const int64_t c = call.shape.c, positions = call.shape.positions();
   const int64_t block = pointwise_block(call.shape);
   run_tasks((positions + block - 1) / block, [&](int64_t begin, int64_t end) {
-    const Scratch sums(block);
+    const Scratch sums(block), rows(is_pointwise(call.shape) ? 0 : block * c);
     const int64_t offset = 0, source = 0;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * block, count = std::min(block, positions - first);
+      const float* x = pass.sample(first, count, rows.get());
       if (pass.norms) {
-        pass.squares(first, count, sums.get());
+        pass.squares(x, count, sums.get());
         const Axis one{1, 1, 1, 1, 1, 0, 0, PaddingMode::zeros};
         const Axis line{count, count, 1, 1, 1, 0, 0, PaddingMode::zeros};
         const WindowParams window{1, 1, one, line, &source, nullptr, pass.eps};
@@ -69,7 +86,7 @@ void pointwise(const Pass& pass) {
       }
       GemmParams p = pass.filters->product(call.table, 1);
       p.m = count;
-      p.a = pass.x + first * c;
+      p.a = x;
       p.a_row = c;
       p.a_k = 1;
       p.a_offsets = &offset;
@@ -156,7 +173,11 @@ void windows(const Pass& pass) {
       if (pass.norms) {
         const auto [low, high] = padded.shown(first, count);
         const int64_t skipped = low * shape.columns.input;
-        pass.squares(pixel + skipped, (high - low) * shape.columns.input, sums.get() + skipped);
+        pass.squares(
+            pass.x + (pixel + skipped) * shape.c,
+            (high - low) * shape.columns.input,
+            sums.get() + skipped
+        );
         call.table.window_norm(
             window, sums.get(), pass.norm + position, nullptr, first, first + count
         );
@@ -222,7 +243,7 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   };
   if (!last) {
     planar_pointwise(pass, static_cast<const float*>(weight.stored.const_data_ptr()));
-  } else if (is_pointwise(shape)) {
+  } else if (is_sampled(shape)) {
     pointwise(pass);
   } else {
     windows(pass);
