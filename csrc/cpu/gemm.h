@@ -251,7 +251,19 @@ inline void pack_panels(const PanelParams& p, int64_t begin, int64_t end) {
     const int64_t columns = std::min(kPanel, p.n - panel * kPanel);
     const float* from = p.from + panel * kPanel * p.from_n;
     float* to = p.to + panel * p.to_panel;
-    for (int64_t k = 0; k < p.k; ++k) {
+    int64_t k = 0;
+    // A cache line of a column at once: lines of all columns together may not stay in cache.
+    constexpr int64_t kLine = 16;
+    if (p.from_k == 1)
+      for (; k + kLine <= p.k; k += kLine) {
+        for (int64_t j = 0; j < columns; ++j)
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLine; ++i)
+            to[(k + i) * kPanel + j] = from[k + i + j * p.from_n];
+        for (int64_t i = k; i < k + kLine; ++i)
+          std::fill(to + i * kPanel + columns, to + (i + 1) * kPanel, 0.0f);
+      }
+    for (; k < p.k; ++k) {
       for (int64_t j = 0; j < columns; ++j)
         to[k * kPanel + j] = from[k * p.from_k + j * p.from_n];
       std::fill(to + k * kPanel + columns, to + (k + 1) * kPanel, 0.0f);

@@ -84,17 +84,18 @@ inline int64_t most_groups(const ConvShape& shape) {
 // times of F.conv2d on one core with AVX-512, forward and forward with backward, one pass against
 // library, tanh x cosine:
 //
-//     [8, 256, 56, 56] -> 64, 1x1     0.83 : 1.21   0.90 : 1.24
-//     [8, 64, 56, 56] -> 256, 1x1     1.14 : 1.41   1.18 : 1.57
-//     [8, 512, 7, 7] -> 2048, 1x1     1.05 : 1.12   1.33 : 1.15   few positions, large filters
-//     [8, 256, 56, 56] -> 512, 1x1/2  1.19 : 1.30
-//     [8, 1024, 14, 14] -> 2048, /2   1.11 : 1.08
-//     [64, 16, 32, 32] -> 16, 3x3     1.45 : 1.51   1.53 : 1.56
-//     [8, 32, 56, 56] -> 32, 3x3      1.16 : 1.23   1.16 : 1.24
-//     [64, 96, 32, 32] -> 96, 3x3     1.10 : 1.05
-//     [8, 3, 224, 224] -> 96, 4x4/4   1.55 : 1.83
-//     [1, 512, 7, 7] -> 2048, 1x1     2.8 : 1.1          the filters are packed for few positions
-//     [128, 256, 1, 1] -> 64, 1x1     7.1 : 2.9          contiguous: vectors of one pixel
+//     [8, 256, 56, 56] -> 64, 1x1     0.79 : 1.17   0.90 : 1.24
+//     [8, 64, 56, 56] -> 256, 1x1     0.98 : 1.25   1.18 : 1.57
+//     [8, 512, 7, 7] -> 2048, 1x1     0.87 : 1.08   1.33 : 1.15   few positions, large filters
+//     [8, 256, 56, 56] -> 512, 1x1/2  1.05 : 1.15
+//     [8, 1024, 14, 14] -> 2048, /2   0.88 : 1.18
+//     [64, 16, 32, 32] -> 16, 3x3     1.20 : 1.44   1.53 : 1.56
+//     [8, 32, 56, 56] -> 32, 3x3      1.08 : 1.24   1.16 : 1.24
+//     [64, 96, 32, 32] -> 96, 3x3     1.06 : 1.04
+//     [8, 3, 224, 224] -> 96, 4x4/4   1.25 : 1.60
+//     [2, 512, 7, 7] -> 2048, 1x1     1.13 : 1.21
+//     [1, 512, 7, 7] -> 2048, 1x1     1.67 : 1.33         the filters are packed for few positions
+//     [128, 256, 1, 1] -> 64, 1x1     7.1 : 2.9           contiguous: vectors of one pixel
 //
 // Windows of long filters are the library's: its products are as fast and it reads patches better.
 inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) {
@@ -106,7 +107,7 @@ inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) 
     if (!shape.channels_last)
       return shape.output_pixels() >= 16;
     const bool packs_little = shape.o * shape.filter_size() <= (int64_t{1} << 15);
-    return (is_sampled(shape) || shallow) && (packs_little || shape.positions() >= 512);
+    return (is_sampled(shape) || shallow) && (packs_little || shape.positions() >= 96);
   }
   if (pointwise) {
     // In contiguous layout a block ends with its image: 1.5 : 1.2 for [8, 256, 14, 14] -> 1024,
