@@ -273,7 +273,9 @@ def backward(
         sums |= SUM_BIAS
     factor = mean if batch_mean else norm_mean
     positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
-    rows = partial_rows(x, positions, problem.groups, channels_last)
+    # Triton's programs span channels in both layouts.
+    spans = channels_last or namespace != COMPILED
+    rows = partial_rows(x, positions, problem.groups, spans)
     grad_u, t, parts = passes.conv2d_grad_dot(
         grad_y,
         kept_tensor,
