@@ -135,16 +135,22 @@ def grad_dot_kernel(
 
 
 @triton.jit
-def column_sums_kernel(parts, totals, rows, count, WAYS: tl.constexpr, BLOCK: tl.constexpr):
-    """parts [kinds, rows, count] -> totals [kinds, count], summed in totals' dtype."""
+def column_sums_kernel(
+    parts, totals, rows, count, WIDE: tl.constexpr, WAYS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """parts [kinds, rows, count] -> totals [kinds, count], summed in float64 if WIDE."""
     blocks = (count + BLOCK - 1) // BLOCK
     program = tl.program_id(0).to(tl.int64)
     kind = program // blocks
     i = (program - kind * blocks) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([WAYS, BLOCK], totals.dtype.element_ty)
+    total = tl.zeros([WAYS, BLOCK], tl.float64 if WIDE else tl.float32)
     for start in range(0, rows, WAYS):
         row = start + tl.arange(0, WAYS)
         at = (kind * rows + row)[:, None] * count + i[None, :]
         mask = (row < rows)[:, None] & (i < count)[None, :]
-        total += tl.load(parts + at, mask=mask, other=0.0).to(totals.dtype.element_ty)
-    tl.store(totals + kind * count + i, tl.sum(total, axis=0), mask=i < count)
+        total += tl.load(parts + at, mask=mask, other=0.0).to(total.dtype)
+    value = tl.sum(total, axis=0)
+    if totals.dtype.element_ty != tl.float64:
+        # Not every target rounds from float64 to bfloat16.
+        value = value.to(tl.float32)
+    tl.store(totals + kind * count + i, value, mask=i < count)

@@ -39,6 +39,16 @@ def windows(
     )
 
 
+def slots(padding: list[int], padding_mode: str) -> tuple[int, int]:
+    """Return how many padded rows, and columns, show a row or column at most."""
+    top, bottom, left, right = padding
+    if padding_mode == "zeros":
+        return 1, 1
+    if padding_mode == "replicate":
+        return 1 + top + bottom, 1 + left + right
+    return 3, 3
+
+
 def number_of(parameter: Tensor | None) -> str:
     """Return whether there is one value, one per filter or none."""
     if parameter is None:

@@ -42,6 +42,7 @@ from dcconv.triton_impl.operands import (
     layout,
     number_of,
     per_position,
+    slots,
     windows,
 )
 
@@ -466,20 +467,20 @@ def conv2d_grad_dot(
                 EXACT=tiles.exact,
             )
     if wants_t and tiles.chunks > 1:
-        t = _column_sums(t.view(1, tiles.chunks, count), COMPUTE).view(count)
+        chunks = t.view(1, tiles.chunks, count)
+        t = a.new_empty(count)
+        column_sums(chunks, t, False)
     return grad_u, t, parts
 
 
-def _column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """[kinds, rows, count] -> [kinds, count]."""
+def column_sums(parts: Tensor, totals: Tensor, wide: bool) -> None:
+    """Fill totals, [kinds, count], with sums of [kinds, rows, count], in float64 if ``wide``."""
     kinds, rows, count = parts.shape
-    totals = parts.new_empty((kinds, count), dtype=dtype)
     if totals.numel() > 0:
         with on_device(parts):
             wrap_triton(column_sums_kernel)[(kinds * blocks(count, SUM_FILTERS),)](
-                parts, totals, rows, count, WAYS=SUM_ROWS, BLOCK=SUM_FILTERS
+                parts, totals, rows, count, WIDE=wide, WAYS=SUM_ROWS, BLOCK=SUM_FILTERS
             )
-    return totals
 
 
 @op("conv2d_grad_filters", fakes._conv2d_grad_filters_fake)
@@ -497,7 +498,9 @@ def conv2d_grad_filters(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     filters = weight.shape[0]
-    totals = _column_sums(parts, torch.float64) if sums else a.new_empty(0, dtype=torch.float64)
+    totals = a.new_empty((parts.shape[0], filters) if sums else 0, dtype=torch.float64)
+    if sums:
+        column_sums(parts, totals, True)
 
     def total(bit: int) -> Tensor:
         return totals[bin(sums & (bit - 1)).count("1")] if sums & bit else totals
@@ -594,8 +597,7 @@ def _grad_input(
     p, q = windows(h, w, kernel_size, stride, padding, dilation)
     tiles = tiling(n, h * w, c, groups, channels_last)
     top, bottom, left, right = padding
-    slots = {"zeros": (1, 1), "replicate": (1 + top + bottom, 1 + left + right)}
-    row_slots, column_slots = slots.get(padding_mode, (3, 3))
+    row_slots, column_slots = slots(padding, padding_mode)
     if x.numel() > 0:
         with on_device(x):
             wrap_triton(grad_input_kernel)[(tiles.tiles * tiles.all_chunks,)](

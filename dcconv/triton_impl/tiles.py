@@ -169,7 +169,7 @@ def showing(i, slot, before, after, size, MODE: tl.constexpr):
         index = tl.where(slot == 0, own, tl.where(slot == 1, low, high))
         low_shown = (i > 0) & (low >= 0)
         high_shown = (i < size - 1) & (high < before + size + after)
-        shown = (slot == 0) | ((slot == 1) & low_shown) | ((slot == 2) & high_shown)
+        shown = tl.where(slot == 0, i >= 0, tl.where(slot == 1, low_shown, high_shown))
     elif MODE == "circular":
         low = own - size
         high = own + size
@@ -178,8 +178,8 @@ def showing(i, slot, before, after, size, MODE: tl.constexpr):
     elif MODE == "replicate":
         index = tl.where(slot == 0, own, slot - 1)
         index = tl.where(slot > before, size + slot - 1, index)
-        edge = ((slot <= before) & (i == 0)) | ((slot > before) & (i == size - 1))
-        shown = (slot == 0) | edge
+        edge = tl.where(slot <= before, i == 0, i == size - 1)
+        shown = tl.where(slot == 0, i >= 0, edge)
     else:
         index = own
         shown = i >= 0
