@@ -256,14 +256,22 @@ def compose_input_gradient(
     return grad_x
 
 
-def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+def weight_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    namespace: str = plan_a.COMPILED,
+) -> Tensor:
     """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
     channels_last = ops.memory_format(x, weight) == torch.channels_last
     positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
-    rows = plan_a.partial_rows(x, positions, problem.groups, channels_last)
+    # Triton's programs span channels in both layouts.
+    spans = channels_last or namespace != plan_a.COMPILED
+    rows = plan_a.partial_rows(x, positions, problem.groups, spans)
     # The partial sums of long filters take no more elements than grad_u.
     most = torch.sym_max(1, positions // (weight.shape[2] * weight.shape[3]))
-    grad_weight: Tensor = torch.ops.dcconv.depthwise_grad_weight(
+    grad_weight: Tensor = getattr(torch.ops, namespace).depthwise_grad_weight(
         grad_u,
         x,
         [weight.shape[2], weight.shape[3]],
