@@ -41,7 +41,7 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
     if reason is not None:
         return reason
     if kernel_of(operands.weight, problem) == DEPTHWISE:
-        return "the gradient of the input of depthwise layers is the library's"
+        return None
     if problem.padding_mode != "zeros":
         return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
     if problem.stride != (1, 1):
@@ -50,8 +50,13 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
 
 
 def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the gradient of the weight can be computed, else one sentence why not."""
-    return "the gradient of the weight is the library's"
+    """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    if kernel_of(operands.weight, problem) != DEPTHWISE:
+        return "the gradient of the weight is the library's, but for depthwise layers"
+    return None
 
 
 def _finds_norms(weight: Tensor, problem: Problem) -> bool:
@@ -90,3 +95,8 @@ def input_gradient(
     return plan_b.compose_input_gradient(
         grad_u, x, weight, t, norm_map, sigma, problem, kernel, tile, NAMESPACE
     )
+
+
+def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
+    return plan_b.weight_gradient(grad_u, x, weight, problem, NAMESPACE)

@@ -133,6 +133,9 @@ def test_large_layers(interpreter: Worker, case: str) -> None:
         "replicate",
         "circular",
         "many-filters",
+        "many-taps",
+        "many-positions",
+        "empty",
     ],
 )
 def test_depthwise(interpreter: Worker, case: str) -> None:
@@ -167,23 +170,35 @@ def test_what_plan_b_takes() -> None:
 
     def reasons(weight: torch.Tensor, problem: Problem) -> list[str | None]:
         operands = Operands(x, weight, None, None, None, None)
-        predicates = (plan_b_triton.why_not, plan_b_triton.why_not_input_gradient)
+        predicates = (
+            plan_b_triton.why_not,
+            plan_b_triton.why_not_input_gradient,
+            plan_b_triton.why_not_weight_gradient,
+        )
         return [predicate(operands, problem) for predicate in predicates]
 
     norm_free = "norm-free operators are one library convolution"
+    librarys = "the gradient of the weight is the library's, but for depthwise layers"
     assert (
-        reasons(weight, Problem()) == reasons(window, Problem(padding=(1, 0, 2, 1))) == [None] * 2
+        reasons(weight, Problem())
+        == reasons(window, Problem(padding=(1, 0, 2, 1)))
+        == [None, None, librarys]
     )
-    assert reasons(weight, Problem(magnitude="linear")) == [norm_free] * 2
+    assert reasons(weight, Problem(magnitude="linear")) == [norm_free] * 3
     assert reasons(window, Problem(stride=(1, 2))) == [
         None,
         "the gradient of the input takes stride 1, got (1, 2)",
+        librarys,
     ]
     assert reasons(window, Problem(padding_mode="reflect")) == [
         None,
         "its kernels pad with zeros, got padding_mode 'reflect'",
+        librarys,
     ]
-    assert reasons(window[:, :1], grouped)[0] is None
+    assert reasons(window[:, :1], grouped) == [None] * 3
+    everything = {"stride": (2, 3), "dilation": (2, 1), "padding_mode": "circular"}
+    assert reasons(window[:, :1], grouped._replace(**everything)) == [None] * 3
+    assert reasons(window[:, :1], grouped._replace(magnitude="linear")) == [norm_free] * 3
 
 
 def test_tiles_are_told_apart_by_their_sizes() -> None:
@@ -226,7 +241,7 @@ def test_offsets_beyond_int32(interpreter: Worker) -> None:
 
 
 def test_opcheck_of_every_op(interpreter: Worker) -> None:
-    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 14
+    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 15
 
 
 def test_schemas_are_those_of_the_compiled_library(interpreter: Worker) -> None:
@@ -299,6 +314,8 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 KERNELS = (
     "column_sums_kernel",
+    "depthwise_grad_input_kernel",
+    "depthwise_grad_weight_kernel",
     "depthwise_kernel",
     "epilogue_kernel",
     "filter_grad_kernel",
@@ -439,6 +456,28 @@ def test_products_in_tf32_compile(compiler: Worker, kernel: str) -> None:
     assert found["products"] and found["stack"] == 0, found
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("dtype", "last", "window"),
+    [
+        ("float16", True, 3),
+        ("bfloat16", True, 7),
+        ("float32", True, 5),
+        ("float16", False, 5),
+        ("float32", False, 7),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["depthwise_grad_input_kernel", "depthwise_grad_weight_kernel"])
+def test_depthwise_gradients_stay_in_registers(
+    compiler: Worker, kernel: str, dtype: str, last: bool, window: int, target: str
+) -> None:
+    """In channels_last order x, the gradients of u and of x pass in vectors of 16 bytes."""
+    found = built(compiler, kernel, target, dtype, last, window=window)
+    if last:
+        assert found["load"] == 128
+        assert found["store"] == (128 if kernel == "depthwise_grad_input_kernel" else 32)
+
+
 def test_compilers_see_the_kernels(compiler: Worker) -> None:
     """Forward: squares, window norms, filter norms, epilogue; backward: five more.
 
@@ -453,3 +492,9 @@ def test_compilers_see_the_kernels(compiler: Worker) -> None:
         "triton_kernel_wrapper_functional": 9,
         "aten.convolution_backward.default": 1,
     }
+
+
+def test_compilers_see_the_kernels_of_depthwise_layers(compiler: Worker) -> None:
+    """Forward: norms by three, one pass; backward: seven, two of them for the weight."""
+    found = compiler.ask("traced", plan="B", depthwise=True)
+    assert found == {"triton_kernel_wrapper_functional": 11}

@@ -21,6 +21,11 @@ LANES, POSITIONS = 256, 64
 # Elements of a tile: 16 per thread of four warps of 32, two 16-byte vectors of half precision.
 ELEMENTS = 2048
 
+# Tiles of depthwise gradients. In channels_last order a thread of four warps has a vector of 16
+# bytes; in contiguous order each element has an address of its own, and a thread registers for
+# four.
+GRADIENT_BYTES, GRADIENT_ELEMENTS = 2048, 512
+
 # Elements a program takes at a time of what has one dimension, and of filters.
 BLOCK = 256
 FILTER_ELEMENTS = 1024
@@ -81,6 +86,14 @@ def tiling(
         blocks(groups, by_group),
         tiles,
     )
+
+
+def gradient_tiling(
+    images: Any, pixels: Any, channels: int, groups: int, last: bool, element_size: int
+) -> Tiling:
+    """Return the cover of a tensor for a depthwise gradient."""
+    elements = GRADIENT_BYTES // element_size if last else GRADIENT_ELEMENTS
+    return tiling(images, pixels, channels, groups, last, elements)
 
 
 def filter_tile(size: int) -> tuple[int, int]:

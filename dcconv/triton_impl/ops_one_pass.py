@@ -13,9 +13,11 @@ from torch.utils.flop_counter import register_flop_formula
 from dcconv import fakes_one_pass as fakes
 from dcconv.fakes import no_flops
 from dcconv.numerics import RHO_FLOOR
-from dcconv.plan_b import IMPLICIT_GEMM
+from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM
 from dcconv.plan_b_triton import AUTOTUNED
 from dcconv.triton_impl.depthwise import depthwise_kernel
+from dcconv.triton_impl.depthwise_grad_input import depthwise_grad_input_kernel
+from dcconv.triton_impl.depthwise_grad_weight import depthwise_grad_weight_kernel
 from dcconv.triton_impl.features import INTERPRETED, twin_of
 from dcconv.triton_impl.gemm_tiles import (
     Product,
@@ -30,6 +32,7 @@ from dcconv.triton_impl.launch import (
     NAMESPACE,
     blocks,
     filter_tile,
+    gradient_tiling,
     on_device,
     op,
     tiling,
@@ -41,9 +44,14 @@ from dcconv.triton_impl.operands import (
     number_of,
     per_position,
     precision,
+    slots,
     windows,
 )
+from dcconv.triton_impl.ops import column_sums
 from dcconv.triton_impl.tuning import tuned
+
+# depthwise_grad_weight: a program has a sum per element of its tile for so many taps at most.
+TAPS = 9
 
 
 @op("filter_norm", fakes._filter_norm_fake)
@@ -289,6 +297,64 @@ def conv2d_one_pass(
     return y, norm_map, dot
 
 
+def _depthwise_grad_input(
+    grad_u: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    grad_x: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    padding_mode: str,
+    channels_last: bool,
+) -> None:
+    n, _, h, w = x.shape
+    top, bottom, left, right = padding
+    row_slots, column_slots = slots(padding, padding_mode)
+    tiles = gradient_tiling(n, h * w, groups, groups, channels_last, x.element_size())
+    with on_device(x):
+        wrap_triton(depthwise_grad_input_kernel)[(tiles.tiles * tiles.all_chunks,)](
+            grad_u,
+            weight,
+            x,
+            t,
+            norm_map,
+            dense(sigma, t),
+            grad_x,
+            n,
+            h * w,
+            groups,
+            weight.shape[0] // groups,
+            tiles.chunks,
+            tiles.all_chunks,
+            h,
+            w,
+            grad_u.shape[2],
+            grad_u.shape[3],
+            stride[0],
+            stride[1],
+            top,
+            bottom,
+            left,
+            right,
+            dilation[0],
+            dilation[1],
+            row_slots * column_slots,
+            column_slots,
+            ROWS=weight.shape[2],
+            COLUMNS=weight.shape[3],
+            MODE=padding_mode,
+            WITH_MEAN=sigma is not None,
+            LAST=channels_last,
+            P=tiles.positions,
+            BY_GROUP=tiles.by_group,
+        )
+
+
 @op("conv2d_one_pass_grad_input", fakes._conv2d_one_pass_grad_input_fake)
 def conv2d_one_pass_grad_input(
     grad_u: Tensor,
@@ -309,6 +375,23 @@ def conv2d_one_pass_grad_input(
     n, _, h, w = x.shape
     grad_x = empty_like(x, channels_last)
     if x.numel() == 0:
+        return grad_x
+    if kernel == DEPTHWISE:
+        _depthwise_grad_input(
+            grad_u,
+            weight,
+            x,
+            t,
+            norm_map,
+            sigma,
+            grad_x,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode,
+            channels_last,
+        )
         return grad_x
     channels, rows, columns = weight.shape[1:]
     filters, taps = weight.shape[0] // groups, rows * columns
@@ -358,6 +441,76 @@ def conv2d_one_pass_grad_input(
         channels_last,
     )
     return grad_x
+
+
+@op("depthwise_grad_weight", fakes._depthwise_grad_weight_fake)
+def depthwise_grad_weight(
+    grad_u: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    padding_mode: str,
+    rows: int,
+    weight_channels_last: bool,
+    channels_last: bool,
+) -> Tensor:
+    n, filters, p, q = grad_u.shape
+    grad_weight = fakes._depthwise_grad_weight_fake(
+        grad_u,
+        x,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        rows,
+        weight_channels_last,
+        channels_last,
+    )
+    taps = kernel_size[0] * kernel_size[1]
+    tap_blocks = blocks(taps, TAPS)
+    tiles = gradient_tiling(n, p * q, filters, groups, channels_last, x.element_size())
+    parts = grad_u.new_empty((1, rows, filters * taps), dtype=torch.float32)
+    with on_device(x):
+        wrap_triton(depthwise_grad_weight_kernel)[(rows * tiles.all_chunks * tap_blocks,)](
+            grad_u,
+            x,
+            parts,
+            n,
+            p * q,
+            groups,
+            filters // groups,
+            tiles.chunks,
+            tiles.all_chunks,
+            tiles.tiles,
+            blocks(tiles.tiles, rows),
+            x.shape[2],
+            x.shape[3],
+            q,
+            stride[0],
+            stride[1],
+            padding[0],
+            padding[2],
+            dilation[0],
+            dilation[1],
+            tap_blocks,
+            ROWS=kernel_size[0],
+            COLUMNS=kernel_size[1],
+            MODE=padding_mode,
+            TAPS=blocks(taps, tap_blocks),
+            LAST=channels_last,
+            P=tiles.positions,
+            IN_GROUP=tiles.in_group,
+            BY_GROUP=tiles.by_group,
+            EXACT=tiles.exact,
+        )
+    # Filters of one channel lie the same way in both layouts.
+    column_sums(parts, grad_weight, True)
+    return grad_weight
 
 
 #: Names of the ops.

@@ -27,8 +27,9 @@ from dcconv.numerics import ANGLE_DELTA, EPS
 from dcconv.ops import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
 from dcconv.problem import Operands, Problem
-from dcconv.triton_impl import gemm_tiles, launch, ops, ops_one_pass
+from dcconv.triton_impl import gemm_tiles, ops, ops_one_pass
 from dcconv.triton_impl.gemm_tiles import Gpu
+from dcconv.triton_impl.launch import NAMESPACE
 from triton_checks.worker import serve
 
 TARGETS = {
@@ -90,7 +91,8 @@ def launches_of(
     """Call every op for a 3x3 layer of 64 channels with everything wanted, on no device.
 
     Args:
-        window, tile: of the implicit GEMM.
+        window: of the implicit GEMM and of the gradients of depthwise layers.
+        tile: of the implicit GEMM.
     """
     magnitude, weighting, angular = operator
     layout = torch.channels_last if last else torch.contiguous_format
@@ -189,6 +191,20 @@ def launches_of(
             tile,
             last,
         )
+        direct = ([1, 1], margin, [1, 1], c, "zeros")
+        ops_one_pass.conv2d_one_pass_grad_input(
+            x,
+            empty(c, 1, window, window),
+            x,
+            compute(n * c * h * h),
+            compute(n * c * h * h),
+            compute(),
+            *direct,
+            DEPTHWISE,
+            OWN_RULE,
+            last,
+        )
+        ops_one_pass.depthwise_grad_weight(x, x, [window, window], *direct, 98, last, last)
         ops.conv2d_grad_input(x, x, t, norm, compute(), [3, 3], *geometry, False, last)
     return launches
 
@@ -304,34 +320,27 @@ class NoGpu:
         return TARGETS["sm_90"]
 
 
-def traced(plan: str) -> dict[str, int]:
+def traced(plan: str, depthwise: bool = False) -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
     ops.on_device = ops_one_pass.on_device = lambda t: nullcontext()
     plan_a._multiprocessors[0] = 132
     gemm_tiles._gpus[0] = GPUS["sm_90"]
-    forward = partial(plan_a.forward, namespace=launch.NAMESPACE)
-    input_gradient = None
+    forward = partial(plan_a.forward, namespace=NAMESPACE)
+    gradients: tuple[Any, ...] = ()
     if plan == "B":
-        forward, input_gradient = plan_b_triton.forward, plan_b_triton.input_gradient
-    problem = Problem(padding=(1, 1, 1, 1), norm="batch", weighting="linear")
+        forward = plan_b_triton.forward
+        weight_gradient = plan_b_triton.weight_gradient if depthwise else None
+        gradients = (plan_b_triton.input_gradient, weight_gradient)
+    groups = 8 if depthwise else 1
+    problem = Problem(padding=(1, 1, 1, 1), groups=groups, norm="batch", weighting="linear")
 
     def step(x: Tensor, weight: Tensor, radius: Tensor, grad_y: Tensor) -> tuple[Any, ...]:
         operands = Operands(x, weight, None, radius, None, None)
         y, norm_map, mean, _, a = forward(operands, problem, OUTPUT)
         needs = NEEDS_X | NEEDS_WEIGHT | NEEDS_RADIUS
         grads = plan_a.backward(
-            grad_y,
-            y,
-            norm_map,
-            mean,
-            a,
-            operands,
-            problem,
-            OUTPUT,
-            needs,
-            launch.NAMESPACE,
-            input_gradient,
+            grad_y, y, norm_map, mean, a, operands, problem, OUTPUT, needs, NAMESPACE, *gradients
         )
         return y, *(grad for grad in grads if grad is not None)
 
@@ -340,7 +349,7 @@ def traced(plan: str) -> dict[str, int]:
 
     with FakeTensorMode():
         radius = torch.empty(16, device="cuda:0")
-        operands = (half(2, 8, 6, 6), half(16, 8, 3, 3), radius, half(2, 16, 6, 6))
+        operands = (half(2, 8, 6, 6), half(16, 8 // groups, 3, 3), radius, half(2, 16, 6, 6))
         graph = aot_export_joint_simple(step, operands, trace_joint=False).graph
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
     return {name: calls[name] for name in calls if "convolution" in name or "triton" in name}

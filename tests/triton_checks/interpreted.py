@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -51,9 +51,12 @@ DEPTHWISE = {
         Case("same-s2-multiplier2", 1, 3, 6, 8, 6, (3, 3), 2, "same", groups=3),
         Case("dilation2", 1, 4, 7, 8, 4, (3, 2), padding=2, dilation=2, groups=4),
         Case("reflect", 1, 5, 5, 6, 5, (3, 3), padding=2, groups=5, padding_mode="reflect"),
-        Case("replicate", 1, 3, 4, 5, 9, (2, 3), (1, 2), 1, groups=3, padding_mode="replicate"),
+        Case("replicate", 1, 3, 4, 5, 9, (2, 3), (1, 2), (2, 1), 1, 3, "replicate"),
         Case("circular", 2, 3, 5, 4, 3, (3, 3), padding=2, groups=3, padding_mode="circular"),
         Case("many-filters", 1, 2, 3, 4, 38, (2, 2), groups=2),
+        Case("many-taps", 1, 3, 7, 6, 3, (5, 4), (1, 2), padding=2, groups=3),
+        Case("many-positions", 2, 3, 8, 11, 3, (2, 2), groups=3),
+        Case("empty", 0, 3, 5, 4, 3, (3, 3), groups=3),
     )
 }
 # Products: several tiles of positions and of filters, several steps, none of them full; steps of
@@ -80,6 +83,8 @@ SMALL_TILES = {
     "LANES": 8,
     "POSITIONS": 8,
     "ELEMENTS": 64,
+    "GRADIENT_BYTES": 256,
+    "GRADIENT_ELEMENTS": 64,
     "FILTER_ELEMENTS": 64,
 }
 
@@ -103,11 +108,16 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def compare(name: str, inputs: Inputs, **extra: Any) -> None:
+def compare(
+    name: str,
+    inputs: Inputs,
+    call: Callable[..., Tensor] = functional.decoupled_conv2d,
+    **extra: Any,
+) -> None:
     """Judge y and all gradients by the accuracy rule."""
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
-    got = evaluate(functional.decoupled_conv2d, inputs, cotangent, **extra)
+    got = evaluate(call, inputs, cotangent, **extra)
     check_all(name, got, truth, peer, inputs.tensors["x"].dtype)
 
 
@@ -333,8 +343,11 @@ def depthwise(case: str) -> None:
             bias=number % 3 == 2,
         )
         with small_tiles(), Recorder() as recorder:
-            compare(f"{case} {layout}", inputs)
-        assert "conv2d_one_pass" in recorder.names()
+            compare(f"{case} {layout}", inputs, planned)
+        names = recorder.names()
+        assert "conv2d_one_pass" in names and "conv2d_epilogue_" not in names
+        assert "conv2d_one_pass_grad_input" in names and "conv2d_grad_input" not in names
+        assert "depthwise_grad_weight" in names
 
 
 def planned(
@@ -346,13 +359,15 @@ def planned(
     tile: int = OWN_RULE,
     **options: Any,
 ) -> Tensor:
-    """Run the operator by plan B with a tile, both ways where plan B goes both ways."""
+    """Run the operator by plan B with a tile, in every direction that plan B goes."""
     operands, problem, _ = functional.check_call(x, weight, bias, keep=keep, **options)
     takes_x = plan_b_triton.why_not_input_gradient(operands, problem) is None
+    takes_weight = plan_b_triton.why_not_weight_gradient(operands, problem) is None
     plans = Plans(
         partial(plan_b_triton.forward, tile=tile),
         launch.NAMESPACE,
         partial(plan_b_triton.input_gradient, tile=tile) if takes_x else None,
+        plan_b_triton.weight_gradient if takes_weight else None,
     )
     mode = kept(problem, x.dtype, bias is not None, keep)
     return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plans)[0]
@@ -499,7 +514,8 @@ def opcheck() -> list[str]:
         tiles = small_tiles() if case in LARGE.values() else nullcontext()
         direct = case in DEPTHWISE.values()
         with Recorder() as recorder, tiles, backends.plans("B" if direct else "A"):
-            call = planned if case in PRODUCTS.values() else functional.decoupled_conv2d
+            own = direct or case in PRODUCTS.values()
+            call = planned if own else functional.decoupled_conv2d
             evaluate(call, inputs, random_cotangent(inputs))
             # Without a gradient of x there is less to return.
             weight = inputs.tensors["weight"].detach().requires_grad_()
@@ -569,21 +585,25 @@ def repeats() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        cases = (by_id("3x3-p1-c1"), by_id("1x1-groups2"), by_id("same-s2-odd"))
+        cases = (
+            by_id("3x3-p1-c1"),
+            by_id("1x1-groups2"),
+            by_id("same-s2-odd"),
+            DEPTHWISE["many-positions"],
+        )
         for i, case in enumerate(cases):
+            call = planned if case in DEPTHWISE.values() else functional.decoupled_conv2d
             for layout in ("contiguous", "channels_last")[i % 2 :]:
                 inputs = make_inputs(
                     case,
-                    (torch.float32, torch.bfloat16, torch.float16)[i],
+                    (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)[i],
                     layout,
                     weighting="separate",
                     angular="sigmoid",
                     bias=True,
                 )
                 cotangent = random_cotangent(inputs)
-                one, two = (
-                    evaluate(functional.decoupled_conv2d, inputs, cotangent) for _ in range(2)
-                )
+                one, two = (evaluate(call, inputs, cotangent) for _ in range(2))
                 for name in one:
                     assert bool(one[name].isfinite().all()), name
                     assert torch.equal(one[name], two[name]), name
@@ -672,15 +692,22 @@ def compiles() -> None:
 
 
 def flops() -> None:
+    """Those of the library's convolution; of plan B three times forward's.
+
+    PyTorch counts the gradient of a weight as if every group had all groups' filters.
+    """
     for groups in (1, 4):
         x = torch.randn(1, 4, 5, 5, requires_grad=True)
         weight = torch.randn(8, 4 // groups, 3, 3, requires_grad=True)
         totals = []
-        for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d):
-            with FlopCounterMode(display=False) as counter:
-                call(x, weight, None, 1, 1, groups=groups).sum().backward()
+        for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d, planned):
+            with FlopCounterMode(display=False) as counter, backends.plans("A"):
+                y = call(x, weight, stride=1, padding=1, groups=groups)
+                forward = counter.get_total_flops()
+                y.sum().backward()
             totals.append(counter.get_total_flops())
         assert totals[0] == totals[1] > 0
+        assert totals[2] == 3 * forward > 0
 
 
 def autocast() -> None:
