@@ -102,6 +102,8 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
         for dtype in plans.HALF if name in ("implicit GEMM", "cuDNN graph") else dtypes:
             short = str(dtype).removeprefix("torch.")
             add(f"plan {plan}: {name} {short}", 120, plans.accuracy, plan, name, dtype)
+    add("tiles of Triton's products", 300, plans.triton_tiles)
+    add("Triton's tuner", 300, plans.triton_tuner)
     for layout in checks.LAYOUTS[:2]:
         add(f"rates {layout}", 60, measure.rates, layout)
     for name in measure.network_layers():
@@ -150,6 +152,8 @@ FIRST = (
     "plan B: stem float64",
     "plan G: cuDNN graph bfloat16",
     "plan G: cuDNN graph float16",
+    "tiles of Triton's products",
+    "Triton's tuner",
     "op guards",
 )
 SECOND = (

@@ -108,7 +108,7 @@ def _triton_one_pass(tile: int) -> Plan:
         "one pass",
         forward,
         input_gradient,
-        plan_a.weight_gradient,
+        plan_b_triton.weight_gradient,
         plan_b_triton.why_not,
         plan_b_triton.why_not_input_gradient,
         plan_b_triton.why_not_weight_gradient,

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def compare(
     inputs: Inputs,
     layout: str,
     rule: torch.dtype | None = None,
+    call: Callable[..., Tensor] | None = None,
     **extra: Any,
 ) -> float:
     """Judge y and all gradients against the float64 reference on the CPU.
@@ -97,7 +99,8 @@ def compare(
         inputs: contiguous, on the CPU.
         layout: of x and weight under test.
         rule: the dtype whose floor counts, when not that of x.
-        extra: arguments of the functional.
+        call: the functional under test; None for the backend's.
+        extra: its arguments.
 
     Returns:
         The largest share of its limit that an error takes.
@@ -109,8 +112,8 @@ def compare(
     here = placed(inputs, layout, where.device)
     dy = cotangent.to(where.device)
     peer = cpu(evaluate(reference_call(), here, dy))
-    call = functional.decoupled_conv2d
-    got = cpu(evaluate(call, here, dy, backend=where.backend, **extra))
+    own = partial(functional.decoupled_conv2d, backend=where.backend)
+    got = cpu(evaluate(own if call is None else call, here, dy, **extra))
     worst = 0.0
     for tensor, right in truth.items():
         check(f"{name}: {tensor}", got[tensor], right, peer[tensor], rule or dtype)

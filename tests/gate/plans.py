@@ -1,4 +1,4 @@
-"""The plans of the cuda backend on a GPU, each by itself: every kernel of plan B, and plan G.
+"""The plans on a GPU, each by itself: every kernel of plan B, the tiles of Triton's, and plan G.
 
 Other rows run on plan A (``DCCONV_PLANS`` of the workers), so that a plan that fails spoils its own
 rows only.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from cases import OPERATORS, Case
+from cases import OPERATORS, Case, Inputs
 from cases import make_inputs as draw
 
 from dcconv import backends
@@ -86,7 +86,7 @@ def accuracy(where: Where, plan: str, name: str, dtype: torch.dtype) -> Figures:
     Raises:
         NotRun: the plan refuses every call, with its sentence.
     """
-    where.need_gpu("plans of the cuda backend")
+    where.need_gpu("plans")
     worst, compared, refused = 0.0, 0, ""
     with tf32(False), backends.plans(plan):
         for case in CASES[plan, name]:
@@ -100,3 +100,50 @@ def accuracy(where: Where, plan: str, name: str, dtype: torch.dtype) -> Figures:
     if not compared:
         raise NotRun(refused)
     return {"compared": compared, "error / limit": worst}
+
+
+def _need_triton(where: Where) -> None:
+    where.need_gpu("tiles of Triton's kernels")
+    if where.backend != "triton":
+        raise NotRun("tiles are chosen by number on the triton backend")
+
+
+# Windows of pixels, of taps, and of taps that share steps of the loop.
+TILED = ("1x1 tails", "3x3 tails", "stem 3x3")
+
+
+def _tiled() -> Iterator[tuple[str, str, Inputs]]:
+    for case in (case for case in (*GEMM, *STEM) if case.id in TILED):
+        for layout in ("channels_last", "contiguous"):
+            name = f"{case.id} {layout}"
+            yield name, layout, draw(case, torch.float16, weighting="linear", norm="batch")
+
+
+def triton_tiles(where: Where) -> Figures:
+    """Every tile of the implicit GEMM under the accuracy rule, y and all gradients."""
+    _need_triton(where)
+    from triton_checks.planned import planned
+
+    from dcconv.triton_impl.gemm_tiles import TILES
+
+    worst = 0.0
+    with backends.use_backend("triton"):
+        for number, tile in enumerate(TILES):
+            for name, layout, inputs in _tiled():
+                label = f"{name} {tuple(tile)}"
+                worst = max(worst, compare(where, label, inputs, layout, call=planned, tile=number))
+    return {"tiles": len(TILES), "error / limit": worst}
+
+
+def triton_tuner(where: Where) -> Figures:
+    """The tiles that Triton's autotuner chooses, in benchmark mode; how many it was asked for."""
+    _need_triton(where)
+    from dcconv.triton_impl import tuning
+
+    worst, before = 0.0, len(tuning._best)
+    with backends.plans("B", input_gradient="B"), backends.benchmarking():
+        for name, layout, inputs in _tiled():
+            worst = max(worst, compare(where, name, inputs, layout))
+    found = len(tuning._best) - before
+    assert found > 0, "nothing was tuned"
+    return {"tuned": found, "error / limit": worst}

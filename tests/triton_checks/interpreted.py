@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import autograd, backends, functional, ops, plan_a, plan_b_triton, reference
-from dcconv.dispatch import Plans
+from dcconv import backends, functional, ops, plan_a, reference
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
-from dcconv.keep import kept
 from dcconv.numerics import ANGLE_DELTA
 from dcconv.plan_b import OWN_RULE
 from dcconv.plan_b_triton import AUTOTUNED
 from dcconv.triton_impl import features, functions, gemm_tiles, launch, tuning
+from triton_checks.planned import planned
 from triton_checks.probes import angular_kernel, magnitude_kernel, offsets_kernel
 from triton_checks.worker import serve
 
@@ -348,29 +346,6 @@ def depthwise(case: str) -> None:
         assert "conv2d_one_pass" in names and "conv2d_epilogue_" not in names
         assert "conv2d_one_pass_grad_input" in names and "conv2d_grad_input" not in names
         assert "depthwise_grad_weight" in names
-
-
-def planned(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    keep: str = "auto",
-    tile: int = OWN_RULE,
-    **options: Any,
-) -> Tensor:
-    """Run the operator by plan B with a tile, in every direction that plan B goes."""
-    operands, problem, _ = functional.check_call(x, weight, bias, keep=keep, **options)
-    takes_x = plan_b_triton.why_not_input_gradient(operands, problem) is None
-    takes_weight = plan_b_triton.why_not_weight_gradient(operands, problem) is None
-    plans = Plans(
-        partial(plan_b_triton.forward, tile=tile),
-        launch.NAMESPACE,
-        partial(plan_b_triton.input_gradient, tile=tile) if takes_x else None,
-        plan_b_triton.weight_gradient if takes_weight else None,
-    )
-    mode = kept(problem, x.dtype, bias is not None, keep)
-    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plans)[0]
 
 
 def product(case: str, layout: str, dtype: str, tile: int = OWN_RULE) -> None:
