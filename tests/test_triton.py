@@ -389,6 +389,23 @@ def test_kernel_compiles(compiler: Worker, kernel: str, target: str) -> None:
     built(compiler, kernel, target)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_compiles_where_sizes_are_one(compiler: Worker, kernel: str) -> None:
+    """Triton takes such arguments for constants, which lack the methods of tensors."""
+    for sizes, last in (((8, 16, 1, 16), True), ((1, 1, 1, 1), True), ((1, 1, 1, 1), False)):
+        found = compiler.ask(
+            "build",
+            kernel=kernel,
+            target="sm_90",
+            dtype="float16",
+            last=last,
+            operator=("tanh", "separate", "sigmoid"),
+            sums=15,
+            sizes=sizes,
+        )
+        assert found["kind"] == "ptx"
+
+
 @pytest.mark.parametrize(
     ("kernel", "dtype", "last", "operator"),
     [

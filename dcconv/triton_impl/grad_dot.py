@@ -120,7 +120,7 @@ def grad_dot_kernel(
             by_bias += dy
     filters = groups * per_group
     at = part.to(tl.int64) * filters + channel
-    kind = rows.to(tl.int64) * filters
+    kind = tl.cast(rows, tl.int64) * filters
     if SUM_RHO:
         tl.store(parts + at, tl.sum(by_rho, axis=0), mask=exists)
         at += kind

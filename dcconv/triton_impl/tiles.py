@@ -17,7 +17,7 @@ def place(tile, images, pixels, P: tl.constexpr, LAST: tl.constexpr):
     if LAST:
         image = tile * 0
         pixel = tile * P + tl.arange(0, P)
-        inside = pixel < images * pixels.to(tl.int64)
+        inside = pixel < images * tl.cast(pixels, tl.int64)
     else:
         tiles = (pixels + P - 1) // P
         image = tile // tiles

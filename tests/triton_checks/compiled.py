@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,8 @@ GPUS = {
     "sm_90": Gpu(132, 227 * 1024, 4),
     "gfx942": Gpu(304, 64 * 1024, 2),
 }
+# Images, channels, rows and columns, filters.
+SIZES = (8, 64, 28, 128)
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -87,12 +89,14 @@ def launches_of(
     sums: int,
     window: int = 3,
     tile: int = OWN_RULE,
+    sizes: Sequence[int] = SIZES,
 ) -> Launches:
-    """Call every op for a 3x3 layer of 64 channels with everything wanted, on no device.
+    """Call every op for a 3x3 layer with everything wanted, on no device.
 
     Args:
         window: of the implicit GEMM and of the gradients of depthwise layers.
         tile: of the implicit GEMM.
+        sizes: images, channels, rows and columns, filters.
     """
     magnitude, weighting, angular = operator
     layout = torch.channels_last if last else torch.contiguous_format
@@ -104,7 +108,8 @@ def launches_of(
     def compute(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device="meta")
 
-    n, c, h, o = 8, 64, 28, 128
+    n, c, h, o = sizes
+    rows = min(132, n * h * h)
     x, weight, u = empty(n, c, h, h), empty(o, c, 3, 3), empty(n, o, h, h)
     geometry = ([1, 1], [1, 1, 1, 1], [1, 1], 1, "zeros")
     functions = (magnitude, angular, weighting, 1.0, 0.5, 2.0, ANGLE_DELTA[dtype])
@@ -172,10 +177,10 @@ def launches_of(
             last,
         )
         _, t, _ = ops.conv2d_grad_dot(
-            u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, 132, last
+            u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, rows, last
         )
         ops.conv2d_grad_filters(
-            compute(4, 132, o), weight, weight, a, compute(o), mean, k, norm.numel(), 15, True, 63
+            compute(4, rows, o), weight, weight, a, compute(o), mean, k, norm.numel(), 15, True, 63
         )
         ops_one_pass.conv2d_one_pass_grad_input(
             u,
@@ -224,11 +229,13 @@ def build(
     window: int = 3,
     tile: int = OWN_RULE,
     tf32: bool = False,
+    sizes: Sequence[int] = SIZES,
 ) -> dict[str, Any]:
     """Compile a launch as Triton would: ones are constants, multiples of 16 are known as such.
 
     Args:
         window, tile, tf32: of the implicit GEMM.
+        sizes: as of ``launches_of``.
 
     Returns:
         The kind of the assembly, whether it multiplies matrices, the widest global load and store,
@@ -236,7 +243,7 @@ def build(
         registers.
     """
     gemm_tiles.NO_GPU = GPUS[target]
-    launches = launches_of(getattr(torch, dtype), last, operator, sums, window, tile)
+    launches = launches_of(getattr(torch, dtype), last, operator, sums, window, tile, sizes)
     function, args, constants = launches.seen[kernel]
     if tf32:
         constants["PRECISION"] = "tf32"
