@@ -416,6 +416,7 @@ def tunes() -> None:
         assert call(1) == 0 and call(2) == len(tried)
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert not tuning.may_tune(torch.empty(1))
+        assert tuning.may_tune(torch.nn.Parameter(torch.empty(1)))
         timed = 0
         got = evaluate(planned, inputs, cotangent, tile=AUTOTUNED)
         check_all("tuned", got, truth, peer, torch.float16)
