@@ -163,6 +163,10 @@ def test_tuning(interpreter: Worker) -> None:
     interpreter.ask("tunes")
 
 
+def test_tuning_without_memory(interpreter: Worker) -> None:
+    interpreter.ask("tunes_without_memory")
+
+
 def test_what_plan_b_takes() -> None:
     x = torch.zeros(2, 4, 5, 5)
     weight, window = x[:, :, :1, :1], x[:, :, :3, :3]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dcconv.triton_impl.features import INTERPRETED
 from dcconv.triton_impl.gemm_tiles import TILES, Gpu, Product, own_rule, programs, worthwhile
 from dcconv.triton_impl.launch import power_of_two_at_least
+from dcconv.warn import warn_once
 
 #: What times a launch, for ``triton.autotune``; None for Triton's own.
 stopwatch: Any = None
@@ -65,7 +66,12 @@ def tuned(
         if key not in _best:
             if not may_tune(x):
                 return own_rule(product, gpu)
-            _best[key] = _measured(kernel, (*arguments, bucket), constants, tried, product, gpu)
+            try:
+                _best[key] = _measured(kernel, (*arguments, bucket), constants, tried, product, gpu)
+            except torch.OutOfMemoryError:
+                # The autotuner clears the L2 cache with memory of its own.
+                warn_once(f"too little memory to tune {kernel.__name__}: its rule chooses the tile")
+                _best[key] = own_rule(product, gpu)
         return _best[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -427,6 +428,31 @@ def tunes() -> None:
     finally:
         tuning.stopwatch = None
         tuning._best.clear()
+
+
+def tunes_without_memory() -> None:
+    """The call runs by the rule's tile, and tuning is not tried again."""
+    tried = 0
+
+    def clock(run: Any, quantiles: Any) -> list[float]:
+        nonlocal tried
+        tried += 1
+        raise torch.OutOfMemoryError("no room to clear the cache")
+
+    x, weight = torch.randn(1, 40, 5, 5), torch.randn(33, 40, 1, 1)
+    tuning.stopwatch = clock
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            results = [planned(x, weight, tile=AUTOTUNED) for _ in range(2)]
+    finally:
+        tuning.stopwatch = None
+        tuning._best.clear()
+    assert tried == 1
+    assert [str(warning.message) for warning in said] == [
+        "dcconv: too little memory to tune implicit_gemm_kernel: its rule chooses the tile"
+    ]
+    assert all(torch.equal(y, planned(x, weight)) for y in results)
 
 
 def offsets_beyond_int32() -> None:
