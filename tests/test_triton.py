@@ -205,6 +205,19 @@ def test_what_plan_b_takes() -> None:
     assert reasons(window[:, :1], grouped._replace(magnitude="linear")) == [norm_free] * 3
 
 
+def test_tiles_and_kernels_that_are_not_there(interpreter: Worker) -> None:
+    tile = "dcconv: tile must be from -2 to 11, got "
+    kernel = "dcconv: kernel must be one of "
+    assert interpreter.ask("refusals") == [
+        f"{tile}-3",
+        f"{tile}12",
+        f"{kernel}implicit_gemm, depthwise, got 'stem'",
+        f"{tile}-3",
+        f"{tile}12",
+        f"{kernel}implicit_gemm, got 'stem'",
+    ]
+
+
 def test_tiles_are_told_apart_by_their_sizes() -> None:
     assert len({tile[:3] for tile in TILES}) == len(TILES)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
+from dcconv import checks
 from dcconv import fakes_one_pass as fakes
 from dcconv.fakes import no_flops
 from dcconv.numerics import RHO_FLOOR
@@ -20,6 +21,7 @@ from dcconv.triton_impl.depthwise_grad_input import depthwise_grad_input_kernel
 from dcconv.triton_impl.depthwise_grad_weight import depthwise_grad_weight_kernel
 from dcconv.triton_impl.features import INTERPRETED, twin_of
 from dcconv.triton_impl.gemm_tiles import (
+    TILES,
     Product,
     gpu_of,
     programs,
@@ -92,6 +94,8 @@ def _launch(
     channels_last: bool,
 ) -> None:
     """Launch a kernel of the implicit GEMM; ``number`` names its tile, or who chooses it."""
+    if not AUTOTUNED <= number < len(TILES):
+        raise checks.value_error("tile", f"be from {AUTOTUNED} to {len(TILES) - 1}", number)
     constants = {
         **constants,
         "LAST": channels_last,
@@ -145,6 +149,7 @@ def conv2d_one_pass(
     tile: int,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.choice("kernel", kernel, (IMPLICIT_GEMM, DEPTHWISE))
     n, _, h, w = x.shape
     filters, _, rows, columns = weight.shape
     p, q = windows(h, w, [rows, columns], stride, padding, dilation)
@@ -372,6 +377,7 @@ def conv2d_one_pass_grad_input(
     tile: int,
     channels_last: bool,
 ) -> Tensor:
+    checks.choice("kernel", kernel, (IMPLICIT_GEMM,))
     n, _, h, w = x.shape
     grad_x = empty_like(x, channels_last)
     if x.numel() == 0:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, functional, ops, plan_a, reference
+from dcconv import backends, functional, ops, plan_a, plan_b, plan_b_triton, reference
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.numerics import ANGLE_DELTA
 from dcconv.plan_b import OWN_RULE
@@ -453,6 +453,29 @@ def tunes_without_memory() -> None:
         "dcconv: too little memory to tune implicit_gemm_kernel: its rule chooses the tile"
     ]
     assert all(torch.equal(y, planned(x, weight)) for y in results)
+
+
+def refusals() -> list[str]:
+    """What plan B says to tiles that are not there, and to another backend's kernel."""
+    x, weight = torch.randn(1, 4, 3, 3), torch.randn(5, 4, 1, 1)
+    operands, problem, _ = functional.check_call(x, weight)
+    grad_u, t = torch.ones(1, 5, 3, 3), torch.ones(9)
+    arguments = (grad_u, x, weight, t, t, None, problem)
+
+    def forward(kernel: str, tile: int) -> None:
+        plan_b.compose(operands, problem, "nothing", kernel, True, tile, launch.NAMESPACE)
+
+    def backward(kernel: str, tile: int) -> None:
+        plan_b.compose_input_gradient(*arguments, kernel, tile, launch.NAMESPACE)
+
+    said = []
+    for call in (forward, backward):
+        for kernel, tile in (("implicit_gemm", -3), ("implicit_gemm", 12), ("stem", 0)):
+            try:
+                call(kernel, tile)
+            except ValueError as error:
+                said.append(str(error))
+    return said
 
 
 def offsets_beyond_int32() -> None:
