@@ -50,6 +50,8 @@ def tuned(
 ) -> int:
     """Return the number of the fastest tile, measured if it is not known and can be.
 
+    That of the rule where it cannot, and under ``torch.use_deterministic_algorithms``.
+
     Args:
         kernel: with ``bucket`` as its last argument; its results are overwritten.
         arguments, constants: of a launch, without the bucket and what tiles decide.
@@ -57,6 +59,9 @@ def tuned(
         x: the launch is on its device.
     """
     tried = worthwhile(product, gpu)
+    # Exported code may come with the request, and tiles differ in how they round.
+    if torch.are_deterministic_algorithms_enabled():
+        return own_rule(product, gpu)
     if not isinstance(product.positions, int) or len(tried) == 1:
         return own_rule(product, gpu)
     bucket = bucket_of(product.positions)

@@ -414,6 +414,9 @@ def tunes() -> None:
         assert call(1) == len(tried)
         assert list(tuning._best.values()) == [tried[1]]
         # 54 positions stand for up to 64; 108 do not.
+        torch.use_deterministic_algorithms(True)
+        assert call(2) == 0
+        torch.use_deterministic_algorithms(False)
         assert call(1) == 0 and call(2) == len(tried)
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert not tuning.may_tune(torch.empty(1))
@@ -426,6 +429,7 @@ def tunes() -> None:
             "implicit_gemm_grad_input_kernel",
         }
     finally:
+        torch.use_deterministic_algorithms(False)
         tuning.stopwatch = None
         tuning._best.clear()
 
