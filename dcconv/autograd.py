@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcconv import ops, plan_a, reference
+from dcconv import ops, plan_a, plan_b_triton, reference
 from dcconv.dispatch import Plans
 from dcconv.keep import DOT, NOTHING, OUTPUT
 from dcconv.problem import Operands, Problem, without_autocast
@@ -17,7 +17,7 @@ from dcconv.problem import Operands, Problem, without_autocast
 ONE_OP, PLAN_A, TRITON = "one_op", "plan_a", "triton"
 
 # Namespace of the passes that a plan composes.
-PASSES = {PLAN_A: plan_a.COMPILED, TRITON: "dcconv_triton"}
+PASSES = {PLAN_A: plan_a.COMPILED, TRITON: plan_b_triton.NAMESPACE}
 
 
 def conv2d_forward(

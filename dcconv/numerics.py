@@ -42,6 +42,9 @@ PEER_CAP = 8.0
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def tf32_convolutions() -> bool:
     """Return whether PyTorch may round operands of float32 convolutions on GPUs to TF32."""
+    # MIOpen's convolutions have no such precision, whatever the switch says.
+    if torch.version.hip is not None:
+        return False
     # This property follows the older switch, cudnn.allow_tf32, as well; reading that one after the
     # newer properties were set may raise.
     cudnn: Any = torch.backends.cudnn

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
+from dcconv.plan_b_triton import NAMESPACE
 from dcconv.triton_impl.features import INTERPRETED
-
-NAMESPACE = "dcconv_triton"
 
 # Widest tiles: 256 channels, of channels_last tensors; 64 positions, of planes of contiguous ones.
 # Those are the neighbours in memory.

@@ -70,6 +70,5 @@ def per_position(magnitude: str, weighting: str, radius: Tensor | None) -> bool:
 
 def precision(x: Tensor) -> str:
     """Return the precision of float32 products, for ``tl.dot``: that of PyTorch's convolutions."""
-    if x.dtype == torch.float32 and x.is_cuda and torch.version.hip is None:
-        return "tf32" if tf32_convolutions() else "ieee"
-    return "ieee"
+    rounded = x.dtype == torch.float32 and x.is_cuda and tf32_convolutions()
+    return "tf32" if rounded else "ieee"

@@ -19,6 +19,7 @@ from dcconv.ops import (
     NEEDS_WEIGHT,
 )
 from dcconv.plan_a import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
+from dcconv.plan_b_triton import NAMESPACE
 from dcconv.triton_impl.epilogue import epilogue_kernel
 from dcconv.triton_impl.features import twin_of
 from dcconv.triton_impl.filters import filter_grad_kernel, parameter_grads_kernel
@@ -27,7 +28,6 @@ from dcconv.triton_impl.grad_input import grad_input_kernel
 from dcconv.triton_impl.launch import (
     BLOCK,
     ELEMENTS,
-    NAMESPACE,
     blocks,
     filter_tile,
     on_device,

@@ -15,7 +15,7 @@ from dcconv import fakes_one_pass as fakes
 from dcconv.fakes import no_flops
 from dcconv.numerics import RHO_FLOOR
 from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM
-from dcconv.plan_b_triton import AUTOTUNED
+from dcconv.plan_b_triton import AUTOTUNED, NAMESPACE
 from dcconv.triton_impl.depthwise import depthwise_kernel
 from dcconv.triton_impl.depthwise_grad_input import depthwise_grad_input_kernel
 from dcconv.triton_impl.depthwise_grad_weight import depthwise_grad_weight_kernel
@@ -31,7 +31,6 @@ from dcconv.triton_impl.gemm_tiles import (
 from dcconv.triton_impl.implicit_gemm import implicit_gemm_kernel
 from dcconv.triton_impl.implicit_gemm_grad_input import implicit_gemm_grad_input_kernel
 from dcconv.triton_impl.launch import (
-    NAMESPACE,
     blocks,
     filter_tile,
     gradient_tiling,

@@ -30,6 +30,7 @@ GEMM = (
     Case("3x3 stride 2", 2, 32, 15, 15, 64, (3, 3), stride=2, padding=1),
     Case("3x3 dilation 2", 2, 16, 14, 14, 24, (3, 3), padding=2, dilation=2),
     Case("one position", 1, 64, 3, 3, 64, (3, 3)),
+    Case("one pixel", 3, 64, 1, 1, 32, (1, 1)),
 )
 DEPTHWISE = (
     Case("depthwise 3x3", 4, 96, 28, 28, 96, (3, 3), padding=1, groups=96),
@@ -112,15 +113,15 @@ def _need_triton(where: Where) -> None:
 TILED = ("1x1 tails", "3x3 tails", "stem 3x3")
 
 
-def _tiled() -> Iterator[tuple[str, str, Inputs]]:
+def _tiled(dtype: torch.dtype = torch.float16) -> Iterator[tuple[str, str, Inputs]]:
     for case in (case for case in (*GEMM, *STEM) if case.id in TILED):
         for layout in ("channels_last", "contiguous"):
             name = f"{case.id} {layout}"
-            yield name, layout, draw(case, torch.float16, weighting="linear", norm="batch")
+            yield name, layout, draw(case, dtype, weighting="linear", norm="batch")
 
 
 def triton_tiles(where: Where) -> Figures:
-    """Every tile of the implicit GEMM under the accuracy rule, y and all gradients."""
+    """Every tile of the implicit GEMM under the accuracy rule, y and all gradients; and TF32."""
     _need_triton(where)
     from triton_checks.planned import planned
 
@@ -132,6 +133,11 @@ def triton_tiles(where: Where) -> Figures:
             for name, layout, inputs in _tiled():
                 label = f"{name} {tuple(tile)}"
                 worst = max(worst, compare(where, label, inputs, layout, call=planned, tile=number))
+        # TF32 has the 10 bits of float16.
+        with tf32(True):
+            for name, layout, inputs in _tiled(torch.float32):
+                rule = torch.float16
+                worst = max(worst, compare(where, name, inputs, layout, rule, call=planned))
     return {"tiles": len(TILES), "error / limit": worst}
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, functional, ops, plan_a, plan_b, plan_b_triton, reference
+from dcconv import backends, functional, ops, plan_a, plan_b, reference
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.numerics import ANGLE_DELTA
 from dcconv.plan_b import OWN_RULE
