@@ -211,10 +211,10 @@ def test_tiles_and_kernels_that_are_not_there(interpreter: Worker) -> None:
     assert interpreter.ask("refusals") == [
         f"{tile}-3",
         f"{tile}12",
-        f"{kernel}implicit_gemm, depthwise, got 'stem'",
+        f"{kernel}depthwise, implicit_gemm, got 'stem'",
         f"{tile}-3",
         f"{tile}12",
-        f"{kernel}implicit_gemm, got 'stem'",
+        f"{kernel}depthwise, implicit_gemm, got 'stem'",
     ]
 
 

@@ -148,7 +148,7 @@ def conv2d_one_pass(
     tile: int,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.choice("kernel", kernel, (IMPLICIT_GEMM, DEPTHWISE))
+    checks.choice("kernel", kernel, (DEPTHWISE, IMPLICIT_GEMM))
     n, _, h, w = x.shape
     filters, _, rows, columns = weight.shape
     p, q = windows(h, w, [rows, columns], stride, padding, dilation)
@@ -376,7 +376,7 @@ def conv2d_one_pass_grad_input(
     tile: int,
     channels_last: bool,
 ) -> Tensor:
-    checks.choice("kernel", kernel, (IMPLICIT_GEMM,))
+    checks.choice("kernel", kernel, (DEPTHWISE, IMPLICIT_GEMM))
     n, _, h, w = x.shape
     grad_x = empty_like(x, channels_last)
     if x.numel() == 0:

@@ -26,10 +26,10 @@ from dcconv.keep import OUTPUT
 from dcconv.numerics import ANGLE_DELTA, EPS
 from dcconv.ops import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.plan_b import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
+from dcconv.plan_b_triton import NAMESPACE
 from dcconv.problem import Operands, Problem
 from dcconv.triton_impl import gemm_tiles, ops, ops_one_pass
 from dcconv.triton_impl.gemm_tiles import Gpu
-from dcconv.triton_impl.launch import NAMESPACE
 from triton_checks.worker import serve
 
 TARGETS = {

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
-from dcconv import backends, functional, ops, plan_a, plan_b, reference
+from dcconv import backends, functional, ops, plan_a, plan_b, plan_b_triton, reference
 from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.numerics import ANGLE_DELTA
 from dcconv.plan_b import OWN_RULE
@@ -467,10 +467,10 @@ def refusals() -> list[str]:
     arguments = (grad_u, x, weight, t, t, None, problem)
 
     def forward(kernel: str, tile: int) -> None:
-        plan_b.compose(operands, problem, "nothing", kernel, True, tile, launch.NAMESPACE)
+        plan_b.compose(operands, problem, "nothing", kernel, True, tile, plan_b_triton.NAMESPACE)
 
     def backward(kernel: str, tile: int) -> None:
-        plan_b.compose_input_gradient(*arguments, kernel, tile, launch.NAMESPACE)
+        plan_b.compose_input_gradient(*arguments, kernel, tile, plan_b_triton.NAMESPACE)
 
     said = []
     for call in (forward, backward):
@@ -514,7 +514,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.namespace == launch.NAMESPACE:
+        if func.namespace == plan_b_triton.NAMESPACE:
             copies = tuple(t.clone() if isinstance(t, Tensor) else t for t in args)
             self.calls.append((func, copies))
         return func(*args, **(kwargs or {}))
@@ -573,7 +573,7 @@ def schemas() -> list[list[str]] | None:
         if not hasattr(torch.ops.dcconv, name):
             continue
         rows = []
-        for namespace in (launch.NAMESPACE, plan_a.COMPILED):
+        for namespace in (plan_b_triton.NAMESPACE, plan_a.COMPILED):
             schema = getattr(getattr(torch.ops, namespace), name).default._schema
             # Results have no names here; the mutated argument has its own letter.
             arguments = [(a.name, str(a.type), a.is_write) for a in schema.arguments]
