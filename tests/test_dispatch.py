@@ -596,8 +596,9 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             record._replace(why_not=lambda call: None) if record.name == "triton" else record
             for record in backends._BACKENDS
         ]
-        monkeypatch.setattr(backends, "_BACKENDS", tuple(records))
-        with backends.use_backend("triton"):
+        # Undone before what the context has changed.
+        with pytest.MonkeyPatch.context() as patch, backends.use_backend("triton"):
+            patch.setattr(backends, "_BACKENDS", tuple(records))
             yield World(monkeypatch, "triton")
 
 
