@@ -239,7 +239,9 @@ class DecoupledConv2d(nn.Module):
         """The curvature k: [o] in compute dtype if learned, else a number."""
         if self.k_raw is None:
             return self.initial_k
-        return self.k_raw.to(self._norm_dtype()).abs() + K_OFFSET
+        raw = self.k_raw.to(self._norm_dtype())
+        # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
+        return torch.where(raw < 0.0, -raw, raw) + K_OFFSET
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""

@@ -8,7 +8,9 @@ b_p = sqrt(||x_p||^2 + eps) and c = u / (a_o b_p):
 Zero cases: an all-zero patch has u = 0 and b = sqrt(eps), so y = bias and every gradient is
 finite; an all-zero filter likewise with a = sqrt(eps). Subgradients at the kinks follow the
 official code: ball counts b == rho as inside, segmented as outside; the derivative of asin is
-capped (``functions.capped_asin``).
+capped (``functions.capped_asin``). rho on its floor follows the radius, below it does not. Every
+kink is a selection (``torch.where``): clamp, minimum and their kin have slopes at a tie that are
+PyTorch's choice and change with its version.
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
     sums = F.conv2d(
         per_pixel, ones, None, problem.stride, padding, problem.dilation, problem.groups
     )
-    # A library may form the sums by an algorithm whose rounding dips below zero.
-    return torch.sqrt(sums.clamp(min=0.0) + problem.eps)
+    # A library may form the sums by an algorithm whose rounding dips below zero. They count as zero
+    # and keep the slope of a sum: a zero patch has second derivatives, 1 / sqrt(eps). clamp would
+    # not do: which slope it has at its bound differs between versions of PyTorch.
+    sums = torch.where(sums < 0.0, sums - sums.detach(), sums)
+    return torch.sqrt(sums + problem.eps)
 
 
 def filter_norm(weight: Tensor, eps: float) -> Tensor:
@@ -96,7 +101,9 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
         elif problem.norm == NORM_GIVEN:
             assert norm_mean is not None
             rho = radius * norm_mean
-        rho = per_filter(rho.clamp(min=RHO_FLOOR), filters, groups)
+        # Slope 1 on the floor, 0 below; NaN passes.
+        rho = torch.where(rho < RHO_FLOOR, RHO_FLOOR, rho)
+        rho = per_filter(rho, filters, groups)
 
     h = weighted_magnitude(
         problem.magnitude, problem.weighting, a, b, rho, problem.alpha, problem.beta
