@@ -1,11 +1,13 @@
-# `make demo` and `make test` set up everything on a machine with Python and a compiler.
+# `make demo` and `make test` set up everything on a machine with Python and a compiler; `make`
+# alone prints the targets and does nothing.
 #
 #   TORCH         the PyTorch to install, a pip requirement: make test TORCH=torch==2.13.0
 #   PYTHON, VENV  the interpreter and the folder of the virtual environment made from it
 #   GATE_PYTHON   the interpreter of gpu-gate, which makes no environment: the one in VENV if it is
 #                 there, else PYTHON; GATE_OPTIONS are passed on (tests/gpu_gate.py)
 #   TEST_OPTIONS  of pytest; as given below, it runs in a process per processor, at most eight
-#   DCCONV_BUILD, DCCONV_DEBUG, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS  see setup.py
+#   DCCONV_BUILD  see setup.py; local for demo, auto for everything else
+#   DCCONV_DEBUG, DCCONV_VERBOSE, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS  see setup.py
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -18,35 +20,45 @@ SOURCES := $(sort $(shell find csrc -type f))
 FORMATTED := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES) $(sort $(shell find tests -type f)))
 OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: demo test lint build bench gpu-gate clean FORCE
+.PHONY: help demo test lint build bench findings gpu-gate clean FORCE
 
-demo: build
+# A target's line says what it does, after two hashes.
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+# Kernels for this machine alone: code for GPUs that are not there takes minutes to compile.
+demo: ## train small networks on handwritten digits, in some two minutes
+	@$(MAKE) --no-print-directory build DCCONV_BUILD=$(or $(DCCONV_BUILD),local)
 	$(BIN)/python -m train.digits
 
-test: build lint
+test: build lint ## lint, types, formatting, doctests and the test suite
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed ## linters, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 # BENCH_OPTIONS go to every measuring sub-command: make bench BENCH_OPTIONS=--quick
-bench: build
+bench: build ## every benchmark of this device, then the report
 	$(BIN)/python -m bench ops $(BENCH_OPTIONS)
 	$(BIN)/python -m bench networks $(BENCH_OPTIONS)
 	$(BIN)/python -m bench functions $(BENCH_OPTIONS)
 	$(BIN)/python -m bench scaling $(BENCH_OPTIONS)
 	$(BIN)/python -m bench report
 
-gpu-gate:
+# Outside CI: they install the public packages that they are about.
+findings: ## run findings/*.sh: what surprises about libraries of this field
+	@failed=0; for file in findings/*.sh; do echo "$$file"; bash $$file || failed=1; done; exit $$failed
+
+gpu-gate: ## everything that needs a GPU, on a machine that has one
 	$(GATE_PYTHON) tests/gpu_gate.py $(GATE_OPTIONS)
 
-build: $(VENV)/built
+build: $(VENV)/built ## the environment and the compiled library
 	@$(BIN)/python -c "from dcconv import ops; print('dcconv:', ops.missing or ops.cuda_missing() or 'the compiled library has CUDA code')"
 
-clean:
+clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info dcconv/_C.* dcconv/_build.py
 	rm -rf .mypy_cache .pytest_cache .ruff_cache $(VENV)/built
 

@@ -4,7 +4,10 @@
 Needs no GPU, no network and no git. Environment:
 
     DCCONV_BUILD          auto (default): CUDA if a toolkit is found, else CPU, else pure Python;
+                          local: as auto, with CUDA code for this machine's GPUs alone;
                           cuda, cpu: exactly this or an error; none: pure Python
+    DCCONV_VERBOSE        1: every compiler command whole, not a line per file; build.log in the
+                          build folder has them in any case
     DCCONV_DEBUG          1: unoptimised C++ with debug information, line numbers in CUDA code
     TORCH_CUDA_ARCH_LIST  GPUs to compile for, as for every PyTorch extension
     CUDA_HOME, CXX, MAX_JOBS
@@ -17,8 +20,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MODES = ("auto", "cuda", "cpu", "none")
+MODES = ("auto", "local", "cuda", "cpu", "none")
 # 9.0a has Hopper's own instructions; neither code for 9.x nor PTX for 12.0 runs on 10.0.
 ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 TORCH_TARGET = "0x020a000000000000"  # PyTorch 2.10
@@ -80,6 +84,20 @@ def cuda_archs(environ: Mapping[str, str], known: str) -> str:
     archs = [a for a in ARCHS if f"compute_{a.rstrip('a').replace('.', '')}" in targets]
     newest = [a for a in archs if not a.endswith("a")][-1:]
     return ";".join(f"{arch}+PTX" if arch in newest else arch for arch in archs)
+
+
+def local_archs(capabilities: Iterable[tuple[int, int]]) -> str:
+    """Return the list to compile for, given the compute capabilities of the GPUs that are there."""
+    names = {f"{major}.{minor}{'a' * (major == 9)}" for major, minor in capabilities}
+    return ";".join(sorted(names, key=lambda name: float(name.rstrip("a"))))
+
+
+def gpus_here() -> list[tuple[int, int]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
 def why_no_library(environ: Mapping[str, str]) -> str | None:
@@ -143,22 +161,58 @@ def library(cuda_home: Path | None, debug: bool) -> Extension:
     )
 
 
+def shown(line: str, verbose: bool) -> str:
+    """Return what a user sees of a line that a build prints: of a compiler command its file.
+
+    Ninja's lines begin with a counter; a linker's command is the only other one. Messages of
+    compilers stay whole.
+    """
+    if verbose:
+        return line
+    command = re.match(r"(\[\d+/\d+\] ).*?-c (?:-c )?(\S+)", line)
+    if command is not None:
+        file = Path(command[2])
+        name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+        return f"{command[1]}{name}\n"
+    link = re.match(r"\S*(?:c\+\+|g\+\+|clang\+\+)\S* .*-shared .*-o (\S+)", line)
+    return f"linking {Path(link[1]).name}\n" if link is not None else line
+
+
 @contextmanager
-def recorded(log: Path) -> Iterator[None]:
-    """Write what this process and its compilers print to ``log`` as well."""
+def recorded(log: Path, verbose: bool) -> Iterator[None]:
+    """Write what this process and its compilers print to ``log``, and show what a user reads."""
     sys.stdout.flush()
+    sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    with subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE) as tee:
-        assert tee.stdin is not None
-        os.dup2(tee.stdin.fileno(), 1)
-        os.dup2(tee.stdin.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            for target, copy in enumerate(kept, start=1):
-                os.dup2(copy, target)
-                os.close(copy)
+    source, sink = os.pipe()
+
+    def relay() -> None:
+        with (
+            open(source, encoding="utf-8", errors="replace") as lines,
+            log.open("w", encoding="utf-8") as file,
+            open(kept[0], "w", encoding="utf-8", errors="replace", closefd=False) as terminal,
+        ):
+            for line in lines:
+                file.write(line)
+                terminal.write(shown(line, verbose))
+                terminal.flush()
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, copy in enumerate(kept, start=1):
+            os.dup2(copy, target)
+        # The last copy of the pipe's end is closed: the thread reads its end and stops.
+        thread.join()
+        for copy in kept:
+            os.close(copy)
 
 
 def first_error(log: str) -> str | None:
@@ -197,6 +251,14 @@ class BuildLibrary(build_ext):
             raise RuntimeError(f"dcconv: DCCONV_BUILD=cuda cannot be met: {no_cuda}")
         if mode == "cpu":
             no_cuda = "DCCONV_BUILD=cpu was set"
+        if mode == "local" and no_cuda is None:
+            here = local_archs(gpus_here())
+            if here:
+                os.environ["TORCH_CUDA_ARCH_LIST"] = here
+            else:
+                no_cuda = (
+                    "this machine has no GPU that PyTorch sees, and DCCONV_BUILD=local was set"
+                )
         if no_cuda is None and home is not None:
             archs = cuda_archs(os.environ, ask_nvcc(home, "--list-gpu-arch"))
             # Read by PyTorch's build helpers, the first when they are imported.
@@ -212,7 +274,7 @@ class BuildLibrary(build_ext):
         return failure and f"it did not compile: {failure}"
 
     def compile(self, mode: str, cuda_home: Path | None) -> str | None:
-        """Return None on success, else what went wrong; modes other than auto raise it."""
+        """Return None on success, else what went wrong; modes cuda and cpu raise it."""
         import torch
         from torch.utils.cpp_extension import BuildExtension
 
@@ -229,11 +291,11 @@ class BuildLibrary(build_ext):
         log = Path(command.build_temp) / "build.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with recorded(log) if mode == "auto" else nullcontext():
+            with recorded(log, os.environ.get("DCCONV_VERBOSE") == "1"):
                 command.ensure_finalized()
                 command.run()
         except Exception as error:
-            if mode != "auto":
+            if mode in ("cuda", "cpu"):
                 raise
             return first_error(log.read_text(errors="replace")) or str(error)
         return None

@@ -57,7 +57,7 @@ def toolkit(home: Path, release: str = "13.0") -> Path:
     return home
 
 
-@pytest.mark.parametrize("mode", ["auto", "cuda", "cpu", "none"])
+@pytest.mark.parametrize("mode", ["auto", "local", "cuda", "cpu", "none"])
 def test_mode_is_read(mode: str) -> None:
     assert setup.build_mode({"DCCONV_BUILD": mode}) == mode
 
@@ -68,7 +68,7 @@ def test_mode_defaults_to_auto(environ: dict[str, str]) -> None:
 
 
 def test_unknown_mode_is_refused() -> None:
-    rule = "dcconv: DCCONV_BUILD must be one of auto, cuda, cpu, none, got 'gpu'"
+    rule = "dcconv: DCCONV_BUILD must be one of auto, local, cuda, cpu, none, got 'gpu'"
     with pytest.raises(ValueError, match=re.escape(rule)):
         setup.build_mode({"DCCONV_BUILD": "gpu"})
 
@@ -130,6 +130,59 @@ def test_cuda_is_left_out_with_a_reason(tmp_path: Path) -> None:
     )
 
 
+def test_local_build_compiles_for_the_gpus_that_are_there() -> None:
+    assert setup.local_archs([(9, 0), (8, 6), (8, 6), (12, 0)]) == "8.6;9.0a;12.0"
+    assert setup.local_archs([]) == ""
+
+
+def test_a_compiled_file_takes_one_short_line() -> None:
+    compiler = f"[3/36] /usr/bin/nvcc -MD -I/a -c -c {ROOT}/csrc/cuda/ops.cu -o ops.o -gencode=arch"
+    assert setup.shown(f"{compiler}\n", False) == "[3/36] csrc/cuda/ops.cu\n"
+    host = f"[4/36] c++ -MMD -c {ROOT}/csrc/ops.cpp -o ops.o -O3"
+    assert setup.shown(f"{host}\n", False) == "[4/36] csrc/ops.cpp\n"
+    link = "g++ -pthread -shared -Wl,-rpath a.o b.o -o build/dcconv/_C.abi3.so\n"
+    assert setup.shown(link, False) == "linking _C.abi3.so\n"
+    for line in (f"{compiler}\n", link):
+        assert setup.shown(line, True) == line
+    for line in ("a.cpp:7:2: error: no such thing\n", "ninja: build stopped.\n", "\n"):
+        assert setup.shown(line, False) == line
+
+
+def test_output_is_recorded_whole_and_shown_short(tmp_path: Path) -> None:
+    program = """
+import os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import setup
+with setup.recorded(Path("build.log"), False):
+    subprocess.run(["echo", "[1/2] c++ -I/a/b -c /x/y.cpp -o y.o -O3"])
+    os.write(2, b"y.cpp:1: warning: w\\n")
+    print("from Python")
+print("after")
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines() == [
+        "[1/2] /x/y.cpp",
+        "y.cpp:1: warning: w",
+        "from Python",
+        "after",
+    ]
+    assert "-I/a/b -c /x/y.cpp -o y.o -O3" in (tmp_path / "build.log").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_make_alone_lists_the_targets_and_does_nothing(tmp_path: Path) -> None:
+    command = ["make", f"VENV={tmp_path / 'venv'}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = said.splitlines()
+    assert all(re.match(r"make [a-z-]+ +\S", line) for line in lines), said
+    assert {"demo", "test", "build"} <= {line.split()[1] for line in lines}
+    assert not (tmp_path / "venv").exists()
+
+
 def test_first_error_is_found_in_compiler_output() -> None:
     log = """
     [1/2] c++ -Werror -c a.cpp -o a-error.o
@@ -189,7 +242,10 @@ def test_none_leaves_a_record_and_no_old_library(tmp_path: Path) -> None:
 def test_unknown_mode_stops_the_build(tmp_path: Path) -> None:
     result = build(package(tmp_path), DCCONV_BUILD="gpu")
     assert result.returncode != 0
-    assert "dcconv: DCCONV_BUILD must be one of auto, cuda, cpu, none, got 'gpu'" in result.stderr
+    assert (
+        "dcconv: DCCONV_BUILD must be one of auto, local, cuda, cpu, none, got 'gpu'"
+        in result.stderr
+    )
 
 
 def test_missing_compiler_is_a_reason_or_an_error(tmp_path: Path) -> None:
