@@ -1,4 +1,4 @@
-"""Markdown of a device's results, and the text between the README's markers.
+"""Markdown of a device's results, and the text between the markers of README and docs.
 
 A marked part begins with the line ``<!-- bench NAME: begin -->`` and ends with the line
 ``<!-- bench NAME: end -->``; ``TABLES`` lists the names. The charts show what the functions here
@@ -311,6 +311,29 @@ def class_tables(results: Results) -> str:
         parts += [f"**{title_of(setting, groups)}**", grid(header, lines)]
         parts += filter(None, (noise(chosen),))
     return "\n\n".join(parts)
+
+
+def summary_table(results: Results) -> str:
+    """Return one small table: means by class over F.conv2d, and who wins how many rows."""
+    records = [r for r in results.get("ops", ()) if r.row.get("layout") == TARGET_LAYOUT]
+    groups = settings(records)
+    if not groups:
+        return ""
+    header = ["class", *(title_of(setting, groups) for setting in groups), "rows"]
+    header += [f"{TITLES[base]} faster" for base in (CONV2D, COMPILED)]
+    lines = []
+    for name, rows in (*by_class(records).items(), ("all", records)):
+        inside = settings(rows)
+        lines.append(
+            [name]
+            + [number(class_mean(inside.get(setting, ()), CONV2D)) for setting in groups]
+            + [str(len(rows))]
+            + [str(len(losses(rows, base))) for base in (CONV2D, COMPILED)]
+        )
+    return (
+        f"Time of dcconv over that of {TITLES[CONV2D]}, geometric means over layers, and the rows "
+        "in which another is faster beyond the spread:\n\n" + grid(header, lines)
+    )
 
 
 def losses(records: Iterable[Record], base: str) -> list[Record]:
@@ -634,6 +657,7 @@ def row_tables(results: Results) -> str:
 
 #: What can stand between markers, by name.
 TABLES: dict[str, Callable[[Results], str]] = {
+    "ops-summary": summary_table,
     "ops-operator": operator_tables,
     "ops-classes": class_tables,
     "ops-losses": loss_tables,

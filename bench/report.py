@@ -1,4 +1,4 @@
-"""Draw the charts of measured rows and refresh the README's tables.
+"""Draw the charts of measured rows and refresh the tables of README and docs.
 
 Reads every result file of the folders that are named (all of bench/results), takes the latest
 record of each row, and writes PNG charts and report.md beside the files. What stands between the
@@ -20,7 +20,9 @@ from bench.readme import TABLES, Results, device_name, machine, markers, refresh
 from bench.records import Record, latest, read
 from dcconv.checks import value_error
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+#: The files with markers.
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="of result files, by path or by name under bench/results (all that have some)",
     )
-    add("--readme", type=Path, metavar="FOLDER", help="whose numbers the README shows (the CPU's)")
-    add("--into", type=Path, metavar="FILE", default=README, help="the file with markers (README)")
+    add("--readme", type=Path, metavar="FOLDER", help="whose numbers the pages show (the CPU's)")
+    add(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        help="a file with markers, may be given again (README.md and docs/performance.md)",
+    )
 
 
 def find(folder: Path) -> Path:
@@ -94,7 +102,7 @@ def _is_cpu(results: Results) -> bool:
 
 
 def choose(loaded: dict[Path, dict[str, list[Record]]], readme: Path | None) -> Path:
-    """Return the folder whose numbers the README shows.
+    """Return the folder whose numbers the pages show.
 
     Raises:
         ValueError: the named one is not among the folders, or none is named and it is not clear.
@@ -130,16 +138,18 @@ def tables(results: Results, names: Sequence[str]) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Write charts, reports and the README's tables; return 0."""
+    """Write charts, reports and the tables of the pages; return 0."""
     # Drawing alone needs matplotlib: the other sub-commands run without it.
     from bench.charts import draw
 
     folders = [find(folder) for folder in options.folders] or every()
     if not folders:
         raise value_error("FOLDER", f"have result files, under {RESULTS}", "none")
-    if not options.into.is_file():
-        raise value_error("--into", "be a file", repr(str(options.into)))
-    names = markers(options.into)
+    pages = list(options.into or PAGES)
+    for page in pages:
+        if not page.is_file():
+            raise value_error("--into", "be a file", repr(str(page)))
+    names = {page: markers(page) for page in pages}
     loaded = {}
     for folder in dict.fromkeys(folders):
         if results := load(folder):
@@ -150,7 +160,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             console.print(f"{folder}: no result rows", style="yellow", highlight=False)
     if not loaded:
         raise value_error("FOLDER", f"have result rows, under {RESULTS}", "none")
-    shown = choose(loaded, options.readme) if names or options.readme else None
+    shown = choose(loaded, options.readme) if any(names.values()) or options.readme else None
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -166,10 +176,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
         noisy = sum(record.noisy for record in _everything(results))
         say(f"{folder}: {counts} rows, {noisy} noisy; {len(charts)} charts and report.md")
     if shown is not None:
-        texts = tables(loaded[shown], names)
-        for name in names:
-            if name not in texts:
-                say(f"{options.into}: {name} stays as it is, {shown.name} has no rows for it")
-        changed = refresh(options.into, texts)
-        say(f"{options.into}: {'refreshed' if changed else 'unchanged'} ({', '.join(names)})")
+        for page, listed in names.items():
+            texts = tables(loaded[shown], listed)
+            for name in listed:
+                if name not in texts:
+                    say(f"{page}: {name} stays as it is, {shown.name} has no rows for it")
+            changed = refresh(page, texts)
+            say(f"{page}: {'refreshed' if changed else 'unchanged'} ({', '.join(listed)})")
     return 0

@@ -302,6 +302,26 @@ def test_class_table_counts_layers_and_names_the_worst() -> None:
     )
 
 
+def test_the_summary_has_a_mean_per_class_and_counts_who_is_faster() -> None:
+    records = [
+        ops("n8-c3-h8-o4-k3", ["stem", "resnet18"], 1.2, 1.5),
+        ops("n8-c3-h9-o4-k3", ["stem"], 3.0, 1.5),
+        ops("n8-c3-h9-o4-k3", ["stem"], 9.0, 1.5, layout="contiguous"),
+    ]
+    lines = readme.summary_table({"ops": records}).splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert (
+        rows[0]
+        == "| class | float32, fwd+bwd | rows | `F.conv2d` faster | compiled formula faster |"
+    )
+    assert rows[2:] == [
+        "| resnet18 | 1.20 | 1 | 1 | 0 |",
+        f"| stem | {(1.2 * 3.0) ** 0.5:.2f} | 2 | 2 | 1 |",
+        f"| all | {(1.2 * 3.0) ** 0.5:.2f} | 2 | 2 | 1 |",
+    ]
+    assert readme.summary_table({}) == ""
+
+
 def test_losses_are_those_beyond_the_spread_worst_first() -> None:
     # The intervals of the 20th to 80th percentile touch at 1.5 over 1.47: (1 - s / 2) (1 + s / 2).
     records = [
@@ -427,7 +447,7 @@ def test_a_readme_without_markers_stays(tmp_path: Path) -> None:
             r"README.md:2 must come after <!-- bench ops-losses: begin -->",
         ),
         (marked("networks", "networks"), r"README.md:9 must be the only marker of its name"),
-        (marked("speed"), r"README.md:3 must name one of ops-operator, .*networks.*, got 'speed'"),
+        (marked("speed"), r"README.md:3 must name one of ops-summary, .*networks.*, got 'speed'"),
     ],
 )
 def test_wrong_markers_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The README's code runs, and its tables name every function with its formula."""
+"""Code in README and docs runs, links lead somewhere, tables name every function's formula."""
 
 from __future__ import annotations
 
@@ -12,17 +12,41 @@ import pytest
 from dcconv.functions import angulars, magnitudes, weightings
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+OPERATOR = TEXTS["docs/operator.md"]
+SNIPPETS = {
+    f"{name}-{i}": code
+    for name, text in TEXTS.items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+}
+README_LINES = 200
 
 
-@pytest.mark.parametrize("index", range(len(SNIPPETS)))
-def test_code_runs(index: int) -> None:
-    subprocess.run([sys.executable, "-c", SNIPPETS[index]], check=True, cwd=ROOT)
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_code_runs(name: str) -> None:
+    subprocess.run([sys.executable, "-c", SNIPPETS[name]], check=True, cwd=ROOT)
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 3
+    assert {"README.md-0", "README.md-1", "docs/strategies.md-0"} <= set(SNIPPETS)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", TEXTS[name])
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_linked() -> None:
+    listed = set(re.findall(r"\]\((docs/[\w./-]+\.md)\)", TEXTS["README.md"]))
+    assert {name for name in TEXTS if name.startswith("docs/")} == listed
 
 
 @pytest.mark.parametrize("name", [*magnitudes, *angulars])
@@ -34,9 +58,9 @@ def test_every_function_has_a_row(name: str) -> None:
         if record.name == name
     }
     for formula in rows:
-        assert f"| `{name}` | {formula} |" in README
+        assert f"| `{name}` | {formula} |" in OPERATOR
 
 
 @pytest.mark.parametrize("name", weightings)
 def test_every_weighting_has_a_row(name: str) -> None:
-    assert f"| `{name}` | {weightings[name].formula}" in README
+    assert f"| `{name}` | {weightings[name].formula}" in OPERATOR
