@@ -1,4 +1,4 @@
-"""Optimisation tricks of the paper (spec section 4.1): projection, penalty, weighted gradients."""
+"""Optimisation tricks of the paper (spec 4.1): projection, penalty, weighted gradients."""
 
 from __future__ import annotations
 

@@ -64,3 +64,19 @@ def test_every_function_has_a_row(name: str) -> None:
 @pytest.mark.parametrize("name", weightings)
 def test_every_weighting_has_a_row(name: str) -> None:
     assert f"| `{name}` | {weightings[name].formula}" in OPERATOR
+
+
+def test_every_cited_section_of_the_specification_is_there() -> None:
+    headings = re.findall(r"^##+ ([0-9.]+)", TEXTS["docs/specification.md"], re.MULTILINE)
+    sections = {heading.rstrip(".") for heading in headings}
+    cited = {
+        (section, str(path.relative_to(ROOT)))
+        for folder in ("dcconv", "train", "bench", "tests", "csrc")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu") and path != Path(__file__)
+        for section in re.findall(
+            r"\bspec (?:section )?([0-9]+(?:\.[0-9]+)?)", path.read_text(encoding="utf-8")
+        )
+    }
+    assert len(cited) > 10
+    assert {pair for pair in cited if pair[0] not in sections} == set()
