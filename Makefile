@@ -20,7 +20,7 @@ SOURCES := $(sort $(shell find csrc -type f))
 FORMATTED := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES) $(sort $(shell find tests -type f)))
 OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: help demo test lint build bench findings gpu-gate clean FORCE
+.PHONY: help demo test lint docs build bench findings gpu-gate clean FORCE
 
 # A target's line says what it does, after two hashes.
 help: ## this list
@@ -31,7 +31,7 @@ demo: ## train small networks on handwritten digits, in some two minutes
 	@$(MAKE) --no-print-directory build DCCONV_BUILD=$(or $(DCCONV_BUILD),local)
 	$(BIN)/python -m train.digits
 
-test: build lint ## lint, types, formatting, doctests and the test suite
+test: build lint docs ## lint, types, formatting, documentation, doctests and the test suite
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
 
 lint: $(VENV)/installed ## linters, types and formatting
@@ -39,6 +39,10 @@ lint: $(VENV)/installed ## linters, types and formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+# A warning is an error. The generator's word about its own next release is none of ours.
+docs: $(VENV)/docs ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
 
 # BENCH_OPTIONS go to every measuring sub-command: make bench BENCH_OPTIONS=--quick
 bench: build ## every benchmark of this device, then the report
@@ -76,6 +80,10 @@ $(VENV)/installed: pyproject.toml $(VENV)/torch
 	@echo 'Filling $(VENV); the default build of PyTorch is a download of several GB.'
 	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
 	DCCONV_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(VENV)/built: setup.py $(SOURCES) $(VENV)/installed $(VENV)/options

@@ -54,8 +54,9 @@ class DecoupledConv2d(nn.Module):
     activation checkpointing may update its moving average twice, as BatchNorm does.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype: as ``nn.Conv2d``; ``padding="same"`` works at any stride.
+        in_channels, out_channels, kernel_size, dilation, groups, bias: as ``nn.Conv2d``.
+        padding_mode, device, dtype: as ``nn.Conv2d``.
+        stride, padding: as ``nn.Conv2d``; ``padding="same"`` works at any stride.
         magnitude, angular, weighting, alpha, beta, power, eps, keep, backend: as the functional.
         radius: initial r, a number above 0.
         learn_radius: make r a parameter, one per filter (the official code does).

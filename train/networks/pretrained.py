@@ -1,4 +1,4 @@
-"""Start a decoupled network from a plain one of the same shape (spec 4.3)."""
+"""Start a decoupled network from a plain one of the same shape (spec 4.1)."""
 
 from __future__ import annotations
 
