@@ -41,7 +41,7 @@ lint: $(VENV)/installed ## linters, types and formatting
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 # A warning is an error. The generator's word about its own next release is none of ours.
-docs: $(VENV)/docs ## the documentation site, in build/site
+docs: $(VENV)/installed ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
 
 # BENCH_OPTIONS go to every measuring sub-command: make bench BENCH_OPTIONS=--quick
@@ -79,11 +79,7 @@ $(BIN)/pip:
 $(VENV)/installed: pyproject.toml $(VENV)/torch
 	@echo 'Filling $(VENV); the default build of PyTorch is a download of several GB.'
 	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
-	DCCONV_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev]'
-	@touch $@
-
-$(VENV)/docs: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[docs]'
+	DCCONV_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev,docs]'
 	@touch $@
 
 $(VENV)/built: setup.py $(SOURCES) $(VENV)/installed $(VENV)/options

@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: README and changelog as pages, files outside docs/ that are shown.
+"""Hooks of the documentation site: README and changelog as pages, pictures from outside docs/.
 
 Pages link to files of the repository as they lie there, so that both a checkout and the site show
 them; here such links become links within the site.
