@@ -11,7 +11,10 @@ from rich.console import Console
 
 from bench.options import INTERRUPTED
 
-COMMANDS = ("ops", "networks", "functions", "scaling", "engine", "report", "compare", "keep")
+COMMANDS = (
+    *("ops", "networks", "functions", "scaling", "calls", "engine"),
+    *("report", "compare", "keep"),
+)
 
 REFUSED = 2
 
