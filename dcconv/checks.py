@@ -29,15 +29,29 @@ from dcconv.problem import (
 
 KEEPS = ("auto", "output", "dot")
 
+DTYPE_RULE = "be float16, bfloat16, float32 or float64"
 
-def value_error(argument: str, rule: str, got: object) -> ValueError:
+# Strides, paddings, windows and channels beyond this fit no memory; products of a few of them fit
+# the 64 bits of the kernels' offsets.
+LARGEST = 2**31 - 1
+
+
+class ArgumentValueError(ValueError, RuntimeError):
+    """A wrong value; also a RuntimeError, which ``nn.Conv2d`` raises for wrong inputs."""
+
+
+class ArgumentTypeError(TypeError, ValueError, RuntimeError):
+    """A wrong type; also what ``nn.Conv2d`` raises in its place, ValueError or RuntimeError."""
+
+
+def value_error(argument: str, rule: str, got: object) -> ArgumentValueError:
     """Build the house ValueError."""
-    return ValueError(f"dcconv: {argument} must {rule}, got {got}")
+    return ArgumentValueError(f"dcconv: {argument} must {rule}, got {got}")
 
 
-def type_error(argument: str, rule: str, got: object) -> TypeError:
+def type_error(argument: str, rule: str, got: object) -> ArgumentTypeError:
     """Build the house TypeError."""
-    return TypeError(f"dcconv: {argument} must {rule}, got {got}")
+    return ArgumentTypeError(f"dcconv: {argument} must {rule}, got {got}")
 
 
 def choice(argument: str, value: object, known: Iterable[str]) -> None:

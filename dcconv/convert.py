@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from dcconv import checks
+from dcconv.folding import guard
 from dcconv.modules import DecoupledConv2d
 
 # What a caller of a module registers on it; the handles go on working with the same dictionaries.
@@ -123,6 +124,7 @@ def convert(
         for name, child in list(parent._modules.items()):
             if isinstance(child, nn.Conv2d) and child in layers:
                 parent.register_module(name, layers[child])
+    guard(module)
     return module
 
 

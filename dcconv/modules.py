@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dcconv import backends, checks
+from dcconv import backends, checks, folding
+from dcconv.averages import KeptAverage, needs_digits
+from dcconv.casts import Cast
 from dcconv.functional import conv2d_and_mean, patch_norm
 from dcconv.functions import angulars, magnitudes
 from dcconv.numerics import EPS, FLOATING_DTYPES, compute_dtype
@@ -156,8 +158,7 @@ class DecoupledConv2d(nn.Module):
         if norm_momentum > 1:
             raise checks.value_error("norm_momentum", "be in (0, 1]", norm_momentum)
         if dtype is not None and dtype not in FLOATING_DTYPES:
-            rule = "be float16, bfloat16, float32 or float64"
-            raise checks.type_error("dtype", rule, dtype)
+            raise checks.type_error("dtype", checks.DTYPE_RULE, dtype)
 
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -175,7 +176,8 @@ class DecoupledConv2d(nn.Module):
         self.initial_radius = float(radius)
         self.learn_radius = learn_radius
         self.radius_unit = radius_unit
-        self.norm_momentum = float(norm_momentum)
+        # None, a cumulative average, is for the time of a calibration only.
+        self.norm_momentum: float | None = float(norm_momentum)
         self.norm_init = norm_init
         self.norm_mean_grad = norm_mean_grad
         self.sync_norm = sync_norm
@@ -193,11 +195,13 @@ class DecoupledConv2d(nn.Module):
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         filters = (out_channels,)
-        self.bias = nn.Parameter(torch.empty(filters, **factory)) if bias else None
-        learned_radius = uses_rho and learn_radius
-        self.radius_raw = nn.Parameter(torch.empty(filters, **factory)) if learned_radius else None
-        learned_k = uses_k and learn_k
-        self.k_raw = nn.Parameter(torch.empty(filters, **factory)) if learned_k else None
+        for name, wanted in (
+            ("bias", bool(bias)),
+            ("radius_raw", uses_rho and learn_radius),
+            ("k_raw", uses_k and learn_k),
+        ):
+            parameter = nn.Parameter(torch.empty(filters, **factory)) if wanted else None
+            super().register_parameter(name, parameter)
         if self.uses_norm_mean:
             state = {"device": device, "dtype": self._norm_dtype()}
             self.register_buffer("norm_mean", torch.empty((), **state))
@@ -206,10 +210,60 @@ class DecoupledConv2d(nn.Module):
         else:
             self.register_buffer("norm_mean", None)
             self.register_buffer("norm_mean_steps", None)
+        self._rescaled = False  # whether the weight was set anew to multiples of its filters
+        self._keep_average()
         self.reset_parameters()
 
-    def _norm_dtype(self) -> torch.dtype:
+    def _compute_dtype(self) -> torch.dtype:
+        """Return the dtype of norms and of the average in a call."""
         return compute_dtype(self.weight.dtype)
+
+    def _norm_dtype(self) -> torch.dtype:
+        """Return the dtype of the average outside a call."""
+        # A weight that is computed (pruning, weight norm) is so in the next call; what it is
+        # computed from has the layer's dtype already. A sharded layer may have no tensor at all.
+        source: Tensor | None = self._parameters.get("weight")
+        if source is None:
+            source = next(self.parameters(), None)
+        if source is None:
+            source = getattr(self, "weight", None)
+        return torch.float32 if source is None else compute_dtype(source.dtype)
+
+    def _keep_average(self) -> None:
+        """Look at the buffer's memory from a second side, before anybody casts the buffer."""
+        mean = self._buffers.get("norm_mean")
+        self._kept = None if mean is None else KeptAverage(mean)
+
+    def _average(self, dtype: torch.dtype) -> Tensor:
+        """Return the buffer of the average; one with fewer digits than ``dtype`` gets them back."""
+        mean = self.norm_mean
+        assert mean is not None
+        if needs_digits(mean, dtype):
+            mean = mean.to(dtype) if self._kept is None else self._kept.of(mean, dtype)
+            self.norm_mean = mean
+            self._keep_average()
+        return mean
+
+    def _operator(self) -> dict[str, Any]:
+        """Return what a state dict says of the operator: every name and number of the formula."""
+        magnitude, angular = magnitudes[self.magnitude], angulars[self.angular]
+        operator: dict[str, Any] = {
+            "magnitude": self.magnitude,
+            "angular": self.angular,
+            "weighting": self.weighting,
+            "alpha": self.alpha,
+            "eps": self.eps,
+        }
+        if "beta" in magnitude.formula:
+            operator["beta"] = self.beta
+        if "power" in angular.formula:
+            operator["power"] = self.power
+        if magnitude.uses_rho:
+            operator["radius_unit"] = self.radius_unit
+            operator["radius"] = "learned" if self.learn_radius else self.initial_radius
+        if angular.uses_k:
+            operator["k"] = "learned" if self.learn_k else self.initial_k
+        return operator
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as ``nn.Conv2d``, radius and k, and forget the average."""
@@ -218,29 +272,34 @@ class DecoupledConv2d(nn.Module):
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.weight[0].numel())
                 self.bias.uniform_(-bound, bound)
-            if self.radius_raw is not None:
-                self.radius_raw.fill_(math.sqrt(self.initial_radius))
-            if self.k_raw is not None:
-                self.k_raw.fill_(self.initial_k - K_OFFSET)
-            if self.norm_mean is not None and self.norm_mean_steps is not None:
-                # The norm of a patch of unit-variance pixels: evaluation before training is finite.
-                start = math.sqrt(self.weight[0].numel()) if self.norm_init == "first" else 0.0
-                self.norm_mean.fill_(start)
-                self.norm_mean_steps.zero_()
+        self._reset_operator()
+
+    @torch.no_grad()
+    def _reset_operator(self) -> None:
+        """Initialise radius, k and the average."""
+        if self.radius_raw is not None:
+            self.radius_raw.fill_(math.sqrt(self.initial_radius))
+        if self.k_raw is not None:
+            self.k_raw.fill_(self.initial_k - K_OFFSET)
+        if self.norm_mean is not None and self.norm_mean_steps is not None:
+            # The norm of a patch of unit-variance pixels: evaluation before training is finite.
+            products = math.prod(self.weight.shape[1:])
+            self.norm_mean.fill_(math.sqrt(products) if self.norm_init == "first" else 0.0)
+            self.norm_mean_steps.zero_()
 
     @property
     def radius(self) -> Tensor | float:
         """The radius r: [o] in compute dtype if learned, else a number."""
         if self.radius_raw is None:
             return self.initial_radius
-        return self.radius_raw.to(self._norm_dtype()).square() + RADIUS_OFFSET
+        return self.radius_raw.to(self._compute_dtype()).square() + RADIUS_OFFSET
 
     @property
     def k(self) -> Tensor | float:
         """The curvature k: [o] in compute dtype if learned, else a number."""
         if self.k_raw is None:
             return self.initial_k
-        raw = self.k_raw.to(self._norm_dtype())
+        raw = self.k_raw.to(self._compute_dtype())
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
         return torch.where(raw < 0.0, -raw, raw) + K_OFFSET
 
@@ -249,7 +308,7 @@ class DecoupledConv2d(nn.Module):
         norm_mean: Tensor | str | None = None
         seen: Tensor | None = None  # whether any rank had a patch
         if self.uses_norm_mean:
-            norm_mean = self.norm_mean
+            norm_mean = self._average(self._compute_dtype())
             if self.training and self._must_synchronise():
                 norm_mean, seen = self._synchronised_mean(x)
             elif self.training:
@@ -311,7 +370,11 @@ class DecoupledConv2d(nn.Module):
         assert self.norm_mean is not None and self.norm_mean_steps is not None
         with torch.no_grad():
             mean = mean.to(self.norm_mean.dtype)
-            average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
+            if self.norm_momentum is None:  # every batch counts the same
+                t = 1.0 / (self.norm_mean_steps + 1).to(mean.dtype)
+                average = torch.lerp(self.norm_mean, mean, t)
+            else:
+                average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
             if self.norm_init == "first":
                 average = torch.where(self.norm_mean_steps == 0, mean, average)
             if seen is not None:
@@ -320,16 +383,64 @@ class DecoupledConv2d(nn.Module):
             self.norm_mean[...] = average
             self.norm_mean_steps.add_(1 if seen is None else seen.to(torch.int64))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as ``nn.Module``; a folded weight and bias are refused.
+
+        Raises:
+            ValueError: a bias is set on a layer without one, or after a weight whose filters are
+                multiples of the former ones, and the operator does not scale with its weight.
+        """
+        former = self._parameters.get(name)
+        if name == "bias" and param is not None and not folding.scales_with_weight(self):
+            if former is None and name in self._parameters:
+                rule = f"be asked for by bias=True when the layer is built ({folding.WHY})"
+                raise checks.value_error("bias", rule, type(param).__name__)
+            if self._rescaled and param is not former:
+                rule = f"stay after filters were rescaled ({folding.WHY})"
+                raise checks.value_error("bias", rule, "another one")
+        if name == "weight":
+            self._rescaled = folding.is_rescaled(former, param)
+        super().register_parameter(name, param)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DecoupledConv2d:
         # The average has the accuracy of float32 whatever the layer's dtype: a cast to half
         # would freeze it, since t = 1e-3 is below half an ulp.
         before = self.norm_mean
+        if before is not None:
+            before = self._average(compute_dtype(before.dtype))
+        cast = Cast(self)
         super()._apply(fn, recurse)
+        cast.check()
         after = self.norm_mean
-        if before is not None and after is not None and after.dtype != self._norm_dtype():
-            source = after if before.is_meta else before.to(after.device)
-            self.norm_mean = source.to(self._norm_dtype())
+        if before is not None and after is not None:
+            if after.dtype != self._norm_dtype():
+                source = after if before.is_meta else before.to(after.device)
+                self.norm_mean = source.to(self._norm_dtype())
+            if before.is_meta and not after.is_meta:
+                # Memory of to_empty. A plain state, which has no radius, may be loaded next.
+                self._reset_operator()
+        self._keep_average()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a copy's or a pickle's attributes."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_rescaled", False)
+        mean, kept = self._buffers.get("norm_mean"), self.__dict__.get("_kept")
+        # A pickle has two memories where there was one, unless the buffer has lost its digits.
+        if mean is None or kept is None or not needs_digits(mean, kept.tensor.dtype):
+            self._keep_average()
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.norm_mean is not None:
+            self._average(self._norm_dtype())
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside PyTorch's own entry, the version: no key of the state dict.
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})["operator"] = self._operator()
 
     def _load_from_state_dict(
         self,
@@ -341,6 +452,13 @@ class DecoupledConv2d(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        error = self._why_not_load(prefix[:-1], local_metadata.get("operator"))
+        if error is not None:
+            error_msgs.append(error)
+            return
+        if self.norm_mean is not None:
+            # A state's digits go into the buffer in place: it needs its own first.
+            self._average(self._norm_dtype())
         plain = not any(prefix + name in state_dict for name in _STATE)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -348,6 +466,47 @@ class DecoupledConv2d(nn.Module):
         if plain:
             own = {prefix + name for name in _STATE}
             missing_keys[:] = [key for key in missing_keys if key not in own]
+            self._follow_weight()
+        if self.norm_mean is not None and self.norm_mean.dtype != self._norm_dtype():
+            self.norm_mean = self.norm_mean.to(self._norm_dtype())  # assign=True with a half state
+        self._keep_average()
+
+    def _why_not_load(self, name: str, saved: dict[str, Any] | None) -> str | None:
+        """Return a sentence if a state dict says that it is another operator's, else None."""
+        own = self._operator()
+        if saved is None or saved == own:
+            return None
+        names = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
+        rule, got = (
+            ", ".join(f"{key} {operator.get(key)!r}" for key in names) for operator in (own, saved)
+        )
+        argument = f"state_dict of layer '{name}'" if name else "state_dict"
+        return str(checks.value_error(argument, f"be of an operator with {rule}", got))
+
+    @torch.no_grad()
+    def _follow_weight(self) -> None:
+        """Bring radius, k and average to the device of a weight that was assigned.
+
+        From the meta device they come with their initial values: a plain state has none.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None or weight.is_meta:
+            return
+        fresh = False
+        for name in _STATE:
+            place: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
+            value = place.get(name)
+            if value is None or value.device == weight.device:
+                continue
+            if value.is_meta:
+                fresh, moved = True, torch.empty_like(value, device=weight.device)
+            else:
+                moved = value.detach().to(weight.device)
+            if isinstance(value, nn.Parameter):
+                moved = nn.Parameter(moved, value.requires_grad)
+            place[name] = moved
+        if fresh:
+            self._reset_operator()
 
     def extra_repr(self) -> str:
         """Show the arguments that differ from their defaults, in signature order."""

@@ -500,7 +500,65 @@ CONVERSIONS = [
     ),
 ]
 
+DOES_NOT_SCALE = (
+    "the output does not scale with the weight, so batch normalisation cannot be folded into it"
+)
+
+
+def set_bias(bias: bool) -> None:
+    """Set weight and bias anew, as folding does."""
+    own = DecoupledConv2d(3, 4, 3, bias=bias)
+    own.weight = nn.Parameter(own.weight.detach() * torch.tensor(2.0))
+    own.bias = nn.Parameter(torch.ones(4))
+
+
+def fuse_block() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def fuse(self) -> None:
+            raise AssertionError("the method was called")
+
+    block = Block()
+    dcconv.convert(nn.Sequential(block))
+    block.fuse()
+
+
+LAYERS = [
+    refusal(
+        lambda: DecoupledConv2d(3, 4, 3).type(torch.complex64),
+        "t",
+        "dtype",
+        "be float16, bfloat16, float32 or float64",
+        "torch.complex64",
+    ),
+    refusal(
+        lambda: set_bias(False),
+        "v",
+        "bias",
+        f"be asked for by bias=True when the layer is built ({DOES_NOT_SCALE})",
+        "Parameter",
+    ),
+    refusal(
+        lambda: set_bias(True),
+        "v",
+        "bias",
+        f"stay after filters were rescaled ({DOES_NOT_SCALE})",
+        "another one",
+    ),
+    refusal(
+        fuse_block,
+        "v",
+        "module",
+        f"have no decoupled layer for fuse() to fold batch normalisation into ({DOES_NOT_SCALE})",
+        "Block with 'conv'",
+    ),
+]
+
 REFUSALS = [
+    *LAYERS,
     *NAMES,
     *NUMBERS,
     *GEOMETRY,
@@ -520,7 +578,8 @@ REFUSALS = [
 def test_wrong_call_raises_its_sentence(case: Refusal) -> None:
     with pytest.raises(case.kind, match=f"^{re.escape('dcconv: ' + case.message)}$") as caught:
         case.call()
-    assert type(caught.value) is case.kind
+    # Of both kinds that callers of nn.Conv2d may catch.
+    assert isinstance(caught.value, RuntimeError | ValueError)
 
 
 def raising_lines() -> set[tuple[str, int]]:

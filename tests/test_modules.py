@@ -180,7 +180,8 @@ def test_plain_state_without_its_bias_is_reported_missing() -> None:
 
 
 def test_state_of_another_operator_is_reported_unexpected() -> None:
-    state = DecoupledConv2d(3, 4, 3, magnitude="tanh").state_dict()
+    # Without the metadata, which says the operator.
+    state = dict(DecoupledConv2d(3, 4, 3, magnitude="tanh").state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key"):
         DecoupledConv2d(3, 4, 3, magnitude="sphere").load_state_dict(state)
 
