@@ -152,10 +152,24 @@ def operator(
     number("eps", eps, "be a finite number above 0", 0.0)
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether a value is a ``torch.distributed.tensor.DTensor``."""
+    # By its name: importing it takes a second, and compilers trace this.
+    return type(value).__name__ == "DTensor"
+
+
+def not_distributed(argument: str, value: Tensor) -> None:
+    """Refuse a DTensor: the ops have no sharding rules."""
+    if is_dtensor(value):
+        rule = "be a plain tensor, as fully_shard's forward has it (a DTensor has to_local())"
+        raise type_error(argument, rule, "a DTensor")
+
+
 def input_tensor(x: object) -> None:
     """Require a floating [n, c, h, w] or [c, h, w] tensor."""
     if not isinstance(x, Tensor):
         raise type_error("x", "be a tensor", type(x).__name__)
+    not_distributed("x", x)
     if x.dim() not in (3, 4):
         raise value_error("x", "have shape [n, c, h, w] or [c, h, w]", list(x.shape))
     if x.dtype not in FLOATING_DTYPES:
@@ -174,6 +188,7 @@ def weight_tensor(weight: object, x: Tensor, groups: int) -> None:
     """Require a [o, c / groups, r, s] filter tensor that fits x."""
     if not isinstance(weight, Tensor):
         raise type_error("weight", "be a tensor", type(weight).__name__)
+    not_distributed("weight", weight)
     if weight.dim() != 4:
         raise value_error("weight", "have shape [o, c / groups, r, s]", list(weight.shape))
     if weight.dtype != x.dtype:
@@ -198,6 +213,7 @@ def bias_tensor(bias: object, x: Tensor, filters: int) -> None:
         return
     if not isinstance(bias, Tensor):
         raise type_error("bias", "be a tensor or None", type(bias).__name__)
+    not_distributed("bias", bias)
     if bias.dim() != 1 or bias.shape[0] != filters:
         raise value_error("bias", f"have shape [{filters}]", list(bias.shape))
     if bias.dtype != x.dtype:
@@ -209,6 +225,7 @@ def parameter(argument: str, value: object, x: Tensor, filters: int) -> None:
     """Require a number above 0 or a floating tensor of shape [] or [o]."""
     rule = f"be a number above 0 or a floating tensor of shape [] or [{filters}]"
     if isinstance(value, Tensor):
+        not_distributed(argument, value)
         if value.dtype not in FLOATING_DTYPES:
             raise type_error(argument, rule, value.dtype)
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != filters):
@@ -233,6 +250,7 @@ def norm_mean_argument(norm_mean: object, x: Tensor) -> str:
     if not isinstance(norm_mean, Tensor) or norm_mean.dtype not in FLOATING_DTYPES:
         got = norm_mean.dtype if isinstance(norm_mean, Tensor) else type(norm_mean).__name__
         raise type_error("norm_mean", rule, got)
+    not_distributed("norm_mean", norm_mean)
     if norm_mean.dim() != 0:
         raise value_error("norm_mean", rule, f"shape {list(norm_mean.shape)}")
     same_device("norm_mean", norm_mean, x)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from dcconv import checks
+from dcconv import checks, weights
 from dcconv.folding import guard
 from dcconv.modules import DecoupledConv2d
 
@@ -102,9 +102,9 @@ def convert(
         if name not in _ARGUMENTS:
             rule = f"be among {', '.join(_ARGUMENTS)}"
             raise checks.type_error("keyword arguments", rule, repr(name))
-    if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
-        rule = "be converted before it is wrapped for distributed training"
-        raise checks.value_error("module", rule, type(module).__name__)
+    for part in module.modules():
+        if isinstance(part, DistributedDataParallel) or weights.is_wrapped(part):
+            raise checks.value_error("module", weights.BEFORE_WRAPPING, type(module).__name__)
 
     candidates = {name: part for name, part in module.named_modules() if _is_candidate(part)}
     if not candidates:
@@ -139,7 +139,10 @@ def _why_not(conv: nn.Conv2d) -> str | None:
     if isinstance(conv, nn.LazyConv2d):
         return "have its shape: run the network once first"
     if parametrize.is_parametrized(conv) or conv._parameters.get("weight") is None:
-        return "own its weight: remove weight norm, spectral norm, pruning or the like first"
+        return weights.OWN
+    # A layer of a wrapped network, without its wrapper.
+    if checks.is_dtensor(conv.weight) or weights.is_sharded_flat(conv.weight):
+        return weights.BEFORE_WRAPPING
     if any(getattr(conv, hooks) for hooks in _STATE_HOOKS):
         return "have no hooks on its state dict: remove them first"
     return None

@@ -17,6 +17,7 @@ from dcconv.functional import conv2d_and_mean, patch_norm
 from dcconv.functions import angulars, magnitudes
 from dcconv.numerics import EPS, FLOATING_DTYPES, compute_dtype
 from dcconv.problem import NORM_BATCH
+from dcconv.weights import weighed
 
 # The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
 RADIUS_OFFSET = 1e-4
@@ -95,6 +96,8 @@ class DecoupledConv2d(nn.Module):
     k_raw: nn.Parameter | None
     norm_mean: Tensor | None
     norm_mean_steps: Tensor | None
+    # What weighs the weight's gradients: one scale per register_weighted_gradients.
+    gradient_scales: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -315,7 +318,7 @@ class DecoupledConv2d(nn.Module):
                 norm_mean = NORM_BATCH
         y, mean = conv2d_and_mean(
             x,
-            self.weight,
+            weighed(self.weight, self.gradient_scales, self.eps),
             self.bias,
             self.stride,
             self.padding,

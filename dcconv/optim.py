@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dcconv import checks
+from dcconv import checks, weights
 from dcconv.modules import DecoupledConv2d
 from dcconv.numerics import compute_dtype
 from dcconv.reference import filter_norm
@@ -23,10 +23,11 @@ def decoupled_layers(model: nn.Module) -> Iterator[DecoupledConv2d]:
             yield module
 
 
-def _require_layers(model: nn.Module) -> list[DecoupledConv2d]:
+def _require_layers(model: nn.Module) -> dict[str, DecoupledConv2d]:
+    """Return the decoupled layers of a model by their names, each once."""
     if not isinstance(model, nn.Module):
         raise checks.type_error("model", "be an nn.Module", type(model).__name__)
-    layers = list(decoupled_layers(model))
+    layers = {n: part for n, part in model.named_modules() if isinstance(part, DecoupledConv2d)}
     if not layers:
         raise checks.value_error("model", "have a DecoupledConv2d layer", type(model).__name__)
     return layers
@@ -36,14 +37,18 @@ def _require_layers(model: nn.Module) -> list[DecoupledConv2d]:
 def project_weights(model: nn.Module) -> None:
     """Project every decoupled filter: w <- w / sqrt(||w||^2 + eps) (spec 2.6), in place.
 
-    Optimiser state is not touched. Contradicts weighted operators, whose magnitude is ||w||.
+    Optimiser state is not touched. Contradicts weighted operators, whose magnitude is ||w||. A
+    weight that several layers share is projected once, with the eps of the first. Sharded weights
+    (``fully_shard``, ``FullyShardedDataParallel``) are gathered, so every process has to call it.
 
     Args:
         model: a module with at least one ``DecoupledConv2d``; eps is each layer's own.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: it has no decoupled layer.
+        ValueError: it has no decoupled layer, or one whose weight is computed from other tensors
+            (weight norm, spectral norm, pruning), or a layer of a ``FullyShardedDataParallel``
+            module that is not in the model. Nothing is projected then.
 
     Example:
         >>> import dcconv
@@ -52,9 +57,30 @@ def project_weights(model: nn.Module) -> None:
         >>> bool((layer.weight.square().sum(dim=(1, 2, 3)) <= 1).all())
         True
     """
-    for layer in _require_layers(model):
-        a = filter_norm(layer.weight, layer.eps).reshape(-1, 1, 1, 1)
-        layer.weight.copy_(layer.weight.to(a.dtype) / a)
+    with weights.to_write(model, _require_layers(model)) as pairs:
+        for layer, weight in pairs:
+            weights.divide_filters(weight, layer.eps)
+
+
+def _that_steps(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser itself, or the one that it wraps and whose step calls the hooks."""
+    rule = "be a torch.optim.Optimizer that was initialised, or wrap one as its attribute optimizer"
+    found = optimizer
+    # An optimiser's constructor makes its class call hooks; wrappers do not run it.
+    while not (
+        isinstance(found, torch.optim.Optimizer) and getattr(type(found).step, "hooked", False)
+    ):
+        inner = getattr(found, "optimizer", None)
+        if inner is None or inner is found:
+            raise checks.type_error("optimizer", rule, type(optimizer).__name__)
+        found = inner
+    if found is not optimizer:
+        # Wrappers that train copies write these over the parameters afterwards.
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(p) in own for group in found.param_groups for p in group["params"]):
+            rule = "wrap an optimiser of the model's own parameters"
+            raise checks.value_error("optimizer", rule, type(optimizer).__name__)
+    return found
 
 
 # The counters of each optimiser's projections: their names in its first group of parameters.
@@ -106,7 +132,9 @@ def register_projection(
     its own; register them in the same order again.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; a post-step hook is registered on it.
+        optimizer: any ``torch.optim.Optimizer``; a post-step hook is registered on it. Of a wrapper
+            that leaves the step to its attribute ``optimizer`` (accelerate, Lightning), on that
+            one: steps that the wrapper leaves out are not counted.
         model: as :func:`project_weights`.
         every: iterations between projections, at least 1.
 
@@ -114,7 +142,8 @@ def register_projection(
         A handle; ``remove()`` ends the projections.
 
     Raises:
-        TypeError, ValueError: as :func:`project_weights`, or ``every`` is wrong.
+        TypeError, ValueError: as :func:`project_weights`, or ``every`` is wrong, or the optimizer
+            is none whose steps call hooks, or wraps one that trains copies of the parameters.
 
     Example:
         >>> import dcconv, torch
@@ -123,15 +152,22 @@ def register_projection(
         >>> handle = dcconv.register_projection(optimizer, layer)
     """
     every = checks.size("every", every, 1)
-    _require_layers(model)
-    return Projection(optimizer, model, every)
+    layers = _require_layers(model)
+    stepping = _that_steps(optimizer, model)
+    # What cannot be projected is said now, not after a hundred steps.
+    with weights.to_write(model, layers):
+        pass
+    return Projection(stepping, model, every)
 
 
 def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor:
     """Penalise correlated filters: coefficient / 2 * sum over layers of ||W^T W - I||_F^2.
 
     W holds a layer's filters divided by their norms, one column each (spec 2.5); filters of
-    different groups see different channels and are not compared.
+    different groups see different channels and are not compared. Weights that are computed from
+    other tensors (weight norm, pruning, ...) are taken as the next forward has them, and the
+    gradient goes to those tensors. DTensors (``fully_shard``) are gathered: every process has to
+    call it, and the result is a plain tensor.
 
     Args:
         model: as :func:`project_weights`.
@@ -141,7 +177,9 @@ def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor
         A differentiable scalar, float32 (float64 for float64 layers).
 
     Raises:
-        TypeError, ValueError: as :func:`project_weights`, or the coefficient is wrong.
+        TypeError, ValueError: model is no module or has no decoupled layer, the coefficient is
+            wrong, or ``FullyShardedDataParallel`` holds a layer's weight in a flat parameter: that
+            passes gradients on in its own forward only.
 
     Example:
         >>> import dcconv
@@ -150,12 +188,16 @@ def orthogonality_penalty(model: nn.Module, coefficient: float = 1e-5) -> Tensor
     """
     checks.number("coefficient", coefficient, "be a finite number of at least 0", 0.0, closed=True)
     total: Tensor | None = None
-    for layer in _require_layers(model):
-        weight = layer.weight.to(compute_dtype(layer.weight.dtype))
+    layers = _require_layers(model)
+    in_fsdp = weights.in_fsdp(model)
+    for name, layer in layers.items():
+        weight = weights.to_read(name, layer, in_fsdp)
+        weight = weights.weighed(weight, layer.gradient_scales, layer.eps)
+        weight = weight.to(compute_dtype(weight.dtype))
         a = filter_norm(weight, layer.eps).reshape(-1, 1, 1, 1)
         unit = (weight / a).flatten(1).unflatten(0, (layer.groups, -1))  # [g, o / g, c r s / g]
         gram = unit @ unit.mT
-        error = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square()
+        error = (gram - gram.new_ones(gram.shape[-1]).diag_embed()).square()
         total = error.sum() if total is None else total + error.sum()
     assert total is not None
     return total * (0.5 * coefficient)
@@ -167,15 +209,20 @@ def register_weighted_gradients(model: nn.Module, scale: float = 1.0) -> Callabl
     Cancels the 1 / ||w|| factor of the tangential gradient: the step is what it would be on the
     unit sphere. Pointless with optimisers that normalise each parameter's gradient.
 
+    ||w|| is sqrt(||w||^2 + eps). Weighed are the gradients of the layers' outputs and of
+    :func:`orthogonality_penalty`, each part once, where they leave the filters as the layer uses
+    them: also if those are computed from other tensors, gathered from shards, shared between
+    layers, or put into the layer later. What else reads ``layer.weight`` in the loss is not.
+
     Args:
-        model: as :func:`project_weights`.
+        model: as :func:`project_weights`; wrapped for distributed training before or afterwards.
         scale: a number above 0.
 
     Returns:
-        A function that removes the hooks.
+        A function that ends it.
 
     Raises:
-        TypeError, ValueError: as :func:`project_weights`, or the scale is wrong.
+        TypeError, ValueError: model is no module or has no decoupled layer, or the scale is wrong.
 
     Example:
         >>> import dcconv
@@ -183,17 +230,16 @@ def register_weighted_gradients(model: nn.Module, scale: float = 1.0) -> Callabl
         >>> remove()
     """
     checks.number("scale", scale, "be a finite number above 0", 0.0)
-    handles = []
-    for layer in _require_layers(model):
-
-        def weigh(grad: Tensor, layer: DecoupledConv2d = layer) -> Tensor:
-            a = filter_norm(layer.weight.detach(), layer.eps).reshape(-1, 1, 1, 1)
-            return (grad.to(a.dtype) * (scale * a)).to(grad.dtype)
-
-        handles.append(layer.weight.register_hook(weigh))
+    scale = float(scale)
+    layers = list(_require_layers(model).values())
+    for layer in layers:
+        layer.gradient_scales = (*layer.gradient_scales, scale)
 
     def remove() -> None:
-        for handle in handles:
-            handle.remove()
+        for layer in layers:
+            scales = list(layer.gradient_scales)
+            scales.remove(scale)
+            layer.gradient_scales = tuple(scales)
+        layers.clear()
 
     return remove
