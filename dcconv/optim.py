@@ -65,7 +65,7 @@ def project_weights(model: nn.Module) -> None:
 def _that_steps(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimiser itself, or the one that it wraps and whose step calls the hooks."""
     rule = "be a torch.optim.Optimizer that was initialised, or wrap one as its attribute optimizer"
-    found = optimizer
+    found: Any = optimizer
     # An optimiser's constructor makes its class call hooks; wrappers do not run it.
     while not (
         isinstance(found, torch.optim.Optimizer) and getattr(type(found).step, "hooked", False)
@@ -80,7 +80,8 @@ def _that_steps(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
         if not any(id(p) in own for group in found.param_groups for p in group["params"]):
             rule = "wrap an optimiser of the model's own parameters"
             raise checks.value_error("optimizer", rule, type(optimizer).__name__)
-    return found
+    result: torch.optim.Optimizer = found
+    return result
 
 
 # The counters of each optimiser's projections: their names in its first group of parameters.

@@ -234,7 +234,8 @@ def message(call: Callable[[], object]) -> str:
     try:
         call()
     except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+        kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+        return f"{kind}: {error}"
     return "accepted"
 
 

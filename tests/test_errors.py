@@ -439,6 +439,95 @@ CHOICES = [
     ),
 ]
 
+
+class DTensor(torch.Tensor):
+    """Stands in for ``torch.distributed.tensor.DTensor``, which needs a process group."""
+
+
+class Wrapper:
+    """An optimiser's wrapper as other libraries have them."""
+
+    def __init__(self, optimizer: object) -> None:
+        self.optimizer = optimizer
+
+
+def part_of_flat(*shape: int) -> DecoupledConv2d:
+    """Return a layer as FullyShardedDataParallel leaves it without its wrapper."""
+    result = DecoupledConv2d(3, 4, 3)
+    result.weight = nn.Parameter(torch.zeros(shape))
+    result.weight._fsdp_flattened = True  # type: ignore[attr-defined]
+    return result
+
+
+def shard_of_weight() -> DecoupledConv2d:
+    result = DecoupledConv2d(3, 4, 3)
+    result.weight = nn.Parameter(torch.zeros(0))
+    return result
+
+
+DISTRIBUTED = [
+    *(
+        refusal(
+            make,
+            "t",
+            name,
+            "be a plain tensor, as fully_shard's forward has it (a DTensor has to_local())",
+            "a DTensor",
+        )
+        for name, make in {
+            "x": conv(x=X.as_subclass(DTensor)),
+            "weight": conv(weight=WEIGHT.as_subclass(DTensor)),
+            "bias": conv(bias=torch.zeros(6).as_subclass(DTensor)),
+            "radius": conv(radius=torch.ones(6).as_subclass(DTensor)),
+            "k": conv(k=torch.ones(()).as_subclass(DTensor)),
+            "norm_mean": conv(norm_mean=torch.ones(()).as_subclass(DTensor)),
+        }.items()
+    ),
+    *(
+        refusal(
+            on_model(dcconv.project_weights, module),
+            "v",
+            "model",
+            "have its whole weight: pass the FullyShardedDataParallel module that holds it",
+            "DecoupledConv2d",
+        )
+        for module in (part_of_flat(4, 3, 3, 3), part_of_flat(7), shard_of_weight())
+    ),
+    *(
+        refusal(
+            on_model(dcconv.orthogonality_penalty, module),
+            "v",
+            "model",
+            "have its whole weight and pass its gradient on: take the penalty inside the forward "
+            "of the FullyShardedDataParallel module, in a unit that holds the layer directly, or "
+            "use fully_shard",
+            "DecoupledConv2d",
+        )
+        for module in (part_of_flat(4, 3, 3, 3), part_of_flat(7), shard_of_weight())
+    ),
+    refusal(
+        on_model(dcconv.project_weights, nn.utils.parametrizations.weight_norm(layer()())),
+        "v",
+        "model",
+        "own its weight: remove weight norm, spectral norm, pruning or the like first",
+        "ParametrizedDecoupledConv2d",
+    ),
+    refusal(
+        on_model(dcconv.register_projection, Wrapper(None), OWN),
+        "t",
+        "optimizer",
+        "be a torch.optim.Optimizer that was initialised, or wrap one as its attribute optimizer",
+        "Wrapper",
+    ),
+    refusal(
+        on_model(dcconv.register_projection, Wrapper(SGD), OWN),
+        "v",
+        "optimizer",
+        "wrap an optimiser of the model's own parameters",
+        "Wrapper",
+    ),
+]
+
 PLAIN_LAYER = nn.Conv2d(3, 4, 1)
 
 # What a caller could have meant: every keyword of the module that is not nn.Conv2d's.
@@ -569,6 +658,7 @@ REFUSALS = [
     *SIZES,
     *COMBINATIONS,
     *UTILITIES,
+    *DISTRIBUTED,
     *CHOICES,
     *CONVERSIONS,
 ]
