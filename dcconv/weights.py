@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -22,6 +23,9 @@ from dcconv.reference import filter_norm
 
 OWN = "own its weight: remove weight norm, spectral norm, pruning or the like first"
 BEFORE_WRAPPING = "be converted before it is wrapped for distributed training"
+# A layer's parameters that no filter depends on.
+_OTHERS = ("bias", "radius_raw", "k_raw")
+
 _WHOLE = "have its whole weight: pass the FullyShardedDataParallel module that holds it"
 _CONNECTED = (
     "have its whole weight and pass its gradient on: take the penalty inside the forward of the "
@@ -88,10 +92,15 @@ def is_sharded_flat(weight: Tensor) -> bool:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether a module is a unit of fully_shard or of FullyShardedDataParallel."""
+    """Whether a module is a unit of FullyShardedDataParallel, fully_shard or replicate."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-    return isinstance(module, kinds)
+    if fsdp is not None:
+        kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+        if isinstance(module, kinds):
+            return True
+    # Functions that wrap a module in place leave their names with it.
+    contract: Any = sys.modules.get("torch.distributed._composable.contract")
+    return contract is not None and "replicate" in (contract._get_registry(module) or ())
 
 
 def _computed(layer: nn.Module) -> Tensor | None:
@@ -122,25 +131,42 @@ def to_read(name: str, layer: Any, in_fsdp: bool) -> Tensor:
     Raises:
         ValueError: they are sharded in a way that gives no gradient here.
     """
-    if parametrize.is_parametrized(layer, "weight"):
-        return whole(layer.weight)
-    computed = _computed(layer)
-    if computed is not None:
-        return whole(computed)
-    weight: Tensor = layer.weight
-    if checks.is_dtensor(weight):
-        return whole(weight)
-    if not _is_whole(layer, weight) or (
-        (in_fsdp or is_sharded_flat(weight)) and not _is_connected(weight)
-    ):
+    sharded = {name: p for name, p in layer.named_parameters() if checks.is_dtensor(p)}
+    if sharded:
+        # Gathered first: masks and the vectors of spectral norm are no DTensors.
+        gathered = {f"layer.{name}": whole(p) for name, p in sharded.items() if name not in _OTHERS}
+        filters: Tensor = functional_call(_Filters(layer), gathered, ())
+        return filters
+    weight: Tensor | None = None if _has_freed(layer) else _Filters(layer)()
+    flat = weight is not None and (in_fsdp or is_sharded_flat(weight))
+    if weight is None or weight.shape != _shape(layer) or (flat and not _is_connected(weight)):
         raise _error(name, layer, _CONNECTED)
     return weight
 
 
-def _is_whole(layer: Any, weight: Tensor) -> bool:
-    # Otherwise a part of the flat parameter, or a view of a gathered one that has been freed.
-    own = layer._parameters.get("weight") is not None
-    return weight.shape == _shape(layer) and (own or bool(weight.untyped_storage().size()))
+class _Filters(nn.Module):
+    """What a layer's next forward convolves with, [o, c, r, s]."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        computed = _computed(self.layer)
+        weight: Any = self.layer.weight if computed is None else computed
+        result: Tensor = weight
+        return result
+
+
+def _has_freed(layer: Any) -> bool:
+    """Whether a view of a gathered flat parameter, whose memory is gone, stands in a layer."""
+    if layer._parameters.get("weight") is not None:
+        return False
+    places = [layer]
+    if parametrize.is_parametrized(layer, "weight"):
+        places.append(layer.parametrizations["weight"])
+    tensors = [t for place in places for t in vars(place).values() if isinstance(t, Tensor)]
+    return any(t.numel() and not t.untyped_storage().size() for t in tensors)
 
 
 def _is_connected(weight: Tensor) -> bool:

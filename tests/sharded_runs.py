@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
 
 import dcconv
 from dcconv import DecoupledConv2d
@@ -171,6 +173,39 @@ def steps(rank: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def pruned(conv: nn.Module) -> nn.Module:
+    prune.l1_unstructured(conv, "weight", 0.5)
+    return conv
+
+
+COMPUTED: dict[str, Wrap] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "pruned": pruned,
+}
+
+
+def computed(kind: str) -> nn.Module:
+    """Return the network with filters of a layer computed from others."""
+    module = network()
+    COMPUTED[kind](module.get_submodule("0"))
+    # Spectral norm takes no step then.
+    return module.eval()
+
+
+def computed_gradients(kind: str, wrap: Wrap) -> dict[str, Tensor]:
+    """Return weighed gradients of the network's output and penalty, for filters so computed."""
+    module = wrap(computed(kind))
+    dcconv.register_weighted_gradients(module, SCALE)
+    penalty = dcconv.orthogonality_penalty(module, COEFFICIENT)
+    (module(images(0)).square().sum() + penalty).backward()
+    found = {"penalty": whole(penalty)}
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None
+        found[name] = whole(parameter.grad)
+    return found
+
+
 def own_summon(module: nn.Module) -> None:
     if isinstance(module, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(module):
@@ -263,10 +298,11 @@ def refusals() -> dict[str, str]:
     def convolutions() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 2, 3)))
 
-    for kind in ("ddp", "fsdp2", "fsdp1", "fsdp1_original"):
-        wrapped = WRAPPERS[kind](convolutions())
+    wrappers = WRAPPERS | {"replicate": replicate}
+    for kind, wrap in wrappers.items():
+        wrapped = wrap(convolutions())
         found[f"convert {kind}"] = message(lambda w=wrapped: dcconv.convert(w))
-        if kind != "ddp":
+        if kind in ("fsdp2", "fsdp1", "fsdp1_original"):
             inner = wrapped.get_submodule("_fsdp_wrapped_module.0" if kind != "fsdp2" else "0")
             found[f"convert inside {kind}"] = message(lambda i=inner: dcconv.convert(i))
     for kind in ("fsdp1", "fsdp1_original"):
@@ -338,6 +374,7 @@ def run(rank: int, world: int, rendezvous: str) -> dict[str, Any]:
     try:
         return {
             "steps": steps(rank),
+            "computed": {kind: computed_gradients(kind, fsdp2) for kind in COMPUTED},
             "projections": projections(),
             "refusals": refusals(),
             "averages": averages() if world == 1 else {},

@@ -81,6 +81,19 @@ def test_gradients_are_weighed_once_and_have_the_penalty(
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", sharded_runs.COMPUTED)
+def test_computed_filters_are_weighed_and_penalised_in_shards(
+    kind: str, world: int, found: dict[int, list[dict[str, Any]]]
+) -> None:
+    want = sharded_runs.computed_gradients(kind, lambda module: module)
+    for rank in found[world]:
+        got = rank["computed"][kind]
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            check_equal(name, got[name], value)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_projections_reach_the_weights_that_stay(
     kind: str, world: int, found: dict[int, list[dict[str, Any]]]
@@ -118,6 +131,7 @@ REFUSALS = {
         for name in ("x", "weight", "bias", "radius", "k", "norm_mean")
     },
     "convert ddp": f"ValueError: dcconv: module must {BEFORE}, got DistributedDataParallel",
+    "convert replicate": f"ValueError: dcconv: module must {BEFORE}, got DDPSequential",
     "convert fsdp2": f"ValueError: dcconv: module must {BEFORE}, got FSDPSequential",
     "convert fsdp1": f"ValueError: dcconv: module must {BEFORE}, got FullyShardedDataParallel",
     "convert inside fsdp2": f"ValueError: dcconv: module must {BEFORE}, got Conv2d",
