@@ -2,6 +2,7 @@
 
 from dcconv import backends, functional, reference
 from dcconv.backends import use_backend
+from dcconv.calibration import calibrate
 from dcconv.convert import convert
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.modules import DecoupledConv2d
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DecoupledConv2d",
     "backends",
+    "calibrate",
     "convert",
     "decoupled_conv2d",
     "functional",

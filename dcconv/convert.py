@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from dcconv import checks, weights
-from dcconv.folding import guard
+from dcconv import heads as special
+from dcconv.folding import guard, is_plain
 from dcconv.modules import DecoupledConv2d
+from dcconv.warn import name_some, warn_user
 
 # What a caller of a module registers on it; the handles go on working with the same dictionaries.
 _HOOKS = (
@@ -35,6 +40,11 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+# What nn.Conv2d itself keeps as attributes; all others are somebody's own.
+_ATTRIBUTES = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))
+
+HEADS = ("warn", "plain", "convert")
+
 _ARGUMENTS = tuple(
     name
     for name, parameter in inspect.signature(DecoupledConv2d.__init__).parameters.items()
@@ -46,20 +56,34 @@ def convert(
     module: nn.Module,
     *,
     select: Callable[[str, nn.Conv2d], object] | None = None,
+    heads: str = "warn",
     **operator: Any,
 ) -> nn.Module:
     """Replace every ``nn.Conv2d`` of a network by a :class:`dcconv.DecoupledConv2d`.
 
-    A new layer has its predecessor's geometry, padding mode, forward and backward hooks and
-    training flag, and the very same ``weight`` and ``bias`` parameters, so that weights shared
-    between layers stay shared. A layer that is used in several places stays one layer. The
-    parameters and buffers that come with the operator (``radius_raw``, ``norm_mean``, ...) start
-    as in a new layer: build the optimiser, and wrap the network for distributed training, after
-    the conversion. The state dict of the plain network still loads strictly. No random numbers
-    are drawn, and a network that is refused is left as it was.
+    A new layer has its predecessor's geometry, padding mode, forward and backward hooks, training
+    flag and attributes that others have set, and the very same ``weight`` and ``bias`` parameters,
+    so that weights shared between layers stay shared. A layer that is used in several places stays
+    one layer. The parameters and buffers that come with the operator (``radius_raw``,
+    ``norm_mean``, ...) start as in a new layer: build the optimiser, and wrap the network for
+    distributed training, after the conversion. The state dict of the plain network still loads
+    strictly. No random numbers are drawn, and a network that is refused is left as it was.
+
+    **A converted network answers by chance** until it has been trained on or its moving averages
+    (``norm_mean``, batch normalisation) have been estimated anew: :func:`dcconv.calibrate`. A
+    warning says so unless batch normalisation shows that the network has never seen a batch.
+
+    **Last layers, gates and heads.** A bounded operator's output ends at alpha, so that a logit
+    never exceeds 1, and a gate never opens. A warning names layers that look like the last one
+    before the output, the gates of squeeze and excitation, and the outputs of segmentation and
+    detection heads; ``heads="plain"`` leaves them. They are told by place and name, without
+    running the network: look at the list, and use ``select`` for what it lacks.
 
     Converted are layers whose class is ``nn.Conv2d`` itself. Subclasses compute something of their
-    own and stay as they are, and so do transposed, 1-D and 3-D convolutions. A weight that is
+    own and stay as they are, and so do transposed, 1-D and 3-D convolutions; a warning names them.
+    Batch normalisation cannot be folded into a decoupled layer, since its output does not scale
+    with its weight: methods of the network that do so (``fuse``, ``reparameterize``,
+    ``switch_to_deploy``) raise ValueError from now on. A weight that is
     computed from other parameters (weight norm, spectral norm, pruning) is refused, and so is a
     lazy layer that has not seen an input; ``select`` can leave either plain.
 
@@ -71,6 +95,8 @@ def convert(
         module: a network, converted in place; a single ``nn.Conv2d`` is not changed.
         select: called once with the name and the layer of every candidate; layers for which it
             returns a false value stay plain. A shared layer has the name of its first place.
+        heads: what becomes of last layers, gates and heads among the selected layers: ``warn``
+            converts and names them, ``convert`` is silent about it, ``plain`` leaves them.
         operator: the keyword arguments of :class:`dcconv.DecoupledConv2d`: ``magnitude``,
             ``angular``, ``radius``, ``keep``, ``backend``, ...
 
@@ -85,7 +111,7 @@ def convert(
         >>> import dcconv
         >>> from torch import nn
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 1))
-        >>> dcconv.convert(network, select=lambda name, conv: name != "2", magnitude="ball")
+        >>> dcconv.convert(network, heads="plain", magnitude="ball")
         Sequential(
           (0): DecoupledConv2d(3, 8, kernel_size=(3, 3), bias=True, magnitude='ball')
           (1): ReLU()
@@ -98,6 +124,7 @@ def convert(
         raise checks.type_error(
             "select", "be a function of a name and a layer", type(select).__name__
         )
+    checks.choice("heads", heads, HEADS)
     for name in operator:
         if name not in _ARGUMENTS:
             rule = f"be among {', '.join(_ARGUMENTS)}"
@@ -108,13 +135,22 @@ def convert(
 
     candidates = {name: part for name, part in module.named_modules() if _is_candidate(part)}
     if not candidates:
-        raise checks.value_error("module", "have an nn.Conv2d layer", type(module).__name__)
+        got = type(module).__name__
+        if others := _others(module):
+            got += f" with layers of other classes alone: {_listed(others)}"
+        raise checks.value_error("module", "have an nn.Conv2d layer", got)
     chosen = {
         name: conv for name, conv in candidates.items() if select is None or select(name, conv)
     }
     if not chosen:
         rule = f"choose one of the module's {len(candidates)} nn.Conv2d layers or more"
         raise checks.value_error("select", rule, "none")
+    found = special.find(module, chosen.items())
+    if heads == "plain":
+        chosen = {name: conv for name, conv in chosen.items() if name not in found}
+        if not chosen:
+            rule = "be 'warn' or 'convert' where every chosen layer is a last layer, gate or head"
+            raise checks.value_error("heads", rule, "'plain'")
     layers = {conv: _decoupled(name, conv, operator) for name, conv in chosen.items()}
 
     if isinstance(module, nn.Conv2d) and module in layers:
@@ -125,7 +161,50 @@ def convert(
             if isinstance(child, nn.Conv2d) and child in layers:
                 parent.register_module(name, layers[child])
     guard(module)
+    _warn_of_statistics(module, next(iter(layers.values())))
+    if heads == "warn" and found:
+        _warn_of_heads(found, next(iter(layers.values())))
+    if others := _others(module):
+        warn_user(f"convert left convolutions of other classes plain: {_listed(others)}")
     return module
+
+
+def _others(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions that are no candidates."""
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, _ConvNd) and not _is_candidate(part)
+    }
+
+
+def _listed(parts: dict[str, nn.Module]) -> str:
+    return name_some(
+        [name or "the module" for name in parts], [type(p).__name__ for p in parts.values()]
+    )
+
+
+def _warn_of_heads(found: dict[str, str], layer: DecoupledConv2d) -> None:
+    if not is_plain(layer):
+        warn_user(
+            "convert took over what looks like last layers, gates or heads, whose output a bounded "
+            "operator ends at alpha (heads='plain' leaves them, heads='convert' is silent): "
+            + name_some(list(found), list(found.values()))
+        )
+
+
+def _warn_of_statistics(module: nn.Module, layer: DecoupledConv2d) -> None:
+    """Say that averages are stale, unless batch normalisation shows that nothing was trained."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    if is_plain(layer) or layer.weight.is_meta or any(count.is_meta for count in counts):
+        return
+    if any(int(count) for count in counts) or (layer.uses_norm_mean and not counts):
+        warn_user(
+            "convert leaves the moving averages (norm_mean, batch normalisation) those of another "
+            "operator or of none: train the network, or estimate them by dcconv.calibrate(network, "
+            "batches), before it is evaluated"
+        )
 
 
 def _is_candidate(part: nn.Module) -> bool:
@@ -145,6 +224,26 @@ def _why_not(conv: nn.Conv2d) -> str | None:
         return weights.BEFORE_WRAPPING
     if any(getattr(conv, hooks) for hooks in _STATE_HOOKS):
         return "have no hooks on its state dict: remove them first"
+    for name, value in vars(conv).items():
+        if name == "forward" or (isinstance(value, types.MethodType) and value.__self__ is conv):
+            return f"have its class's own methods: remove what replaces {name}() first"
+    return None
+
+
+def _take_over(conv: nn.Conv2d, layer: DecoupledConv2d) -> str | None:
+    """Give a layer what others have set on its predecessor, or return a name that is taken."""
+    states = ("_parameters", "_buffers", "_modules")
+    own = {name: value for name, value in vars(conv).items() if name not in _ATTRIBUTES}
+    more = {
+        s: {n: v for n, v in vars(conv)[s].items() if n not in ("weight", "bias")} for s in states
+    }
+    for name in (*own, *(name for state in more.values() for name in state)):
+        if hasattr(layer, name):
+            return str(name)
+    vars(layer).update(own)
+    for state, values in more.items():
+        vars(layer)[state].update(values)
+    layer._non_persistent_buffers_set |= conv._non_persistent_buffers_set
     return None
 
 
@@ -170,7 +269,12 @@ def _decoupled(name: str, conv: Any, operator: dict[str, Any]) -> DecoupledConv2
             **operator,
         )
     layer.to(conv.weight.device)
-    layer.weight, layer.bias = conv.weight, conv.bias
+    layer._parameters["weight"], layer._parameters["bias"] = conv.weight, conv.bias
+    taken = _take_over(conv, layer)
+    if taken is not None:
+        argument = f"layer '{name}'" if name else "module"
+        rule = f"have no attribute '{taken}', a name that DecoupledConv2d needs"
+        raise checks.value_error(argument, rule, type(conv).__name__)
     for hooks in _HOOKS:
         setattr(layer, hooks, getattr(conv, hooks))
     return layer.train(conv.training)

@@ -179,8 +179,7 @@ class DecoupledConv2d(nn.Module):
         self.initial_radius = float(radius)
         self.learn_radius = learn_radius
         self.radius_unit = radius_unit
-        # None, a cumulative average, is for the time of a calibration only.
-        self.norm_momentum: float | None = float(norm_momentum)
+        self.norm_momentum = float(norm_momentum)
         self.norm_init = norm_init
         self.norm_mean_grad = norm_mean_grad
         self.sync_norm = sync_norm
@@ -213,7 +212,8 @@ class DecoupledConv2d(nn.Module):
         else:
             self.register_buffer("norm_mean", None)
             self.register_buffer("norm_mean_steps", None)
-        self._rescaled = False  # whether the weight was set anew to multiples of its filters
+        # The weight that was replaced by multiples of its filters, while that is the last change.
+        self._unscaled: nn.Parameter | None = None
         self._keep_average()
         self.reset_parameters()
 
@@ -246,6 +246,11 @@ class DecoupledConv2d(nn.Module):
             self.norm_mean = mean
             self._keep_average()
         return mean
+
+    def restore_average(self) -> None:
+        """Give the buffer of the average its digits back if it was cast from outside."""
+        if self.norm_mean is not None:
+            self._average(self._norm_dtype())
 
     def _operator(self) -> dict[str, Any]:
         """Return what a state dict says of the operator: every name and number of the formula."""
@@ -373,11 +378,7 @@ class DecoupledConv2d(nn.Module):
         assert self.norm_mean is not None and self.norm_mean_steps is not None
         with torch.no_grad():
             mean = mean.to(self.norm_mean.dtype)
-            if self.norm_momentum is None:  # every batch counts the same
-                t = 1.0 / (self.norm_mean_steps + 1).to(mean.dtype)
-                average = torch.lerp(self.norm_mean, mean, t)
-            else:
-                average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
+            average = torch.lerp(self.norm_mean, mean, self.norm_momentum)
             if self.norm_init == "first":
                 average = torch.where(self.norm_mean_steps == 0, mean, average)
             if seen is not None:
@@ -395,15 +396,24 @@ class DecoupledConv2d(nn.Module):
         """
         former = self._parameters.get(name)
         if name == "bias" and param is not None and not folding.scales_with_weight(self):
-            if former is None and name in self._parameters:
-                rule = f"be asked for by bias=True when the layer is built ({folding.WHY})"
-                raise checks.value_error("bias", rule, type(param).__name__)
-            if self._rescaled and param is not former:
-                rule = f"stay after filters were rescaled ({folding.WHY})"
-                raise checks.value_error("bias", rule, "another one")
+            try:
+                self._check_bias(former, param)
+            except ValueError:
+                # Folding has set the weight before the bias: nothing changes where it is refused.
+                if self._unscaled is not None:
+                    self._parameters["weight"], self._unscaled = self._unscaled, None
+                raise
         if name == "weight":
-            self._rescaled = folding.is_rescaled(former, param)
+            self._unscaled = former if folding.is_rescaled(former, param) else None
         super().register_parameter(name, param)
+
+    def _check_bias(self, former: nn.Parameter | None, bias: nn.Parameter) -> None:
+        if former is None and "bias" in self._parameters:
+            rule = f"be asked for by bias=True when the layer is built ({folding.WHY})"
+            raise checks.value_error("bias", rule, type(bias).__name__)
+        if self._unscaled is not None and bias is not former:
+            rule = f"stay after filters were rescaled ({folding.WHY})"
+            raise checks.value_error("bias", rule, "another one")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DecoupledConv2d:
         # The average has the accuracy of float32 whatever the layer's dtype: a cast to half
@@ -425,10 +435,14 @@ class DecoupledConv2d(nn.Module):
         self._keep_average()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes of a copy or a pickle."""
+        return {**vars(self), "_unscaled": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a copy's or a pickle's attributes."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_rescaled", False)
+        self.__dict__.setdefault("_unscaled", None)
         mean, kept = self._buffers.get("norm_mean"), self.__dict__.get("_kept")
         # A pickle has two memories where there was one, unless the buffer has lost its digits.
         if mean is None or kept is None or not needs_digits(mean, kept.tensor.dtype):
@@ -437,8 +451,7 @@ class DecoupledConv2d(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        if self.norm_mean is not None:
-            self._average(self._norm_dtype())
+        self.restore_average()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Beside PyTorch's own entry, the version: no key of the state dict.
         metadata = getattr(destination, "_metadata", None)
@@ -459,9 +472,7 @@ class DecoupledConv2d(nn.Module):
         if error is not None:
             error_msgs.append(error)
             return
-        if self.norm_mean is not None:
-            # A state's digits go into the buffer in place: it needs its own first.
-            self._average(self._norm_dtype())
+        self.restore_average()  # The state's digits go into the buffer in place.
         plain = not any(prefix + name in state_dict for name in _STATE)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,6 +220,74 @@ def test_state_dict_hooks_are_refused() -> None:
         ValueError, match=r"^dcconv: layer '0' must have no hooks on its state dict"
     ):
         dcconv.convert(network)
+
+
+def test_what_others_have_set_on_a_layer_goes_to_the_new_one() -> None:
+    network = small()
+    conv = network[0]
+    conv.index = 3  # type: ignore[assignment]
+    conv.tags = tags = ["first"]  # type: ignore[assignment]
+    conv.register_buffer("mask", mask := torch.ones(6))
+    conv.register_buffer("scratch", torch.zeros(2), persistent=False)
+    conv.gain = gain = nn.Parameter(torch.ones(1))
+    conv.adapter = adapter = nn.Linear(2, 2)
+    names = list(network.state_dict())
+    dcconv.convert(network)
+    layer: Any = network[0]
+    assert isinstance(layer, DecoupledConv2d)
+    assert layer.index == 3 and layer.tags is tags
+    assert layer.mask is mask and layer.gain is gain and layer.adapter is adapter
+    assert dict(layer.named_buffers())["scratch"].shape == (2,)
+    assert set(names) <= set(network.state_dict())
+    assert "0.scratch" not in network.state_dict()
+
+
+@pytest.mark.parametrize("name", ["radius", "magnitude", "norm_mean", "restore_average"])
+def test_attribute_that_the_new_layer_needs_itself_is_refused(name: str) -> None:
+    network = small()
+    network[0].__dict__[name] = 3
+    message = f"layer '0' must have no attribute '{name}', a name that DecoupledConv2d needs"
+    with pytest.raises(ValueError, match=f"^dcconv: {message}, got Conv2d$"):
+        dcconv.convert(network)
+    assert type(network[0]) is nn.Conv2d
+
+
+def test_layer_whose_forward_is_replaced_is_refused() -> None:
+    """Its old forward would run in the new layer, or the new one's in place of it."""
+    network = small()
+    conv = network[0]
+    conv.old_forward = conv.forward  # type: ignore[assignment]
+    message = "layer '0' must have its class's own methods: remove what replaces old_forward"
+    with pytest.raises(ValueError, match=f"^dcconv: {message}"):
+        dcconv.convert(network)
+    dcconv.convert(network, select=lambda name, conv: name != "0")
+
+
+def test_layers_of_other_classes_are_named() -> None:
+    network = nn.Sequential(Scaled(3, 4, 1), nn.ConvTranspose2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    with pytest.warns(RuntimeWarning) as caught:
+        dcconv.convert(network, heads="convert", magnitude="sphere")
+    (text,) = [str(w.message) for w in caught]
+    assert text == (
+        "dcconv: convert left convolutions of other classes plain: "
+        "'0' (Scaled), '1' (ConvTranspose2d)"
+    )
+    many = nn.Sequential(*(nn.Conv1d(2, 2, 1) for _ in range(10)), nn.Conv2d(2, 2, 1))
+    with pytest.warns(RuntimeWarning, match=r"'7' \(Conv1d\) and 2 more$"):
+        dcconv.convert(many, heads="convert")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_stale_statistics_are_told_of_where_batches_were_seen(trained: bool) -> None:
+    network = small()
+    if trained:
+        network(images())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dcconv.convert(network, heads="convert")
+    told = [w for w in caught if "dcconv.calibrate(network, batches)" in str(w.message)]
+    assert len(told) == trained
+    assert all(w.filename == __file__ for w in told)
 
 
 def test_no_random_numbers_are_drawn() -> None:

@@ -549,6 +549,63 @@ def converting(*arguments: Any, **keywords: Any) -> Callable[[], object]:
     return lambda: dcconv.convert(*arguments, **keywords)
 
 
+def with_attribute(name: str, value: object) -> nn.Module:
+    conv = nn.Conv2d(3, 4, 1)
+    conv.__dict__[name] = value
+    return conv
+
+
+def calibrating(model: Any, batches: Any) -> Callable[[], object]:
+    return lambda: dcconv.calibrate(model, batches)
+
+
+class Idle(nn.Module):
+    """A module whose layer never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = DecoupledConv2d(4, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+CALIBRATIONS = [
+    refusal(calibrating(3, [X]), "t", "model", "be an nn.Module", "int"),
+    refusal(
+        calibrating(PLAIN, [X]),
+        "v",
+        "model",
+        "have a layer with moving averages (norm_mean, or batch normalisation's)",
+        "Linear",
+    ),
+    refusal(
+        calibrating(nn.LazyBatchNorm2d(), [X]),
+        "v",
+        "model",
+        "have its shapes: run it once first",
+        "''",
+    ),
+    refusal(calibrating(Idle(), X), "t", "batches", "be an iterable of batches", "Tensor"),
+    refusal(calibrating(Idle(), []), "v", "batches", "hold at least one batch of images", "none"),
+    refusal(
+        calibrating(Idle(), [3]),
+        "t",
+        "batches",
+        "hold tensors, or tuples or lists that begin with one",
+        "int",
+    ),
+    refusal(calibrating(Idle(), [X[:0]]), "v", "batches", "hold images", "shape [0, 4, 5, 6]"),
+    refusal(calibrating(Idle(), [X]), "v", "batches", "reach a layer with moving averages", "none"),
+    refusal(
+        calibrating(DecoupledConv2d(4, 6, 3), [X + float("inf")]),
+        "v",
+        "batches",
+        "give layer '' finite statistics",
+        "a norm_mean that is not",
+    ),
+]
+
 CONVERSIONS = [
     refusal(converting(3), "t", "module", "be an nn.Module", "int"),
     refusal(
@@ -573,6 +630,41 @@ CONVERSIONS = [
         "DistributedDataParallel",
     ),
     refusal(converting(nn.Linear(2, 2)), "v", "module", "have an nn.Conv2d layer", "Linear"),
+    refusal(
+        converting(nn.Sequential(nn.Conv1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1))),
+        "v",
+        "module",
+        "have an nn.Conv2d layer",
+        "Sequential with layers of other classes alone: '0' (Conv1d), '1' (ConvTranspose2d)",
+    ),
+    refusal(
+        converting(PLAIN_LAYER, heads="leave"),
+        "v",
+        "heads",
+        "be one of warn, plain, convert",
+        "'leave'",
+    ),
+    refusal(
+        converting(nn.Sequential(PLAIN_LAYER), heads="plain"),
+        "v",
+        "heads",
+        "be 'warn' or 'convert' where every chosen layer is a last layer, gate or head",
+        "'plain'",
+    ),
+    refusal(
+        converting(with_attribute("norm_mean", 1.0)),
+        "v",
+        "module",
+        "have no attribute 'norm_mean', a name that DecoupledConv2d needs",
+        "Conv2d",
+    ),
+    refusal(
+        converting(with_attribute("forward", nn.Identity())),
+        "v",
+        "module",
+        "have its class's own methods: remove what replaces forward() first",
+        "Conv2d",
+    ),
     refusal(
         converting(PLAIN_LAYER, select=lambda name, layer: False),
         "v",
@@ -661,6 +753,7 @@ REFUSALS = [
     *DISTRIBUTED,
     *CHOICES,
     *CONVERSIONS,
+    *CALIBRATIONS,
 ]
 
 
