@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import check_equal
 from torch import Tensor
 
@@ -33,15 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     torch.set_num_threads(1)
     one = sharded_runs.run(0, 1, str(folder / "alone"))
     torch.set_num_threads(threads)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        mp.spawn(sharded_runs.work, args=(2, folder), nprocs=2)
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    processes.run(sharded_runs.work, processes.COUNT, folder)
     two = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return {1: [one], 2: two}
 

@@ -6,15 +6,14 @@ between them. The mean patch norm is of all processes; without that, the trainin
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import data_files
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from torch import Tensor
 
@@ -54,7 +53,9 @@ class Float64:
         self.stream.load_state_dict(state)
 
 
-def train(data: Path, folder: Path, operator: str, sync: bool) -> dict[str, Any]:
+def train(
+    data: Path, folder: Path, operator: str, sync: bool, steps: int = STEPS
+) -> dict[str, Any]:
     """Train some steps as this process's share says; return what came of it."""
     values = cifar.presets(cifar_recipes)["tanh_cos"] | {
         "operator": operator,
@@ -65,7 +66,7 @@ def train(data: Path, folder: Path, operator: str, sync: bool) -> dict[str, Any]
         "official": False,
         "widths": (3, 4, 5),
         "batch_size": BATCH,
-        "steps": STEPS,
+        "steps": steps,
         "drops": (2,),
         "project_every": 1,
         "device": "cpu",
@@ -100,7 +101,7 @@ def work(rank: int, data: Path, folder: Path, port_file: str) -> None:
         results = {}
         for operator in OPERATORS:
             results[operator] = train(data, folder / f"two-{operator}", operator, True)
-        results["apart"] = train(data, folder / "apart", OPERATORS[0], False)
+        results["apart"] = train(data, folder / "apart", OPERATORS[0], False, 1)
         torch.save(results, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -116,16 +117,7 @@ def trained(tmp_path_factory) -> dict[str, Any]:
     torch.set_num_threads(1)
     one = {name: train(data, folder / f"one-{name}", name, True) for name in OPERATORS}
     torch.set_num_threads(threads)
-    # One thread for each of them, also where libraries start their own.
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        mp.spawn(work, args=(data, folder, str(folder / "rendezvous")), nprocs=2)
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    processes.run(work, data, folder, str(folder / "rendezvous"))
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return {"one": one, "ranks": ranks}
 
