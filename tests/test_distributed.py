@@ -23,8 +23,9 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "DCCONV_BACKEND": "reference",
 }
+STEPS = 12
 COMMON = (
-    *("--steps", "12", "--log-every", "4", "--save-every", "4", "--evaluate-every", "6"),
+    *("--steps", str(STEPS), "--log-every", "4", "--save-every", "4", "--evaluate-every", "6"),
     *("--accumulate", "2"),
 )
 
@@ -59,8 +60,11 @@ def records_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def network_of(folder: Path) -> dict:
-    return Checkpoints(folder / "checkpoints").load_latest()[1]["network"]
+def network_of(folder: Path, step: int) -> dict:
+    """Return the network's state in the checkpoint of a step."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    entry = next(entry for entry in checkpoints.entries if entry.step == step)
+    return checkpoints.load(entry)["network"]
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +78,40 @@ def straight(tmp_path_factory) -> Path:
     return folder
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    a, b = network_of(folder), network_of(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    kept = [
-        [(r["kind"], r["step"], r["loss"]) for r in records_of(path)] for path in (folder, other)
-    ]
-    assert kept[0] == kept[1]
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory) -> tuple[Path, str]:
+    """Return a run of two processes and what it said.
+
+    One is killed before step 10 and both start again; after step 12 the job is terminated. Steps
+    do not depend on how many are to come.
+    """
+    folder = tmp_path_factory.mktemp("disturbed")
+    given = ("--die-at", "10", "--steps", "100000", "--keep-last", "100000")
+    process = subprocess.Popen(
+        command(folder, *given, restarts=1),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    manifest = folder / "checkpoints" / "manifest.json"
+    try:
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if manifest.exists() and f"{STEPS:08d}.pt" in manifest.read_text():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert "Stopped by SIGTERM after step" in output, error
+    return folder, output
 
 
 def test_two_ranks_are_one_with_twice_the_batch(straight, tmp_path):
     assert train_alone(tmp_path, "--batch-size", "8") == 0
-    one, two = network_of(tmp_path), network_of(straight)
+    one, two = network_of(tmp_path, STEPS), network_of(straight, STEPS)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=name)
     losses = [[r["loss"] for r in records_of(path)] for path in (tmp_path, straight)]
@@ -96,41 +120,32 @@ def test_two_ranks_are_one_with_twice_the_batch(straight, tmp_path):
     assert results["world_size"] == 2 and results["status"] == "finished"
 
 
-def test_killed_rank_is_restarted_from_the_last_checkpoint(straight, tmp_path):
-    done = run(tmp_path, "--die-at", "10", restarts=1)
-    assert done.returncode == 0, done.stderr
-    assert "Resumed at step 8" in done.stdout
-    assert_same_run(tmp_path, straight)
+def test_killed_rank_is_restarted_from_the_last_checkpoint(straight, disturbed):
+    folder, output = disturbed
+    assert "Resumed at step 8" in output
+    a, b = network_of(folder, STEPS), network_of(straight, STEPS)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    kept = [
+        [(r["kind"], r["step"], r["loss"]) for r in records_of(path) if r["step"] <= STEPS]
+        for path in (folder, straight)
+    ]
+    assert kept[0] == kept[1]
 
 
-def test_terminated_job_saves_and_goes_on(tmp_path, capsys):
-    # Long enough that the signal comes in the middle.
-    arguments = command(tmp_path, "--steps", "100000", "--log-every", "1000")
-    process = subprocess.Popen(
-        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    manifest = tmp_path / "checkpoints" / "manifest.json"
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if manifest.exists() and "00004.pt" in manifest.read_text():
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        output, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert "Stopped by SIGTERM after step" in output, error
+def test_terminated_job_saves_and_goes_on(disturbed, capsys):
+    folder, output = disturbed
     assert "Traceback" not in output
-    stopped = Checkpoints(tmp_path / "checkpoints").last_step
-    assert f"Stopped by SIGTERM after step {stopped}." in output and stopped >= 4
+    stopped = Checkpoints(folder / "checkpoints").last_step
+    assert f"Stopped by SIGTERM after step {stopped}." in output and stopped >= STEPS
     # Every process draws the images of the step where all have stopped.
-    state = Checkpoints(tmp_path / "checkpoints").load_latest()[1]
+    state = Checkpoints(folder / "checkpoints").load_latest()[1]
     a, b = (rank["stream"]["generator"] for rank in state["ranks"])
     assert len(state["ranks"]) == 2 and torch.equal(a, b)
     # Another number of processes goes on from there.
     capsys.readouterr()
-    assert train_alone(tmp_path, "--steps", str(stopped + 2)) == 0
+    assert train_alone(folder, "--steps", str(stopped + 2)) == 0
     output = capsys.readouterr().out
     assert f"Resumed at step {stopped}" in output and "Resuming 2 processes with 1" in output
-    assert Checkpoints(tmp_path / "checkpoints").last_step == stopped + 2
+    assert Checkpoints(folder / "checkpoints").last_step == stopped + 2
