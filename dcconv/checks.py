@@ -6,6 +6,7 @@ Values are checked for Python numbers only: reading a tensor's value would synch
 from __future__ import annotations
 
 import math
+import numbers
 import operator as operators
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -34,6 +35,7 @@ DTYPE_RULE = "be float16, bfloat16, float32 or float64"
 # Strides, paddings, windows and channels beyond this fit no memory; products of a few of them fit
 # the 64 bits of the kernels' offsets.
 LARGEST = 2**31 - 1
+LARGEST_PADDING, LARGEST_OUTPUT = 2**16, 2**40
 
 
 class ArgumentValueError(ValueError, RuntimeError):
@@ -64,10 +66,10 @@ def choice(argument: str, value: object, known: Iterable[str]) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a Python number, or one that a compiler made symbolic."""
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(
-        value, bool
-    )
+    """Whether a value is a real number: Python's, NumPy's, or one that a compiler made symbolic."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
 
 
 def number(argument: str, value: object, rule: str, low: float, *, closed: bool = False) -> None:
@@ -98,22 +100,30 @@ def size(argument: str, value: Any, low: int) -> int:
             # Not an integer: refused below, by its type.
             pass
     integer(argument, value, low)
+    if value > LARGEST:
+        raise value_error(argument, f"be an integer of at most {LARGEST}", value)
     result: int = value
     return result
 
 
-def boolean(argument: str, value: object) -> None:
-    """Require a bool."""
-    if not isinstance(value, bool):
-        raise type_error(argument, "be a bool", type(value).__name__)
+def boolean(argument: str, value: object) -> bool:
+    """Return a bool, Python's own or NumPy's, as a bool."""
+    kind = type(value)
+    # By name, because NumPy need not be installed; its type has been called bool since 2.0.
+    if not isinstance(value, bool) and (kind.__module__, kind.__name__.rstrip("_")) != (
+        "numpy",
+        "bool",
+    ):
+        raise type_error(argument, "be a bool", kind.__name__)
+    return bool(value)
 
 
 def pair(argument: str, value: Any, low: int) -> tuple[int, int]:
-    """Return an integer or a pair of integers, each at least ``low``, as a pair."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != 2:
+    """Return an integer or one or two integers in a sequence, each at least ``low``, as a pair."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        if len(value) not in (1, 2):
             raise value_error(argument, "be an integer or a pair of integers", tuple(value))
-        return int(size(argument, value[0], low)), int(size(argument, value[1], low))
+        return int(size(argument, value[0], low)), int(size(argument, value[-1], low))
     value = int(size(argument, value, low))
     return value, value
 
@@ -165,17 +175,26 @@ def not_distributed(argument: str, value: Tensor) -> None:
         raise type_error(argument, rule, "a DTensor")
 
 
+def dense(argument: str, value: Tensor) -> None:
+    """Require a tensor that is one array: not in parts, sparse or in a library's own layout."""
+    not_distributed(argument, value)
+    if value.is_nested:
+        raise type_error(argument, "be a strided tensor", "a nested one")
+    if value.layout != torch.strided:
+        raise type_error(argument, "be a strided tensor", value.layout)
+
+
 def input_tensor(x: object) -> None:
     """Require a floating [n, c, h, w] or [c, h, w] tensor."""
     if not isinstance(x, Tensor):
         raise type_error("x", "be a tensor", type(x).__name__)
-    not_distributed("x", x)
+    dense("x", x)
     if x.dim() not in (3, 4):
         raise value_error("x", "have shape [n, c, h, w] or [c, h, w]", list(x.shape))
     if x.dtype not in FLOATING_DTYPES:
         raise type_error("x", "have dtype float16, bfloat16, float32 or float64", x.dtype)
-    if x.layout != torch.strided:
-        raise type_error("x", "be a strided tensor", x.layout)
+    if x.shape[-3] == 0:
+        raise value_error("x", "have at least one channel", list(x.shape))
 
 
 def same_device(argument: str, value: Tensor, x: Tensor) -> None:
@@ -188,16 +207,22 @@ def weight_tensor(weight: object, x: Tensor, groups: int) -> None:
     """Require a [o, c / groups, r, s] filter tensor that fits x."""
     if not isinstance(weight, Tensor):
         raise type_error("weight", "be a tensor", type(weight).__name__)
-    not_distributed("weight", weight)
+    dense("weight", weight)
     if weight.dim() != 4:
         raise value_error("weight", "have shape [o, c / groups, r, s]", list(weight.shape))
     if weight.dtype != x.dtype:
         raise type_error("weight", f"have x's dtype {x.dtype}", weight.dtype)
     same_device("weight", weight, x)
-    channels = x.shape[-3]
-    if channels == 0 or channels % groups:
+    if weight.shape[0] == 0:
+        raise value_error("weight", "have at least one filter", list(weight.shape))
+    channels, wanted = x.shape[-3], weight.shape[1] * groups
+    if channels != wanted and x.shape[-1] == wanted:
+        order = "(0, 3, 1, 2)" if x.dim() == 4 else "(2, 0, 1)"
+        rule = f"have its {wanted} channels before rows and columns, as x.permute{order} has them"
+        raise value_error("x", rule, list(x.shape))
+    if channels % groups:
         raise value_error("groups", f"divide the {channels} channels of x", groups)
-    if weight.shape[0] == 0 or weight.shape[0] % groups:
+    if weight.shape[0] % groups:
         raise value_error("groups", f"divide the {weight.shape[0]} filters of weight", groups)
     if weight.shape[1] != channels // groups:
         raise value_error(
@@ -213,7 +238,7 @@ def bias_tensor(bias: object, x: Tensor, filters: int) -> None:
         return
     if not isinstance(bias, Tensor):
         raise type_error("bias", "be a tensor or None", type(bias).__name__)
-    not_distributed("bias", bias)
+    dense("bias", bias)
     if bias.dim() != 1 or bias.shape[0] != filters:
         raise value_error("bias", f"have shape [{filters}]", list(bias.shape))
     if bias.dtype != x.dtype:
@@ -221,21 +246,23 @@ def bias_tensor(bias: object, x: Tensor, filters: int) -> None:
     same_device("bias", bias, x)
 
 
-def parameter(argument: str, value: object, x: Tensor, filters: int) -> None:
-    """Require a number above 0 or a floating tensor of shape [] or [o]."""
+def parameter(argument: str, value: object, x: Tensor, filters: int) -> Tensor | float:
+    """Return a number above 0, as a plain one, or a floating tensor of shape [] or [o]."""
     rule = f"be a number above 0 or a floating tensor of shape [] or [{filters}]"
     if isinstance(value, Tensor):
-        not_distributed(argument, value)
+        dense(argument, value)
         if value.dtype not in FLOATING_DTYPES:
             raise type_error(argument, rule, value.dtype)
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != filters):
             raise value_error(argument, rule, f"shape {list(value.shape)}")
         same_device(argument, value, x)
-        return
+        return value
     if not is_number(value):
         raise type_error(argument, rule, type(value).__name__)
     if not 0 < value < math.inf:
         raise value_error(argument, rule, value)
+    # PyTorch takes no numbers but these; a compiler's symbols stay what they are.
+    return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
 
 def norm_mean_argument(norm_mean: object, x: Tensor) -> str:
@@ -250,7 +277,7 @@ def norm_mean_argument(norm_mean: object, x: Tensor) -> str:
     if not isinstance(norm_mean, Tensor) or norm_mean.dtype not in FLOATING_DTYPES:
         got = norm_mean.dtype if isinstance(norm_mean, Tensor) else type(norm_mean).__name__
         raise type_error("norm_mean", rule, got)
-    not_distributed("norm_mean", norm_mean)
+    dense("norm_mean", norm_mean)
     if norm_mean.dim() != 0:
         raise value_error("norm_mean", rule, f"shape {list(norm_mean.shape)}")
     same_device("norm_mean", norm_mean, x)
@@ -290,6 +317,9 @@ def geometry(
         raise value_error(
             "x", f"be at least as large as the dilated kernel {extent} after padding", padded
         )
+    # Asked of large paddings alone: other sizes may be symbols of a compiler.
+    if max(edges) > LARGEST_PADDING and p * q > LARGEST_OUTPUT:
+        raise value_error("padding", f"leave at most {LARGEST_OUTPUT} pixels", [p, q])
     if h == 0 or w == 0:
         raise value_error("x", "have a height and width of at least 1", [h, w])
     return stride, edges, dilation
@@ -323,8 +353,8 @@ def convolution(
     groups = size("groups", groups, 1)
     weight_tensor(weight, x, groups)
     bias_tensor(bias, x, weight.shape[0])
-    parameter("radius", radius, x, weight.shape[0])
-    parameter("k", k, x, weight.shape[0])
+    radius = parameter("radius", radius, x, weight.shape[0])
+    k = parameter("k", k, x, weight.shape[0])
     norm = norm_mean_argument(norm_mean, x)
     kernel = (weight.shape[2], weight.shape[3])
     stride, edges, dilation = geometry(x, kernel, stride, padding, dilation, padding_mode)
@@ -375,7 +405,7 @@ def patch_norm(
     groups = size("groups", groups, 1)
     kernel = pair("kernel_size", kernel_size, 1)
     channels = x.shape[-3]
-    if channels == 0 or channels % groups:
+    if channels % groups:
         raise value_error("groups", f"divide the {channels} channels of x", groups)
     stride, edges, dilation = geometry(x, kernel, stride, padding, dilation, padding_mode)
     problem = Problem(

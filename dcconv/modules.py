@@ -140,14 +140,11 @@ class DecoupledConv2d(nn.Module):
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise checks.value_error("groups", f"divide {name} {channels}", groups)
-        for name, flag in (
-            ("bias", bias),
-            ("learn_radius", learn_radius),
-            ("norm_mean_grad", norm_mean_grad),
-            ("sync_norm", sync_norm),
-            ("learn_k", learn_k),
-        ):
-            checks.boolean(name, flag)
+        bias = checks.boolean("bias", bias)
+        learn_radius = checks.boolean("learn_radius", learn_radius)
+        norm_mean_grad = checks.boolean("norm_mean_grad", norm_mean_grad)
+        sync_norm = checks.boolean("sync_norm", sync_norm)
+        learn_k = checks.boolean("learn_k", learn_k)
         checks.choice("radius_unit", radius_unit, ("mean_norm", "absolute"))
         checks.choice("norm_init", norm_init, ("first", "zero"))
         checks.choice("keep", keep, checks.KEEPS)
@@ -198,7 +195,7 @@ class DecoupledConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         filters = (out_channels,)
         for name, wanted in (
-            ("bias", bool(bias)),
+            ("bias", bias),
             ("radius_raw", uses_rho and learn_radius),
             ("k_raw", uses_k and learn_k),
         ):

@@ -123,6 +123,11 @@ GEOMETRY = [
         ("v", (1, 1, 1), "be an integer or a pair of integers", "(1, 1, 1)"),
         ("t", 1.0, f"be an integer of at least {low}", "float"),
         ("t", (1, 2.0), f"be an integer of at least {low}", "float"),
+        ("v", (), "be an integer or a pair of integers", "()"),
+        ("t", ((1, 1),), f"be an integer of at least {low}", "tuple"),
+        ("t", b"12", f"be an integer of at least {low}", "bytes"),
+        ("v", 2**31, "be an integer of at most 2147483647", 2**31),
+        ("v", (1, 2**70), "be an integer of at most 2147483647", 2**70),
         ("v", np.int64(low - 1), f"be an integer of at least {low}", low - 1),
         ("t", True, f"be an integer of at least {low}", "bool"),
         ("t", np.True_, f"be an integer of at least {low}", type(np.True_).__name__),
@@ -139,6 +144,13 @@ FLAGS = [
     for value, got in ((1, "int"), (None, "NoneType"))
 ]
 
+
+def nested(value: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls them a prototype.
+        return torch.nested.nested_tensor([value, value])
+
+
 INPUTS = [
     refusal(make(x=value), kind, "x", rule, got)
     for make in (conv, norm)
@@ -149,6 +161,24 @@ INPUTS = [
         ("t", X.int(), "have dtype float16, bfloat16, float32 or float64", "torch.int32"),
         ("t", X.cfloat(), "have dtype float16, bfloat16, float32 or float64", "torch.complex64"),
         ("t", X.to_sparse(), "be a strided tensor", "torch.sparse_coo"),
+        ("t", X.to_mkldnn(), "be a strided tensor", "torch._mkldnn"),
+        ("t", nested(X), "be a strided tensor", "a nested one"),
+    )
+]
+
+# The other tensors, in every layout that is not one array.
+LAYOUTS = [
+    refusal(conv(**{name: change(value)}), "t", name, "be a strided tensor", got)
+    for name, value in (
+        ("weight", WEIGHT),
+        ("bias", torch.ones(6)),
+        ("radius", torch.ones(6)),
+        ("k", torch.ones(6)),
+    )
+    for change, got in (
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (torch.Tensor.to_mkldnn, "torch._mkldnn"),
+        (nested, "a nested one"),
     )
 ]
 
@@ -227,15 +257,40 @@ GROUPS = [
     ),
     refusal(conv(groups=3), "v", "groups", "divide the 4 channels of x", 3),
     refusal(conv(groups=4), "v", "groups", "divide the 6 filters of weight", 4),
-    refusal(conv(weight=WEIGHT[:0]), "v", "groups", "divide the 0 filters of weight", 1),
-    refusal(conv(x=X[:, :0]), "v", "groups", "divide the 0 channels of x", 1),
+    refusal(conv(weight=WEIGHT[:0]), "v", "weight", "have at least one filter", [0, 4, 3, 3]),
+    refusal(conv(x=X[:, :0]), "v", "x", "have at least one channel", [1, 0, 5, 6]),
     refusal(norm(groups=3), "v", "groups", "divide the 4 channels of x", 3),
-    refusal(norm(X[:, :0]), "v", "groups", "divide the 0 channels of x", 1),
+    refusal(norm(X[:, :0]), "v", "x", "have at least one channel", [1, 0, 5, 6]),
     refusal(layer(groups=3), "v", "groups", "divide in_channels 4", 3),
     refusal(layer(groups=4), "v", "groups", "divide out_channels 6", 4),
 ]
 
 SIZES = [
+    refusal(
+        conv(x=X.permute(0, 2, 3, 1)),
+        "v",
+        "x",
+        "have its 4 channels before rows and columns, as x.permute(0, 3, 1, 2) has them",
+        [1, 5, 6, 4],
+    ),
+    refusal(
+        conv(x=X[0].permute(1, 2, 0), groups=2, weight=WEIGHT[:, :2]),
+        "v",
+        "x",
+        "have its 4 channels before rows and columns, as x.permute(2, 0, 1) has them",
+        [5, 6, 4],
+    ),
+    *(
+        refusal(
+            make(padding=2**31 - 1),
+            "v",
+            "padding",
+            "leave at most 1099511627776 pixels",
+            [2**32 - 1 + 2, 2**32 - 1 + 3],
+        )
+        for make in (conv, norm)
+    ),
+    refusal(layer(2**31, 6, 3), "v", "in_channels", "be an integer of at most 2147483647", 2**31),
     refusal(conv(x=X[:, :, :2]), "v", "x", fit(3), "[2, 6]"),
     refusal(conv(dilation=3), "v", "x", fit(7), "[5, 6]"),
     refusal(conv(x=X[..., :0], padding=(0, 1)), "v", "x", fit(3), "[5, 2]"),
@@ -745,6 +800,7 @@ REFUSALS = [
     *GEOMETRY,
     *FLAGS,
     *INPUTS,
+    *LAYOUTS,
     *TENSORS,
     *GROUPS,
     *SIZES,
