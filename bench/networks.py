@@ -23,6 +23,7 @@ import argparse
 import copy
 import dataclasses
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -219,13 +220,17 @@ class Case:
 
     def convert(self, network: nn.Module, backend: str) -> nn.Module:
         """Convert a copy of a network to the case's operator."""
-        return dcconv.convert(
-            copy.deepcopy(network),
-            select=lambda name, conv: not any(part in name for part in self.network.plain),
-            magnitude=self.operator.magnitude,
-            angular=self.operator.angular,
-            backend=backend,
-        )
+        with warnings.catch_warnings():
+            # The caller estimates them, or loads estimated ones.
+            warnings.filterwarnings("ignore", "dcconv: convert leaves the moving averages")
+            return dcconv.convert(
+                copy.deepcopy(network),
+                select=lambda name, conv: not any(part in name for part in self.network.plain),
+                heads="convert",
+                magnitude=self.operator.magnitude,
+                angular=self.operator.angular,
+                backend=backend,
+            )
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Draw images and labels from a fixed seed."""

@@ -19,7 +19,7 @@ from torch import nn
 import dcconv
 from bench import networks
 from bench.cases import find_operator
-from bench.networks import NETWORKS, PLAIN, REFERENCE, Case, Network
+from bench.networks import NETWORKS, PLAIN, REFERENCE, Case, Network, Networks
 from bench.records import Record, read
 from dcconv import DecoupledConv2d
 from dcconv.optim import decoupled_layers
@@ -112,15 +112,15 @@ def test_rows_have_every_provider_with_time_memory_and_errors(dtype: str, tmp_pa
 def test_network_that_computes_something_else_has_no_time(
     magnitude: str, angular: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def altered(self: Case, network: nn.Module, backend: str) -> nn.Module:
-        converted = convert(self, network, backend)
-        if backend == "cpu":
-            for layer in decoupled_layers(converted):
+    def altered(self: Networks, provider: str, case: Case) -> nn.Module:
+        network = original(self, provider, case)
+        if provider == OWN:
+            for layer in decoupled_layers(network):
                 layer.magnitude, layer.angular = magnitude, angular
-        return converted
+        return network
 
-    convert = Case.convert
-    monkeypatch.setattr(Case, "convert", altered)
+    original = Networks.of
+    monkeypatch.setattr(Networks, "of", altered)
     status, text = run("--networks", "tiny", "--results", str(tmp_path))
     assert status == 1
     for record in rows(tmp_path):
