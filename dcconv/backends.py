@@ -56,12 +56,21 @@ benchmark: bool = False
 
 
 class Call(NamedTuple):
-    """What a backend is asked about: static facts only, so that choosing can be traced."""
+    """What a backend is asked about: static facts only, so that choosing can be traced.
+
+    Attributes:
+        device, dtype: of x.
+        transformed: whether a torch.func transform or a forward-mode derivative is active.
+        gpu: index of x's GPU.
+        functions: magnitude, angular function and weighting; None for a patch norm, or where the
+            question is about plain tensors.
+    """
 
     device: str
     dtype: torch.dtype
     transformed: bool
     gpu: int = 0
+    functions: tuple[str, str, str] | None = None
 
 
 class Backend(NamedTuple):
@@ -77,6 +86,12 @@ def _why_not_transformed(call: Call) -> str | None:
     if call.transformed:
         return "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
     return None
+
+
+def _why_not_functions(call: Call) -> str | None:
+    if call.functions is None:
+        return None
+    return ops.why_not_functions(call.functions[0], call.functions[1])
 
 
 _gpus: dict[int, str | None] = {}
@@ -99,7 +114,7 @@ def _why_not_cuda(call: Call) -> str | None:
     reason = ops.cuda_missing()
     if reason is not None:
         return reason
-    return _why_not_gpu(call.gpu) or _why_not_transformed(call)
+    return _why_not_gpu(call.gpu) or _why_not_functions(call) or _why_not_transformed(call)
 
 
 _kernels: dict[int, str | None] = {}
@@ -113,6 +128,12 @@ def _why_not_kernels(index: int) -> str | None:
     return _kernels[index]
 
 
+# Constant for tracing: it reads a module's lists.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_twins(magnitude: str, angular: str, weighting: str) -> str | None:
+    return features.twinless(magnitude, angular, weighting)
+
+
 def _why_not_triton(call: Call) -> str | None:
     device = "cpu" if features.INTERPRETED else "cuda"
     if call.device != device:
@@ -120,7 +141,10 @@ def _why_not_triton(call: Call) -> str | None:
         return f"it runs on {device.upper()} tensors{suffix}, got a {call.device} tensor"
     if call.dtype == torch.float64:
         return "its functions are float32 polynomials, got a float64 tensor"
-    return _why_not_kernels(call.gpu) or _why_not_transformed(call)
+    reason: str | None = _why_not_kernels(call.gpu)
+    if reason is None and call.functions is not None:
+        reason = _why_not_twins(*call.functions)
+    return reason or _why_not_transformed(call)
 
 
 def _why_not_cpu(call: Call) -> str | None:
@@ -128,7 +152,7 @@ def _why_not_cpu(call: Call) -> str | None:
         return f"it runs on CPU tensors, got a {call.device} tensor"
     if ops.missing is not None:
         return ops.missing
-    return _why_not_transformed(call)
+    return _why_not_functions(call) or _why_not_transformed(call)
 
 
 def _why_not_reference(call: Call) -> str | None:
@@ -257,23 +281,33 @@ def benchmarking(enabled: bool = True) -> Iterator[None]:
         benchmark = before
 
 
-def describe(x: Tensor) -> Call:
+def describe(x: Tensor, problem: Problem | None = None) -> Call:
     """Return the facts about a call that backends decide by."""
     transformed = not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
-    return Call(x.device.type, x.dtype, transformed, x.device.index or 0)
+    functions = problem and (problem.magnitude, problem.angular, problem.weighting)
+    return Call(x.device.type, x.dtype, transformed, x.device.index or 0, functions)
 
 
-def why_not(name: str, x: Tensor) -> str | None:
+def why_not(
+    name: str,
+    x: Tensor,
+    magnitude: str = "tanh",
+    angular: str = "cosine",
+    weighting: str = "none",
+) -> str | None:
     """Return None if a backend can run calls on a tensor like x, else one sentence why not.
 
     Args:
         name: ``cuda``, ``triton``, ``cpu`` or ``reference``.
         x: an input tensor; its device and dtype count.
+        magnitude, angular, weighting: the operator, as in
+            :func:`dcconv.functional.decoupled_conv2d`; a function that was registered in Python
+            alone runs on the reference only.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name of the backend or of a function is unknown.
 
     Example:
         >>> import dcconv, torch
@@ -281,21 +315,24 @@ def why_not(name: str, x: Tensor) -> str | None:
         'it runs on CUDA tensors, got a cpu tensor'
     """
     checks.choice("name", name, names)
-    return _BACKENDS[names.index(name)].why_not(describe(x))
+    checks.functions(magnitude, angular, weighting)
+    problem = Problem(magnitude=magnitude, angular=angular, weighting=weighting)
+    return _BACKENDS[names.index(name)].why_not(describe(x, problem))
 
 
-def choose(x: Tensor, requested: str | None = None) -> Backend:
+def choose(x: Tensor, requested: str | None = None, problem: Problem | None = None) -> Backend:
     """Return the backend for a call: the requested one, or the first willing one.
 
     Args:
         x: the input tensor.
         requested: a backend's name, ``auto``, or None for the process's setting.
+        problem: the call; None for a patch norm, which has no functions to be asked about.
 
     Raises:
         ValueError: the name is unknown.
         NotImplementedError: the named backend refuses; the message is its sentence.
     """
-    call = describe(x)
+    call = describe(x, problem)
     name = _default if requested is None else requested
     if name != AUTO:
         check_name("DCCONV_BACKEND" if requested is None else "backend", name)
@@ -377,7 +414,7 @@ def report(
     operands, problem, chosen = check_call(
         x, weight, bias, stride, padding, dilation, groups, backend=backend, keep=keep, **operator
     )
-    call = describe(x)
+    call = describe(x, problem)
     mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
     lines = [
         f"{problem.magnitude} x {problem.angular}, weighting {problem.weighting}, "

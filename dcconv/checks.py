@@ -136,6 +136,18 @@ def padding_argument(padding: Any) -> str | tuple[int, int]:
     return pair("padding", padding, 0)
 
 
+def functions(magnitude: object, angular: object, weighting: object) -> None:
+    """Check the names of an operator's functions."""
+    choice("magnitude", magnitude, magnitudes)
+    choice("angular", angular, angulars)
+    choice("weighting", weighting, weightings)
+    only_with = weightings[str(weighting)].only_with
+    if only_with is not None and magnitude != only_with:
+        raise value_error(
+            "magnitude", f"be '{only_with}' for weighting '{weighting}'", repr(magnitude)
+        )
+
+
 def operator(
     magnitude: object,
     angular: object,
@@ -147,15 +159,8 @@ def operator(
     padding_mode: object,
 ) -> None:
     """Check the names and constants of an operator."""
-    choice("magnitude", magnitude, magnitudes)
-    choice("angular", angular, angulars)
-    choice("weighting", weighting, weightings)
+    functions(magnitude, angular, weighting)
     choice("padding_mode", padding_mode, PADDING_MODES)
-    only_with = weightings[str(weighting)].only_with
-    if only_with is not None and magnitude != only_with:
-        raise value_error(
-            "magnitude", f"be '{only_with}' for weighting '{weighting}'", repr(magnitude)
-        )
     number("alpha", alpha, "be a finite number above 0", 0.0)
     number("beta", beta, "be a finite number of at least 0", 0.0, closed=True)
     number("power", power, "be a finite number of at least 1", 1.0, closed=True)

@@ -79,7 +79,7 @@ def check_call(
     checks.choice("keep", keep, checks.KEEPS)
     if backend is not None:
         backends.check_name("backend", backend)
-    return operands, problem, backends.choose(operands.x, backend)
+    return operands, problem, backends.choose(operands.x, backend, problem)
 
 
 def conv2d_and_mean(

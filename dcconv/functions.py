@@ -2,13 +2,15 @@
 
 This file is the executable specification of the functions; ``csrc/functions.h`` holds the same
 lists for the compiled kernels, and a test compares the two. Adding a function means one decorated
-function here and one struct there.
+function here and one struct there. One that is registered here alone, by a user's module for
+instance, runs on the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +60,47 @@ magnitudes: dict[str, Magnitude] = {}
 angulars: dict[str, Angular] = {}
 
 
+def _new(kind: str, name: str, value: Callable[..., Tensor], known: Mapping[str, Any]) -> None:
+    """Refuse the name of another function: the kernels would go on computing that one."""
+    before = known.get(name)
+    # A cell or module that runs again defines its own function again.
+    again = before is not None and (
+        (before.value.__module__, before.value.__qualname__)
+        == (value.__module__, value.__qualname__)
+    )
+    if before is not None and not again:
+        raise ValueError(f"dcconv: {kind} must be a new name, got '{name}'")
+
+
 def magnitude(formula: str, *, rho: bool = False) -> Callable[[MagnitudeValue], MagnitudeValue]:
-    """Register a magnitude function under its own name, without a trailing underscore."""
+    """Register a magnitude function h under its own name, without a trailing underscore.
+
+    The function is called with b, the patch norms, rho, the radius (None unless ``rho``), both
+    [n, groups or o, p, q] or what broadcasts to it, and the numbers alpha and beta; it returns h,
+    made of differentiable operations, positive for positive b. Backends whose kernels do not have
+    it refuse it, so that it runs on the reference.
+
+    Args:
+        formula: what it computes, for people.
+        rho: whether it has a radius.
+
+    Raises:
+        ValueError: another function has this name.
+
+    Example:
+        >>> import torch, dcconv
+        >>> @dcconv.functions.magnitude("alpha * sqrt(b)")
+        ... def root(b, rho, alpha, beta):
+        ...     return alpha * b.sqrt()
+        >>> x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> dcconv.decoupled_conv2d(x, w, magnitude="root", backend="reference").shape
+        torch.Size([2, 4, 6, 6])
+        >>> del dcconv.functions.magnitudes["root"]
+    """
 
     def register(value: MagnitudeValue) -> MagnitudeValue:
         name = value.__name__.rstrip("_")
+        _new("magnitude", name, value, magnitudes)
         magnitudes[name] = Magnitude(name, value, rho, formula)
         return value
 
@@ -72,10 +110,35 @@ def magnitude(formula: str, *, rho: bool = False) -> Callable[[MagnitudeValue], 
 def angular(
     formula: str, *, k: bool = False, invertible: bool = False
 ) -> Callable[[AngularValue], AngularValue]:
-    """Register an angular function under its own name, without the ``_angle`` suffix."""
+    """Register an angular function g under its own name, without the ``_angle`` suffix.
+
+    The function is called with c, the cosines, [n, o, p, q], k, the curvature (None unless ``k``,
+    broadcasts with c), and the numbers power and delta, the floor of (1 - c)(1 + c) in
+    derivatives; it returns g, made of differentiable operations. Backends whose kernels do not
+    have it refuse it, so that it runs on the reference.
+
+    Args:
+        formula: what it computes, for people.
+        k: whether it has a curvature.
+        invertible: whether c is recovered from g at full relative accuracy.
+
+    Raises:
+        ValueError: another function has this name.
+
+    Example:
+        >>> import torch, dcconv
+        >>> @dcconv.functions.angular("c * c * c")
+        ... def cube_angle(c, k, power, delta):
+        ...     return c * c * c
+        >>> x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> dcconv.decoupled_conv2d(x, w, angular="cube", backend="reference").shape
+        torch.Size([2, 4, 6, 6])
+        >>> del dcconv.functions.angulars["cube"]
+    """
 
     def register(value: AngularValue) -> AngularValue:
         name = value.__name__.removesuffix("_angle")
+        _new("angular", name, value, angulars)
         angulars[name] = Angular(name, value, k, invertible, formula)
         return value
 

@@ -43,6 +43,23 @@ def _load() -> str | None:
 missing: str | None = _load()
 
 
+#: The functions that the compiled library has, as it names them itself; none where it is missing.
+magnitudes: tuple[str, ...] = ()
+angulars: tuple[str, ...] = ()
+if missing is None:
+    magnitudes = tuple(torch.ops.dcconv.magnitudes())
+    angulars = tuple(torch.ops.dcconv.angulars())
+
+
+def why_not_functions(magnitude: str, angular: str) -> str | None:
+    """Return None when the compiled library has both functions, else one sentence."""
+    if magnitude not in magnitudes:
+        return f"the compiled library has no magnitude '{magnitude}'"
+    if angular not in angulars:
+        return f"the compiled library has no angular function '{angular}'"
+    return None
+
+
 def cuda_missing() -> str | None:
     """Return None when CUDA code is part of the compiled library, else one sentence why not."""
     if missing is not None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcconv.functions import angulars, magnitudes
+from dcconv import expressions
+from dcconv.functions import angulars, magnitudes, weightings
 from dcconv.numerics import compute_dtype
 
 #: Names of the differentiable arguments, in the order of the functional.
@@ -18,30 +19,42 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LAYOUTS = ("contiguous", "channels_last", "expanded", "sliced")
 
-#: Every valid (magnitude, weighting).
-WEIGHTED_MAGNITUDES = (
-    ("sphere", "none"),
-    ("ball", "none"),
-    ("tanh", "none"),
-    ("linear", "none"),
-    ("segmented", "none"),
-    ("log", "none"),
-    ("mix", "none"),
-    ("sphere", "linear"),
-    ("ball", "linear"),
-    ("tanh", "linear"),
-    ("linear", "linear"),
-    ("segmented", "linear"),
-    ("log", "linear"),
-    ("mix", "linear"),
-    ("tanh", "product"),
-    ("tanh", "separate"),
+#: The operator family of the paper: its magnitudes, whether they have a radius, and its angular
+#: functions, whether they have a curvature. More may be registered.
+MAGNITUDES_OF_PAPER = {
+    "sphere": False,
+    "ball": True,
+    "tanh": True,
+    "linear": False,
+    "segmented": True,
+    "log": False,
+    "mix": False,
+}
+ANGULARS_OF_PAPER = {
+    "linear": False,
+    "cosine": False,
+    "sigmoid": True,
+    "square_cosine": False,
+    "power": False,
+}
+
+#: Every valid (magnitude, weighting) that is registered.
+WEIGHTED_MAGNITUDES = tuple(
+    (name, weighting.name)
+    for weighting in weightings.values()
+    for name in magnitudes
+    if weighting.only_with in (None, name)
 )
 
-ANGULARS = ("linear", "cosine", "sigmoid", "square_cosine", "power")
+ANGULARS = tuple(angulars)
 
-#: All 80 operators: (magnitude, weighting, angular).
+#: All operators, 80 of them the paper's: (magnitude, weighting, angular).
 OPERATORS = tuple((m, w, a) for m, w in WEIGHTED_MAGNITUDES for a in ANGULARS)
+
+#: Those that are written in steps; plan G refuses the others.
+IN_STEPS = tuple(
+    (m, w, a) for m, w, a in OPERATORS if m in expressions.magnitudes and a in expressions.angles
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from dcconv.functions import angulars, magnitudes, weightings
+from dcconv.functions import weightings
 
 #: The first release with everything that the kernels use, and PyTorch's from 2.10 on.
 OLDEST = (3, 5)
@@ -37,25 +37,17 @@ def twin_of(magnitude: str, weighting: str) -> str:
     return magnitude if weightings[weighting].only_with is None else f"{magnitude}_{weighting}"
 
 
-def twinless() -> str | None:
-    """Return None when every function of ``dcconv.functions`` has a twin, else one sentence."""
+def twinless(magnitude: str, angular: str, weighting: str) -> str | None:
+    """Return None when the functions of an operator have twins, else one sentence.
+
+    It imports the twins, which needs Triton: ask ``missing`` first.
+    """
     twins = importlib.import_module("dcconv.triton_impl.functions")
-    for kind, wanted, known in (
-        (
-            "magnitude",
-            {
-                twin_of(name, weighting.name)
-                for name in magnitudes
-                for weighting in weightings.values()
-                if weighting.only_with in (None, name)
-            },
-            twins.MAGNITUDES,
-        ),
-        ("angular function", set(angulars), twins.ANGULARS),
-    ):
-        absent = sorted(wanted - set(known))
-        if absent:
-            return f"it has no Triton twin of the {kind} '{absent[0]}'"
+    twin = twin_of(magnitude, weighting)
+    if twin not in twins.MAGNITUDES:
+        return f"it has no Triton twin of the magnitude '{twin}'"
+    if angular not in twins.ANGULARS:
+        return f"it has no Triton twin of the angular function '{angular}'"
     return None
 
 
@@ -73,7 +65,7 @@ def why_not_capability(index: int) -> str | None:
 
 def why_not(index: int) -> str | None:
     """Return None when kernels run on a GPU (or interpreted), else one sentence; register ops."""
-    reason = missing() or twinless() or why_not_capability(index)
+    reason = missing() or why_not_capability(index)
     if reason is None:
         importlib.import_module("dcconv.triton_impl.ops")
         importlib.import_module("dcconv.triton_impl.ops_one_pass")

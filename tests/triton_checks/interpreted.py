@@ -11,7 +11,17 @@ from typing import Any
 import torch
 import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
-from cases import CASES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
+from cases import (
+    ANGULARS_OF_PAPER,
+    CASES,
+    LAYOUTS,
+    MAGNITUDES_OF_PAPER,
+    OPERATORS,
+    Case,
+    Inputs,
+    by_id,
+    make_inputs,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,8 +134,21 @@ def lists() -> dict[str, Any]:
     return {
         "magnitudes": functions.MAGNITUDES,
         "angulars": functions.ANGULARS,
-        "twinless": features.twinless(),
+        "twinless": {
+            f"{magnitude} {weighting} {angular}": twinless(magnitude, angular, weighting)
+            for magnitude, weighting, angular in OPERATORS
+            if magnitude in MAGNITUDES_OF_PAPER and angular in ANGULARS_OF_PAPER
+        },
     }
+
+
+def twinless(magnitude: str, angular: str, weighting: str) -> str | None:
+    return features.twinless(magnitude, angular, weighting)
+
+
+def twinned() -> list[tuple[str, str, str]]:
+    """Return the operators whose functions have twins."""
+    return [(m, w, a) for m, w, a in OPERATORS if twinless(m, a, w) is None]
 
 
 def points() -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +296,8 @@ def geometry(case: str, dtype: str) -> None:
     kind = dtype_of(dtype)
     number = CASES.index(by_id(case))
     start = 7 * number + 13 * (kind == torch.float16) + 26 * (kind == torch.bfloat16)
-    name, weighting, angular = OPERATORS[37 * start % len(OPERATORS)]
+    known = twinned()
+    name, weighting, angular = known[37 * start % len(known)]
     norm, scalar = NORMS[start % 3], start % 5 == 0
     # With a bias the cotangent's sign is not that of g: no sums to one number then.
     bias = start % 4 == 0 and norm != "given" and not scalar
@@ -295,7 +319,7 @@ def geometry(case: str, dtype: str) -> None:
 def operators(magnitude: str, weighting: str) -> None:
     """Every angular function with a weighted magnitude, one small grouped problem."""
     case = Case("small", 2, 4, 4, 5, 6, (2, 3), stride=(1, 2), padding=1, groups=2)
-    for i, angular in enumerate(angulars):
+    for i, angular in enumerate(functions.ANGULARS):
         inputs = make_inputs(
             case,
             torch.float32,
@@ -773,19 +797,34 @@ def choice() -> dict[str, Any]:
     }
 
 
-def absent_twin() -> list[str | None]:
-    """A function of the specification without a twin is a sentence."""
+def absent_twin() -> dict[str, str | None]:
+    """What operators hear when two functions have no twin, and a call and a report of one."""
     known = functions.ANGULARS, functions.MAGNITUDES
-    found = []
+    x, weight = torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 3, 3)
+    found: dict[str, str | None] = {}
     try:
         functions.ANGULARS = tuple(n for n in known[0] if n != "power")
-        found.append(features.why_not(0))
-        functions.ANGULARS = known[0]
         functions.MAGNITUDES = tuple(n for n in known[1] if n != "tanh_separate")
-        found.append(features.why_not(0))
+        for magnitude, weighting, angular in (
+            ("tanh", "none", "power"),
+            ("tanh", "separate", "cosine"),
+            ("tanh", "none", "cosine"),
+            ("tanh", "product", "sigmoid"),
+        ):
+            name = f"{magnitude} {weighting} {angular}"
+            found[name] = backends.why_not("triton", x, magnitude, angular, weighting)
+        functional.decoupled_conv2d(x, weight)
+        try:
+            functional.decoupled_conv2d(x, weight, angular="power")
+        except NotImplementedError as refused:
+            found["called"] = str(refused)
+        lines = backends.report(x, weight, angular="power", backend="reference").splitlines()
+        (found["report"],) = (
+            line.split(maxsplit=1)[1] for line in lines if line.startswith("  triton")
+        )
     finally:
         functions.ANGULARS, functions.MAGNITUDES = known
-    return [*found, features.why_not(0)]
+    return found
 
 
 def main() -> None:
