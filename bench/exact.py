@@ -21,6 +21,24 @@ why_not: str | None = (
     else "long double is float64 on this platform: there is no truth for ulp of float64"
 )
 
+#: What is written down here. Another function has no truth for ulp of float64.
+MAGNITUDES = ("sphere", "ball", "tanh", "linear", "segmented", "log", "mix")
+ANGULARS = ("linear", "cosine", "square_cosine", "power", "sigmoid")
+
+
+def why_not_function(name: str, is_magnitude: bool) -> str | None:
+    """Return None where a function has its truth here, else one sentence.
+
+    Example:
+        >>> why_not_function("tanh", True), why_not_function("new", True)
+        (None, "bench/exact.py does not have 'new'")
+    """
+    if why_not is not None:
+        return why_not
+    known = MAGNITUDES if is_magnitude else ANGULARS
+    return None if name in known else f"bench/exact.py does not have '{name}'"
+
+
 _PI = 4 * np.arctan(np.longdouble(1))
 
 

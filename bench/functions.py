@@ -225,12 +225,12 @@ class Truth:
 
 
 def make_truth(function: Function, dtype: torch.dtype, device: str) -> Truth | None:
-    """Evaluate a function truly; None where this platform cannot."""
+    """Evaluate a function truly; None where it is not written down, or this platform cannot."""
     at, wide, delta = points(function), compute_dtype(dtype), ANGLE_DELTA[dtype]
     arguments = ("d/da", "d/db", "d/drho") if function.is_magnitude else ("d/dc", "d/dk")
     by = dict(zip(arguments, at, strict=True))
     if wide == torch.float64:
-        if exact.why_not is not None:
+        if exact.why_not_function(function.of, function.is_magnitude) is not None:
             return None
         if function.is_magnitude:
             a, b, rho = (t.numpy() for t in at)
@@ -314,9 +314,7 @@ def check(
 
 def operator(function: Function, backend: str) -> Call:
     """Return the operator that a function's cost is measured by, on a thin 1x1 layer."""
-    magnitude, angular = (
-        (function.of, "cosine") if function.is_magnitude else ("sphere", function.of)
-    )
+    magnitude, angular = _names(function)
 
     def call(x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None) -> Tensor:
         return decoupled_conv2d(
@@ -340,8 +338,7 @@ def operator(function: Function, backend: str) -> Call:
 def case_of(function: Function, layer: Layer, dtype: str) -> Case:
     """Return the case whose inputs the operator of a function gets."""
     uses_rho = function.is_magnitude and magnitudes[function.of].uses_rho
-    names = (function.of, "cosine") if function.is_magnitude else ("sphere", function.of)
-    return Case(layer, Operator(*names), FIXED if uses_rho else NO_RHO, dtype)
+    return Case(layer, Operator(*_names(function)), FIXED if uses_rho else NO_RHO, dtype)
 
 
 def operator_gate(function: Function, inputs: Inputs, dtype: torch.dtype) -> Gate:
@@ -358,9 +355,17 @@ def operator_gate(function: Function, inputs: Inputs, dtype: torch.dtype) -> Gat
     return Gate(truth, allowed, loosest)
 
 
-def allowed_to_run(backend: str, device: str) -> str | None:
-    """Return why a backend does not run on a device, or None."""
-    return backends.why_not(backend, torch.zeros(1, device=device))
+def allowed_to_run(backend: str, device: str, function: Function | None = None) -> str | None:
+    """Return why a backend does not run, or not with a function, on a device, or None."""
+    x = torch.zeros(1, device=device)
+    if function is None:
+        return backends.why_not(backend, x)
+    return backends.why_not(backend, x, *_names(function), function.weighting)
+
+
+def _names(function: Function) -> tuple[str, str]:
+    """Return the magnitude and angular function of the operator that measures a function."""
+    return (function.of, "cosine") if function.is_magnitude else ("sphere", function.of)
 
 
 def title(backend: str) -> str:
@@ -379,7 +384,7 @@ def assess(
     results: dict[str, dict[str, Any]] = {}
     for backend in options.backends:
         result = results[title(backend)] = {"timing": None, "note": None}
-        reason = allowed_to_run(backend, options.device)
+        reason = allowed_to_run(backend, options.device, function)
         if reason is not None:
             result["note"] = f"missing: {reason}"
             continue
@@ -530,8 +535,11 @@ def complete(options: argparse.Namespace) -> None:
 
 def unreachable(options: argparse.Namespace) -> Iterable[str]:
     """Say what has no accuracy although it runs."""
-    if "float64" in options.dtypes and exact.why_not is not None:
-        yield f"No ulp of float64: {exact.why_not}."
+    if "float64" in options.dtypes:
+        asked = [FUNCTIONS[name] for name in options.functions]
+        reasons = [exact.why_not_function(f.of, f.is_magnitude) for f in asked]
+        for reason in dict.fromkeys(filter(None, reasons)):
+            yield f"No ulp of float64: {reason}."
     for backend in options.backends:
         if backend not in EVALUATE and allowed_to_run(backend, options.device) is None:
             yield (

@@ -426,7 +426,7 @@ def measure(
         for name in providers:
             reason = None
             if name.startswith(OURS):
-                reason = backends.why_not(name.removeprefix(OURS), images)
+                reason = backends.why_not(name.removeprefix(OURS), images, *case.operator)
             if reason is not None:
                 results[name] = {"timing": None, "note": f"missing: {reason}"}
                 continue

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from bench import options as shared
 from bench.accuracy import Gate, make_gate
-from bench.cases import MODES, OPERATORS, Case, Inputs, find_operator, make_inputs, select
+from bench.cases import MODES, OPERATORS, Case, Inputs, Operator, find_operator, make_inputs, select
 from bench.cost import Ceilings, cost, measure_ceilings
 from bench.layers import (
     CLASSES,
@@ -180,14 +180,21 @@ def complete(options: argparse.Namespace) -> None:
     ]
 
 
-def refusal(name: str, device: str) -> str | None:
-    """Return why a provider of ours does not run on a device, or None."""
+def refusal(name: str, device: str, operator: Operator) -> str | None:
+    """Return why a provider of ours does not run an operator on a device, or None."""
     backend = PROVIDERS[name].backend
-    return None if backend is None else backends.why_not(backend, torch.zeros(1, device=device))
+    if backend is None:
+        return None
+    return backends.why_not(backend, torch.zeros(1, device=device), *operator)
 
 
 def prepare(
-    names: list[str], functions: dict[str, Function], inputs: Inputs, gate: Gate, which: str
+    names: list[str],
+    functions: dict[str, Function],
+    operator: Operator,
+    inputs: Inputs,
+    gate: Gate,
+    which: str,
 ) -> dict[str, dict[str, Any]]:
     """Call every provider once, check its results and measure its memory; return the results.
 
@@ -196,7 +203,7 @@ def prepare(
     device = inputs.x.device.type
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        reason = refusal(name, device)
+        reason = refusal(name, device, operator)
         result = results[name] = {"timing": None, "note": reason and f"missing: {reason}"}
         if reason is not None:
             continue
@@ -262,7 +269,7 @@ def measure(
     map_size = compute_dtype(x.dtype).itemsize
     try:
         for which in options.passes:
-            results = prepare(names, functions, inputs, gate, which)
+            results = prepare(names, functions, case.operator, inputs, gate, which)
             timings = watch.interleave(
                 {
                     name: candidate(functions[name], inputs, which)

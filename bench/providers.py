@@ -16,7 +16,7 @@ from bench.options import FORWARD
 from dcconv import backends
 from dcconv.dispatch.plans import registry
 from dcconv.functional import decoupled_conv2d
-from dcconv.functions import capped_asin
+from dcconv.functions import angulars, capped_asin, magnitudes
 from dcconv.numerics import EPS, angle_delta, compute_dtype
 
 #: x, weight, radius, norm_mean -> y.
@@ -80,13 +80,16 @@ def _sums_of_squares(x: Tensor, case: Case) -> Tensor:
     if layer.groups == layer.c and layer.groups > 1:
         per_group = x.to(dtype).square()
     else:
-        channels = x.unflatten(1, (layer.groups, -1)) if layer.groups > 1 else x.unsqueeze(1)
+        # Split where they lie, at the end for channels_last, they give the gradient x's layout.
+        axis, over = (-1, -1) if case.layout == "channels_last" else (1, 2)
+        channels = x.movedim(1, axis).unflatten(axis, (layer.groups, -1))
         if torch.compiler.is_compiling():
-            per_group = channels.to(dtype).square().sum(dim=2)
+            per_group = channels.to(dtype).square().sum(dim=over)
         else:
             # Eagerly without a tensor of squares: up to twice as fast, and the root of the small
             # map costs little. Compiled, squares and sum are one loop.
-            per_group = torch.linalg.vector_norm(channels, dim=2, dtype=dtype).square()
+            per_group = torch.linalg.vector_norm(channels, dim=over, dtype=dtype).square()
+        per_group = per_group.movedim(axis, 1)
     if layer.k == 1:
         return per_group
     if layer.dilation == 1:
@@ -99,6 +102,7 @@ def _sums_of_squares(x: Tensor, case: Case) -> Tensor:
 
 
 def _magnitude(name: str, b: Tensor, rho: Tensor | None) -> Tensor:
+    """Return h; what is written here is faster than the registered function, or shorter."""
     if name == "sphere":
         return torch.full_like(b, ALPHA)
     if name == "linear":
@@ -107,12 +111,11 @@ def _magnitude(name: str, b: Tensor, rho: Tensor | None) -> Tensor:
         return torch.log1p(b) * ALPHA
     if name == "mix":
         return b * ALPHA + torch.log1p(b) * BETA
-    assert rho is not None
-    if name == "ball":
+    if name == "ball" and rho is not None:
         return (b * (1.0 / rho)).clamp(max=1.0) * ALPHA
-    if name == "tanh":
+    if name == "tanh" and rho is not None:
         return torch.tanh(b * (1.0 / rho)) * ALPHA
-    return torch.where(b < rho, b * ALPHA, b * BETA + rho * (ALPHA - BETA))
+    return magnitudes[name].value(b, rho, ALPHA, BETA)
 
 
 def _angular(name: str, c: Tensor, delta: float) -> Tensor:
@@ -122,10 +125,11 @@ def _angular(name: str, c: Tensor, delta: float) -> Tensor:
         return c * c.abs()
     if name == "power":
         return c.sign() * c.abs().pow(POWER)
-    angle = capped_asin(c, delta)
-    if name == "linear":
-        return angle * (2 / math.pi)
-    return torch.tanh(angle * (1 / (2 * K))) * (1 / math.tanh(math.pi / (4 * K)))
+    if name == "sigmoid":
+        angle = capped_asin(c, delta)
+        return torch.tanh(angle * (1 / (2 * K))) * (1 / math.tanh(math.pi / (4 * K)))
+    k = c.new_tensor(K) if angulars[name].uses_k else None
+    return angulars[name].value(c, k, POWER, delta)
 
 
 def formula(case: Case) -> Function:
@@ -135,31 +139,43 @@ def formula(case: Case) -> Function:
     everything that depends on the position only stays on the small map, and what cancels is left
     out: linear x cosine is a convolution with normalised filters. Norms, c, h and g are float32,
     the convolution and y have x's dtype.
+
+    For channels_last the channels of every tensor are moved to the end ahead of the arithmetic, and
+    back after it. A map of positions times numbers per filter says nothing about the layout of the
+    result: PyTorch makes it contiguous, and a product with that map first, contiguous too. The norm
+    comes ahead of the convolution: of two gradients of x, the one that is formed first, that of the
+    last operation, has the layout of their sum.
     """
     layer, batch = case.layer, case.mode == BATCH
     magnitude, angular = case.operator
+    channels = -1 if case.layout == "channels_last" else 1
+    per_filter = (-1,) if case.layout == "channels_last" else (-1, 1, 1)
 
     def best(x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None) -> Tensor:
         wide = weight if weight.dtype == torch.float64 else weight.float()
         a = torch.sqrt(wide.square().sum(dim=(1, 2, 3), keepdim=True) + EPS)
         # b * c, since u / a = b c.
         folded = (wide / a).to(x.dtype)
-        projection = F.conv2d(
-            x, folded, None, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
+
+        def project() -> Tensor:
+            return F.conv2d(
+                x, folded, None, layer.stride, layer.padding, layer.dilation, layer.groups
+            )
+
         if magnitude == "linear" and angular == "cosine":
-            return projection * ALPHA if ALPHA != 1.0 else projection
-        b = torch.sqrt(_sums_of_squares(x, case) + EPS)
+            return project() * ALPHA if ALPHA != 1.0 else project()
+        b = torch.sqrt(_sums_of_squares(x, case) + EPS).movedim(1, channels)
+        projection = project()
         mean = b.mean() if batch else norm_mean
-        if layer.groups > 1:
-            b = b.repeat_interleave(layer.o // layer.groups, dim=1) if layer.o > layer.groups else b
-        cosine = projection.to(b.dtype) * (1.0 / b)
+        if layer.o > layer.groups > 1:
+            b = b.repeat_interleave(layer.o // layer.groups, dim=channels)
+        cosine = projection.movedim(1, channels).to(b.dtype) * (1.0 / b)
         rho = None
         if radius is not None:
-            rho = radius.reshape(1, -1, 1, 1)
+            rho = radius.reshape(per_filter)
             rho = rho if mean is None else rho * mean
-        h = _magnitude(magnitude, b, rho)
-        return (h * _angular(angular, cosine, angle_delta(x))).to(x.dtype)
+        g = _angular(angular, cosine, angle_delta(x))
+        return (g * _magnitude(magnitude, b, rho)).to(x.dtype).movedim(channels, 1)
 
     return best
 
@@ -210,9 +226,9 @@ def bcos(case: Case) -> Function:
     layer = case.layer
 
     def call(x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None) -> Tensor:
+        norms = torch.sqrt(_sums_of_squares(x, case) + 1e-6).to(x.dtype)
         unit = weight / torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
         linear = F.conv2d(x, unit, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        norms = torch.sqrt(_sums_of_squares(x, case) + 1e-6).to(x.dtype)
         if layer.o > layer.groups > 1:
             norms = norms.repeat_interleave(layer.o // layer.groups, dim=1)
         return linear * (linear.abs() / norms)

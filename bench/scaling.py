@@ -124,7 +124,7 @@ def check_base(
     """Return by provider its errors at the layer's own size, and why it is not timed."""
     results: dict[str, dict[str, Any]] = {}
     for name in providers:
-        reason = refusal(name, inputs.x.device.type)
+        reason = refusal(name, inputs.x.device.type, sweep.case.operator)
         result = results[name] = {"timing": None, "note": reason and f"missing: {reason}"}
         if reason is None and PROVIDERS[name].gated:
             found = run_pass(PROVIDERS[name].build(sweep.case), inputs, which)

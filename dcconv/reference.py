@@ -81,10 +81,12 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     filters, groups = weight.shape[0], problem.groups
     compute = compute_dtype(x.dtype)
 
+    # Ahead of the convolution: the layout of a gradient is that of its part which is formed first,
+    # so of the last operation here.
+    b_map = b = window_norm(x, (weight.shape[2], weight.shape[3]), problem)
     library_x, padding = padded(x, problem)
     dot = F.conv2d(library_x, weight, None, problem.stride, padding, problem.dilation, groups)
     u = dot.to(compute)
-    b_map = b = window_norm(x, (weight.shape[2], weight.shape[3]), problem)
     if groups > 1:
         u = u.unflatten(1, (groups, filters // groups))
         b = b_map.unsqueeze(2)  # [n, g, 1, p, q]
@@ -110,7 +112,8 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     )
     curvature = None if k is None else per_filter(k, filters, groups)
     g = angulars[problem.angular].value(c, curvature, problem.power, problem.delta)
-    y = (h * g).flatten(1, 2) if groups > 1 else h * g
+    # g first, which has the convolution's layout: that of a map times numbers per filter is none.
+    y = (g * h).flatten(1, 2) if groups > 1 else g * h
     if bias is not None:
         y = y + bias.to(compute).reshape(-1, 1, 1)
     y = y.to(x.dtype)

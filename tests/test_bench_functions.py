@@ -100,6 +100,9 @@ def test_points_are_the_same_in_float32_and_reach_the_ends() -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_exact_formulas_are_those_of_the_specification(name: str) -> None:
     function = FUNCTIONS[name]
+    reason = exact.why_not_function(function.of, function.is_magnitude)
+    if reason is not None:
+        pytest.skip(reason)
     at = tuple(column[::7] for column in points(function))
     truth = functions.specification(function, at, 1e-6)
     numbers = [t.numpy() for t in at]
