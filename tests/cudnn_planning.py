@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import OPERATORS
+from cases import IN_STEPS
 
 from dcconv import cudnn_ops
 from dcconv.cudnn_ops import Key
@@ -103,7 +103,7 @@ def expressible() -> dict[str, Operator]:
         f"{magnitude} {weighting} {angular}": Operator(
             magnitude, angular, weighting, 1.5, 0.25, 3.0, scaled_radius=True, bias=True
         )
-        for magnitude, weighting, angular in OPERATORS
+        for magnitude, weighting, angular in IN_STEPS
         if not Problem(magnitude=magnitude, angular=angular, weighting=weighting).norm_free
     }
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from cases import OPERATORS
 from rich.console import Console
 from torch import nn
 
 from dcconv import DecoupledConv2d, ops
+from dcconv.functions import angulars, magnitudes
 from train import digits
 from train.data.digits import DigitsStream, random_shift
 from train.digits_report import Epoch, draw_curves, make_row
@@ -405,8 +407,8 @@ def test_wrong_operator_name_lists_the_known_and_the_closest(capsys):
     with pytest.raises(SystemExit):
         digits_config(["--operators", "tahn_cosine"])
     error = " ".join(capsys.readouterr().err.split())
-    assert "magnitude: sphere, ball, tanh, linear, segmented, log, mix;" in error
-    assert "angular: linear, cosine, sigmoid, square_cosine, power;" in error
+    assert f"magnitude: {', '.join(magnitudes)};" in error
+    assert f"angular: {', '.join(angulars)};" in error
     assert "weighting: linear, product, separate" in error
     assert "got 'tahn_cosine' (did you mean 'tanh_cosine'?)" in error
 
@@ -463,8 +465,8 @@ def test_stream_serves_an_epoch_without_repetition():
 
 
 def test_every_operator_name_builds_its_network():
-    # One plain convolution, 16 weighted magnitudes times 5 angles, each also without activation.
-    assert len(operators) == 2 * (1 + 16 * 5)
+    # One plain convolution and the operators, 80 of them the paper's, each also without activation.
+    assert len(operators) == 2 * (1 + len(OPERATORS))
     x = torch.rand(2, 1, 8, 8)
     for name, operator in operators.items():
         network = small_network(operator, 8, 10, widths=(4, 4, 4)).eval()

@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import dcconv
-from dcconv import DecoupledConv2d, backends, warn
+from dcconv import DecoupledConv2d, backends, functions, warn
 from dcconv.functional import decoupled_conv2d, patch_norm
+from dcconv.functions import angulars, magnitudes
 
 PACKAGE = Path(dcconv.__file__).parent
 
@@ -53,8 +54,8 @@ def norm(x: Any = X, kernel_size: Any = 3, **changes: Any) -> Callable[[], objec
     return lambda: patch_norm(x, kernel_size, **changes)
 
 
-MAGNITUDES = "sphere, ball, tanh, linear, segmented, log, mix"
-ANGULARS = "linear, cosine, sigmoid, square_cosine, power"
+MAGNITUDES = ", ".join(magnitudes)
+ANGULARS = ", ".join(angulars)
 WEIGHTINGS = "none, linear, product, separate"
 MODES = "zeros, reflect, replicate, circular"
 BACKENDS = "auto, cuda, triton, cpu, reference"
@@ -793,8 +794,24 @@ LAYERS = [
     ),
 ]
 
+
+def registering(register: Callable[..., Any], name: str) -> Callable[[], object]:
+    def function(*arguments: object) -> torch.Tensor:
+        return X
+
+    function.__name__ = name
+    return lambda: register("x")(function)
+
+
+REGISTERED = [
+    # The kernels would go on computing the function that had the name before.
+    refusal(registering(functions.magnitude, "tanh"), "v", "magnitude", "be a new name", "'tanh'"),
+    refusal(registering(functions.angular, "power"), "v", "angular", "be a new name", "'power'"),
+]
+
 REFUSALS = [
     *LAYERS,
+    *REGISTERED,
     *NAMES,
     *NUMBERS,
     *GEOMETRY,

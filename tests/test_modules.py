@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import dcconv
 from dcconv import DecoupledConv2d, checks
 from dcconv.functional import decoupled_conv2d, patch_norm
+from dcconv.functions import angulars, magnitudes
 
 T = 1e-3
 
@@ -453,9 +454,9 @@ def test_only_used_parameters_exist() -> None:
         )
         names = set(layer.state_dict())
         with_radius = {"radius_raw", "norm_mean", "norm_mean_steps"}
-        assert ({"radius_raw"} <= names) == (magnitude in ("ball", "tanh", "segmented"))
+        assert ({"radius_raw"} <= names) == magnitudes[magnitude].uses_rho
         assert names & with_radius in (set(), with_radius)
-        assert ("k_raw" in names) == (angular == "sigmoid")
+        assert ("k_raw" in names) == angulars[angular].uses_k
 
 
 @pytest.mark.parametrize("magnitude", ["ball", "tanh", "segmented"])

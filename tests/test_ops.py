@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcconv
 from dcconv import backends, checks, functional, numerics, ops, plan_a, reference, warn
 from dcconv.functional import check_call
+from dcconv.functions import angulars, magnitudes
 from dcconv.keep import kept
 
 MODULES: tuple[dict[str, Any], ...] = (
@@ -413,8 +414,8 @@ def test_backward_keeps_x_and_one_output_and_the_norm_map(
     n, c, o, h = 2, 8, 16, 14
     x = torch.randn(n, c, h, h, dtype=dtype).to(memory_format=layout).requires_grad_()
     small_bytes = 8 * o * 3 + 64  # radius, k, bias and the mean
-    for magnitude in ("sphere", "ball", "tanh", "linear", "segmented", "log", "mix"):
-        for angular in ("linear", "cosine", "sigmoid", "square_cosine", "power"):
+    for magnitude in magnitudes:
+        for angular in angulars:
             for bias in (False, True):
                 layer = dcconv.DecoupledConv2d(
                     c, o, 3, padding=1, bias=bias, dtype=dtype, magnitude=magnitude, angular=angular
