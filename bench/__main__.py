@@ -7,9 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from bench.options import INTERRUPTED
+from train.engine.terminal import SpellingConsole, prepare
 
 COMMANDS = (
     *("ops", "networks", "functions", "scaling", "calls", "engine"),
@@ -43,10 +42,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit status: 0, 1 wrong or regressed, 2 refused."""
+    prepare()
     options = parser().parse_args(arguments)
-    console = Console(markup=False)
+    console = SpellingConsole(markup=False)
     if not console.is_terminal or console.width < WIDTH:
-        console = Console(markup=False, width=WIDTH, soft_wrap=console.is_terminal)
+        console = SpellingConsole(markup=False, width=WIDTH, soft_wrap=console.is_terminal)
     try:
         status: int = options.run(options, console)
     except (ValueError, TypeError, OSError) as error:

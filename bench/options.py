@@ -22,6 +22,7 @@ from bench.records import Record, append
 from bench.timing import Protocol, Stopwatch
 from dcconv import backends
 from dcconv.checks import choice, integer, number, value_error
+from train.engine.terminal import SpellingConsole
 
 #: Exit status of an interrupted run, whose finished rows are kept.
 INTERRUPTED = 130
@@ -169,6 +170,6 @@ def progress_bar() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=SpellingConsole(stderr=True),
         transient=True,
     )

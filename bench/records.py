@@ -121,7 +121,8 @@ def read(path: Path) -> list[Record]:
                     raise ValueError("a timing must have 0 < low <= median <= high < inf")
                 if not timing["rounds"] >= 1:
                     raise ValueError("a timing must have rounds of at least 1")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # Of brackets nested too deep, too.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             print(f"{path}:{number}: not a result row ({error}), skipped", file=sys.stderr)
             continue
         found.append(record)

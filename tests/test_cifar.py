@@ -21,6 +21,7 @@ import yaml
 from dcconv import project_weights
 from dcconv.optim import decoupled_layers
 from train import cifar
+from train.data.augment import Augment
 from train.data.stream import TensorBatches
 from train.engine.checkpoint import Checkpoints
 from train.recipes import build, cifar_recipes, find_recipe, loss_terms, paper_cells
@@ -415,24 +416,37 @@ def test_evaluation_that_a_signal_breaks_off_is_done_when_the_run_goes_on(
     assert [line["step"] for line in found[0]] == [2, 4] and found[0] == found[1]
 
 
-def test_averaged_weights_must_be_on_both_sides(data, tmp_path, capsys):
-    assert train(data, tmp_path, "--preset", "modern", "--steps", 1) == 0
-    error = refusal(capsys, "--resume", tmp_path, "--steps", 2, "--ema", 0)
-    assert error == (
-        "dcconv: ema must keep averaged weights as the resumed run did, got a checkpoint with them"
-    )
+def test_averaged_weights_must_be_on_both_sides(data, tmp_path):
+    values = {"steps": 1, "widths": WIDTHS, "ema": 0.0, "classes": 10}
+    recipe = dataclasses.replace(cifar_recipes["modern"], **values)
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    stream = TensorBatches(images, torch.zeros(4), batch_size=2, augment=Augment())
+    task = ImageTask(recipe, stream, stream, torch.device("cpu"))
+    with pytest.raises(ValueError, match="ema must keep averaged weights as the resumed run did"):
+        task.load_state_dict({"average": {}})
 
 
-def test_optimiser_of_a_run_that_goes_on_has_what_is_asked_for(data, tmp_path, capsys):
+def test_optimiser_of_a_run_that_goes_on_has_the_recipes_constants(data, tmp_path):
     assert train(data, tmp_path, "--preset", "modern", "--steps", 1) == 0
-    more = ("--steps", 2, "--weight-decay", 0.25, "--momentum", 0.5)
-    assert cifar.main([str(item) for item in ("--resume", tmp_path, *more)]) == 0
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    _, state = checkpoints.load_latest()
+    for group in state["optimizer"]["param_groups"]:
+        group["weight_decay"], group["momentum"] = 0.25, 0.5
+    checkpoints.save(state, 1)
+    assert cifar.main([str(item) for item in ("--resume", tmp_path, "--steps", 2)]) == 0
     groups = newest(tmp_path)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
-    assert {group["momentum"] for group in groups} == {0.5}
-    error = refusal(capsys, "--resume", tmp_path, "--steps", 3, "--optimizer", "adamw")
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0.0]
+    assert {group["momentum"] for group in groups} == {0.9}
+
+
+def test_checkpoint_of_another_optimiser_is_refused(data, tmp_path, capsys):
+    assert train(data, tmp_path, "--preset", "modern", "--steps", 1) == 0
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    _, state = checkpoints.load_latest()
+    checkpoints.save(state | {"optimizer_kind": "AdamW"}, 1)
+    error = refusal(capsys, "--resume", tmp_path, "--steps", 3)
     assert "dcconv: resume must be a run of the same network and optimiser, got" in error
-    assert "its optimiser is SGD, not AdamW" in error
+    assert "its optimiser is AdamW, not SGD" in error
 
 
 def test_checkpoint_cut_in_half_costs_only_the_steps_since_the_one_before(data, tmp_path, capsys):

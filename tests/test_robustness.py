@@ -519,7 +519,7 @@ def test_resumed_run_must_be_one_and_stay_itself(tmp_path, capsys):
     capsys.readouterr()
     assert run_.main(["--resume", str(folder), "--epsilon", "0.2"]) == 2
     error = capsys.readouterr().err
-    assert "dcconv: epsilon must be 0.15 as in the resumed run, got 0.2" in error
+    assert "dcconv: epsilon must stay 0.15 in a run that is resumed, got 0.2" in error
     assert (folder / "results.json").read_bytes() == before
     for damaged in (before[: len(before) // 2], b"[]", before.replace(b'"clean": ', b'"clean": -')):
         (folder / "results.json").write_bytes(damaged)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dcconv import checks
@@ -23,6 +22,7 @@ from train.data.stream import TensorBatches, TensorStream
 from train.engine import distributed
 from train.engine.config import option, parse
 from train.engine.loop import launch
+from train.engine.terminal import SpellingConsole
 from train.recipes import CifarRecipe, cifar_recipes, paper_cells
 from train.recipes.flat import CifarOptions
 from train.task import ImageTask, RecipeRun, presets, share_of_batch, start_from_file
@@ -39,6 +39,7 @@ class CifarRun(CifarOptions, RecipeRun[CifarRecipe]):
 
     kind: ClassVar[type[CifarRecipe]] = CifarRecipe
     recipes: ClassVar[Mapping[str, CifarRecipe]] = cifar_recipes
+    free: ClassVar[frozenset[str]] = RecipeRun.free | {"verify"}
 
     preset: str = option("tanh_cos", "base of the options; --list shows all")
     classes: int = option(100, "10 or 100")
@@ -84,7 +85,7 @@ def build(options: CifarRun, data: Cifar, device: torch.device) -> ImageTask:
 
 def show_presets() -> None:
     """Print every preset with what it is and, for cells of the paper's tables, its error there."""
-    console = Console(markup=False, highlight=False)
+    console = SpellingConsole(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = LIST_WIDTH
     table = Table("command", "network", "operator", "what", "paper's error %", box=None)

@@ -9,7 +9,6 @@ prints a table and stores the run under ``runs/``. Every training is one of the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -30,8 +29,9 @@ from dcconv import checks
 from train.data.digits import CLASSES, IMAGE_SIZE, IMAGES, DigitsStream, Split, load_split
 from train.data.stream import Stream
 from train.digits_report import Epoch, Row, accuracy_text, draw_curves, make_row, table
-from train.engine.checkpoint import Checkpoints
-from train.engine.config import EngineOptions, from_mapping, option, parse, read_yaml, to_yaml
+from train.engine.checkpoint import Checkpoints, tidy_run
+from train.engine.config import EngineOptions, changes, option, parse, read_stored, to_yaml
+from train.engine.files import ContentError, read_json
 from train.engine.folder import (
     CONFIG,
     ENVIRONMENT,
@@ -43,8 +43,10 @@ from train.engine.folder import (
 )
 from train.engine.logs import EVALUATE, TRAIN, read_metrics
 from train.engine.loop import FAILED, FINISHED, REFUSED, Trainer, new_console
+from train.engine.owner import owned
 from train.engine.rng import seed_all
 from train.engine.signals import StopSignals, exit_status
+from train.engine.state import count, part, require_like
 from train.memory import kept_bytes
 from train.networks import find_operator, small_network, start_statistics
 
@@ -52,9 +54,6 @@ EPOCHS = "epochs.jsonl"
 CURVES = "curves.png"
 TRAININGS = "trainings"
 CPU = torch.device("cpu")
-
-# What a run that goes on may be told anew; the rest must stay what it was.
-FREE = ("operators", "seeds", "quick", "threads", "backend", "out", "resume")
 
 DEFAULT_OPERATORS = (
     "conv",
@@ -78,6 +77,10 @@ class Config:
 
     full: ClassVar[Mapping[str, Any]] = {"epochs": 12, "seeds": (0, 1, 2)}
     short: ClassVar[Mapping[str, Any]] = {"epochs": 3, "seeds": (0,)}
+    # What a run that goes on may be told anew; the rest must stay what it was.
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"operators", "seeds", "quick", "threads", "backend", "out", "resume", "histogram_every"}
+    )
 
     operators: tuple[str, ...] = option(
         DEFAULT_OPERATORS, "what to convolve with; a wrong name shows what there is"
@@ -259,8 +262,18 @@ class DigitsTask:
         return {"schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where the schedule was."""
-        self.schedule.load_state_dict(state["schedule"])
+        """Go to where the schedule was.
+
+        Raises:
+            ContentError: the state is not that of such a schedule.
+        """
+        own = self.schedule.state_dict()
+        saved = part(state, "schedule", dict, "the task")
+        require_like(saved, own, "the schedule")
+        step = count(saved["last_epoch"], "the schedule's step")
+        if saved["total_steps"] != own["total_steps"] or step > own["total_steps"]:
+            raise ContentError(f"a schedule at {step} of {saved['total_steps']} steps")
+        self.schedule.load_state_dict(saved)
 
 
 class _Training(Trainer):
@@ -290,29 +303,30 @@ class Run:
             self.folder = RunFolder.create(Path(config.out), self.name)
         else:
             self.folder = RunFolder(Path(config.resume))
-            self._require_same()
         self.rows: dict[str, Row] = {}
         self.epochs: list[Epoch] = []
         self.finished = 0
         self.planned = len(config.operators) * len(config.seeds)
         self.current = ""
 
-    def _require_same(self) -> None:
-        """Refuse to go on with a run of another command or with other trainings."""
+    def _require_same(self) -> dict[str, tuple[Any, Any]]:
+        """Refuse to go on with a run of another command or with other trainings.
+
+        Returns:
+            The options that differ and may, the former value and the new one by name.
+        """
         path = self.folder.path
         try:
-            name = json.loads((path / ENVIRONMENT).read_text()).get("command")
-        except (OSError, ValueError, AttributeError):
+            found = read_json(path / ENVIRONMENT)
+            name = found.get("command") if isinstance(found, dict) else None
+        except (ContentError, OSError):
             name = None
         if name != self.program:
             rule = f"be the folder of a run of {self.program}"
             raise checks.value_error("resume", rule, repr(str(path)))
-        stored = from_mapping(type(self.config), read_yaml(path / CONFIG, "resume"))
-        for item in dataclasses.fields(self.config):
-            before, now = getattr(stored, item.name), getattr(self.config, item.name)
-            if item.name not in FREE and before != now:
-                rule = f"stay {before} in a run that is resumed"
-                raise checks.value_error(item.name, rule, now)
+        self.folder.history()
+        stored = read_stored(path / CONFIG, self.config)
+        return changes(stored, self.config, self.config.free)
 
     # What a training is.
 
@@ -356,8 +370,11 @@ class Run:
             step = number * self.config.batches
             if step not in trained or step not in tested:
                 return None
-            seconds += trained[step]["step_seconds"] * self.config.batches
-            loss, accuracy = trained[step]["loss"], tested[step]["accuracy"]
+            loss, accuracy = trained[step].get("loss"), tested[step].get("accuracy")
+            step_seconds = trained[step].get("step_seconds")
+            if loss is None or accuracy is None or step_seconds is None:
+                return None
+            seconds += step_seconds * self.config.batches
             epochs.append(Epoch(operator, seed, number, loss, accuracy, seconds))
         return epochs
 
@@ -473,11 +490,13 @@ class Run:
         """Store configuration, environment and source."""
         config = to_yaml(dataclasses.replace(self.config, resume=None))
         if self.config.resume is not None:
+            differences = self._require_same()
             done = [
                 self.read_epochs(o, s) for o in self.config.operators for s in self.config.seeds
             ]
             steps = self.config.steps * sum(epochs is not None for epochs in done)
-            self.folder.restart(config, CPU, steps)
+            self.folder.restart(config, CPU, steps, differences)
+            tidy_run(self.folder.path)
             return
         # The trainings are known to be of this configuration from its file on.
         facts = {"command": self.program, "backend": self.backend}
@@ -496,7 +515,8 @@ class Run:
         )
         config = self.config
         try:
-            with StopSignals() as signals:
+            argument = "out" if config.resume is None else "resume"
+            with owned(self.folder.path, argument, self.console.print), StopSignals() as signals:
                 self.begin()
                 self.console.print(
                     f"trainings: {self.planned}, epochs each: {config.epochs}, "
@@ -519,7 +539,7 @@ def launch(kind: type[Run], config: Config) -> int:
     try:
         with choice:
             return kind(config, new_console()).start()
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         # Any other is a mistake in the program, and shows where.
         if not str(error).startswith("dcconv: "):
             raise

@@ -29,6 +29,7 @@ from train.data.digits import CLASSES, IMAGE_SIZE, load_split
 from train.digits import Config, Run, launch
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import option, parse
+from train.engine.state import check_state
 from train.networks import Features2d, find_operator
 
 PANEL = "features.png"
@@ -220,7 +221,7 @@ class FeatureRun(Run):
     def plane(self, operator: str, seed: int) -> Plane:
         """Return the features of a finished training, by its last checkpoint."""
         path = self.training(operator, seed) / "checkpoints"
-        found = Checkpoints(path, warn=self.console.print).load_latest()
+        found = Checkpoints(path, warn=self.console.print, check=check_state).load_latest()
         if found is None:
             raise value_error("training", "have a checkpoint", repr(str(path)))
         network = self.network(operator)

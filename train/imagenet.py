@@ -40,6 +40,8 @@ class ImageNetRun(ImageNetOptions, RecipeRun[ImageNetRecipe]):
 
     kind: ClassVar[type[ImageNetRecipe]] = ImageNetRecipe
     recipes: ClassVar[Mapping[str, ImageNetRecipe]] = imagenet_recipes
+    # A saved stream knows its lanes, and whether its data are folders or shards.
+    free: ClassVar[frozenset[str]] = RecipeRun.free | {"format", "workers", "lanes", "skip_corrupt"}
 
     preset: str = option("official", "official, modern, modern_resnet18 or modern_adamw")
     data: str = option("imagenet", "folder with train and val: class folders, or shards *.tar")

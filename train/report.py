@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import statistics
 import sys
@@ -22,13 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from dcconv.checks import value_error
 from train.engine.config import read_yaml
+from train.engine.files import ContentError, read_json, reason_of
 from train.engine.folder import CONFIG, METRICS, RESULTS, write_file
 from train.engine.logs import EVALUATE, TRAIN, read_metrics
+from train.engine.terminal import SpellingConsole, prepare
 
 # Okabe and Ito's colours without the yellow, which is too light for a line on white.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#777777")
@@ -78,9 +78,10 @@ def read_run(path: Path, warn: Callable[[str], None]) -> Run:
     results: Any = {}
     if (path / RESULTS).exists():
         try:
-            results = json.loads((path / RESULTS).read_text())
-        except ValueError as error:
-            warn(str(value_error("run", f"have a readable {RESULTS}", f"'{path}' ({error})")))
+            results = read_json(path / RESULTS)
+        except (ContentError, OSError) as error:
+            got = f"'{path}' ({reason_of(error)})"
+            warn(str(value_error("run", f"have a readable {RESULTS}", got)))
         if not isinstance(results, dict):
             warn(str(value_error("run", f"have a mapping in {RESULTS}", f"'{path}'")))
             results = {}
@@ -233,6 +234,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m train.report`` and return its exit status."""
+    prepare()
     given = _parse(arguments)
 
     def warn(text: str) -> None:
@@ -256,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.markdown:
         sys.stdout.write(markdown(runs))
         return 0
-    console = Console(markup=False, highlight=False)
+    console = SpellingConsole(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 140
     console.print(table(runs))

@@ -52,6 +52,7 @@ class RecipeRun(EngineOptions, Generic[AnyRecipe]):
 
     kind: ClassVar[type[Any]]
     recipes: ClassVar[Mapping[str, Any]]
+    free: ClassVar[frozenset[str]] = EngineOptions.free | {"data", "length", "evaluation_batch"}
 
     preset: str = option("", "base of the options")
     classes: int = option(1000, "classes of the data")
@@ -241,7 +242,7 @@ class ImageTask:
         Raises:
             ValueError: the checkpoint and the recipe do not both have them, or lack them.
         """
-        # The optimiser has read those of the checkpoint; a run that goes on may have others.
+        # What the checkpoint has of them is not looked at.
         for group, constants in zip(self.optimizer.param_groups, self._constants, strict=True):
             group.update(constants)
         if ("average" in state) != (self.average is not None):

@@ -10,9 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pickle
-import stat
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,6 +22,17 @@ import torch
 from torch import Tensor
 
 from dcconv.checks import value_error
+from train.engine.files import (
+    MIB,
+    TAR_ERRORS,
+    Bounded,
+    IrregularFileError,
+    member_content,
+    most_unpacked,
+    open_tar,
+    read_file,
+    reason_of,
+)
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SIZE = 32
@@ -198,13 +207,10 @@ def _md5(title: str, content: bytes, expected: str) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        status = path.stat()
-        # Before opening it, which would wait at a pipe.
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-            rule = f"be a regular file of at most {MOST_BYTES} bytes"
-            kind = stat.filemode(status.st_mode)
-            raise value_error(f"data file '{path}'", rule, f"{status.st_size} bytes, {kind}")
-        return path.read_bytes()
+        return read_file(path, MOST_BYTES)
+    except IrregularFileError as error:
+        rule = f"be a regular file of at most {MOST_BYTES} bytes"
+        raise value_error(f"data file '{path}'", rule, error.strerror) from error
     except OSError as error:
         raise value_error(f"data file '{path}'", "be readable", error.strerror) from error
 
@@ -229,12 +235,21 @@ def _archive_files(version: _Version, archive: Path, verify: bool) -> _Files:
         content = _read(archive)
         if verify:
             _md5(str(archive), content, version.md5)
-        seen = set()
         try:
-            # Unpacked to its end, where the checksum is that tells a damaged archive.
-            with gzip.open(BytesIO(content)) as unpacked:
-                content = unpacked.read(MOST_BYTES)
-            with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
+            yield from unpack(content)
+        except TAR_ERRORS as error:
+            if str(error).startswith("dcconv: "):
+                raise
+            rule = "be a whole gzip-compressed tar archive"
+            raise value_error(f"data file '{archive}'", rule, reason_of(error)) from error
+
+    def unpack(content: bytes) -> Iterator[tuple[str, str, bytes]]:
+        seen = set()
+        most = min(most_unpacked(len(content)), MOST_BYTES)
+        with gzip.open(BytesIO(content)) as unpacked:
+            stream = Bounded(unpacked, most)
+            # One file after the other: what is not wanted is passed over in small pieces.
+            with open_tar(stream, stream=True) as tar:
                 for member in tar:
                     name = _member_name(archive, version, member)
                     if name is None:
@@ -243,12 +258,10 @@ def _archive_files(version: _Version, archive: Path, verify: bool) -> _Files:
                         rule = "hold every file once"
                         raise value_error(f"data file '{archive}'", rule, f"{member.name} twice")
                     seen.add(name)
-                    stream = tar.extractfile(member)
-                    assert stream is not None, "a regular member has content"
-                    yield name, f"{archive}/{member.name}", stream.read()
-        except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
-            rule = "be a whole gzip-compressed tar archive"
-            raise value_error(f"data file '{archive}'", rule, _first_line(error)) from error
+                    yield name, f"{archive}/{member.name}", member_content(tar, member, most)
+            # To its end, where the checksum is that tells a damaged archive.
+            while stream.read(MIB):
+                pass
 
     return _Files(archive, read, exact=verify)
 
@@ -266,11 +279,6 @@ def _member_name(archive: Path, version: _Version, member: tarfile.TarInfo) -> s
         got = f"type {member.type!r} of {member.size} bytes"
         raise value_error(f"data file '{archive}'", rule, got)
     return path.name
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_labels(title: str, labels: np.ndarray[Any, Any], classes: int) -> Tensor:
@@ -384,7 +392,7 @@ def _parse_python(title: str, content: bytes, key: str, classes: int) -> tuple[T
         raise value_error(subject, rule, f"one that asks for {error}") from None
     # A damaged pickle can fail in any way.
     except Exception as error:
-        raise value_error(subject, "be a whole pickle", _first_line(error)) from error
+        raise value_error(subject, "be a whole pickle", reason_of(error)) from error
     if not isinstance(loaded, dict):
         raise value_error(subject, "be a pickled dictionary", type(loaded).__name__)
     entries = {_text(name): value for name, value in loaded.items()}

@@ -11,6 +11,8 @@ from sklearn.model_selection import train_test_split  # type: ignore[import-unty
 from torch import Tensor
 
 from train.data.stream import check_state
+from train.engine.files import ContentError
+from train.engine.rng import check_generator
 
 IMAGES = 1797
 CLASSES = 10
@@ -94,9 +96,24 @@ class DigitsStream:
         """Go on where the stream was that gave the state.
 
         Raises:
-            ValueError: the state is of other data or of another batch size.
+            ValueError: the state is of other data or of another batch size, or damaged.
         """
         check_state(state, self._identity())
+        check_generator(state.get("generator"), self.generator.get_state(), "the stream's")
+        order, taken = state.get("order"), state.get("taken")
+        images = len(self.images)
+        if (
+            not isinstance(order, Tensor)
+            or order.dtype != torch.int64
+            or order.numel() not in (0, images)
+            or not torch.equal(order.sort().values, torch.arange(order.numel()))
+        ):
+            raise ContentError("a stream whose order does not name every image once")
+        last = self.images_per_epoch
+        if not isinstance(taken, int) or taken % self.batch_size or not 0 <= taken <= last:
+            raise ContentError(f"a stream that has taken {taken!r:.40} of {last} images")
+        if not order.numel() and taken < last:
+            raise ContentError("a stream without an order in the middle of its epoch")
         self.generator.set_state(state["generator"])
         self.order = state["order"].clone()
         self.taken = state["taken"]

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -38,10 +39,13 @@ from train.data.stream import (
     read_cursor,
     take,
 )
+from train.engine.files import MOST_IMAGE, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # Batches that each worker prepares ahead.
 AHEAD = 2
+# Of an image, where Pillow begins to warn: 0.3 GB decoded. ImageNet's largest has 61 million.
+MOST_PIXELS = 89_478_485
 
 _log = logging.getLogger(__name__)
 
@@ -61,15 +65,51 @@ class Chunk(NamedTuple):
     failures: list[Failure]
 
 
-def decode(content: bytes) -> Tensor:
-    """Return a JPEG or PNG image as [3, h, w] uint8.
+def pixels_of(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return an image of any mode as [h, w, 3] of 0 to 255, for the range of its own mode.
+
+    Grey is repeated, of sixteen bits the upper eight are taken, as Pillow does it in colour, a
+    palette is looked up, inks and luminance are converted. Transparency is left off, so that hidden
+    colours show, as in other libraries' loaders for training.
 
     Raises:
-        ValueError: it is neither, or damaged; the message is only the reason.
+        ValueError: the mode has no range of its own, or the image leaves it.
+
+    Example:
+        >>> pixels_of(Image.new("I;16", (1, 1), 0x1234)).tolist() == [[[0x12, 0x12, 0x12]]]
+        True
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        # Of 32 bits, but that is how some versions of Pillow open 16.
+        low, high = int(grey.min(initial=0)), int(grey.max(initial=0))
+        if low < 0 or high > 0xFFFF:
+            raise ValueError(f"grey from {low} to {high}, beyond 16 bits")
+        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("mode F, whose range is not known")
+    if image.mode in ("P", "PA"):
+        # By this way a palette with transparency is no reason for a warning.
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def decode(content: bytes) -> Tensor:
+    """Return a JPEG or PNG image as [3, h, w] uint8; see :func:`pixels_of`.
+
+    Raises:
+        ValueError: it is neither, damaged, or too large; the message is only the reason.
     """
     try:
-        with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
-            pixels = np.array(image.convert("RGB"))
+        with warnings.catch_warnings():
+            # What Pillow warns of is refused here.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}"
+                    )
+                pixels = pixels_of(image)
     except UnidentifiedImageError as error:
         raise ValueError("something else") from error
     # A damaged image can fail in any way.
@@ -233,7 +273,7 @@ class _Evaluation(Dataset[tuple[Tensor | None, int, list[Failure]]]):
 
 def _load(path: str) -> Tensor | Failure:
     try:
-        content = Path(path).read_bytes()
+        content = read_file(Path(path), MOST_IMAGE)
     except OSError as error:
         rule = "be a readable file"
         return Failure(path, str(value_error(f"image '{path}'", rule, error.strerror)))

@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import (  # type: ignore[import-untyped]
     base_plus_ext,
     group_by_keys,
-    tar_file_expander,
 )
 
 from dcconv import checks
@@ -47,11 +46,29 @@ from train.data.images import (
     transform_with_seed,
 )
 from train.data.stream import AUGMENT, ORDER, check_share, check_state, derive_seed
+from train.engine.files import (
+    MOST_IMAGE,
+    TAR_ERRORS,
+    ContentError,
+    member_content,
+    members,
+    open_file,
+    open_tar,
+    read_json,
+    reason_of,
+)
 from train.engine.folder import write_file
+from train.engine.terminal import prepare
 
 SIZES = "sizes.json"
 IMAGE_KEYS = ("jpg", "jpeg", "png")
 LABEL_KEY = "cls"
+# Of a shard; an order of them is drawn at once.
+MOST_SAMPLES = 10_000_000
+# Passes over the data that a position may lie ahead: to find it, each is walked through.
+MOST_EPOCHS = 100_000
+# Of a shard, which is never in memory as a whole.
+MOST_SHARD = 2**50
 
 Sample = dict[str, Any]
 
@@ -104,15 +121,18 @@ def _listed_sizes(folder: Path, paths: Sequence[Path]) -> tuple[int, ...] | None
         return None
     subject, rule = f"data file '{file}'", "give the number of samples of each shard"
     try:
-        sizes = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise value_error(subject, f"be JSON and {rule}", error) from error
+        sizes = read_json(file)
+    except (ContentError, OSError) as error:
+        raise value_error(subject, f"be JSON and {rule}", reason_of(error)) from error
     names = [path.name for path in paths]
     if not isinstance(sizes, dict) or sorted(sizes) != names:
         other = sorted(set(names) ^ set(sizes)) if isinstance(sizes, dict) else [repr(sizes)]
         raise value_error(subject, f"{rule} and of no other file", f"a difference in {other[0]}")
     for name in names:
         checks.integer(f"data file '{file}': {name}", sizes[name], 1)
+        if sizes[name] > MOST_SAMPLES:
+            rule = f"be at most {MOST_SAMPLES}"
+            raise value_error(f"data file '{file}': {name}", rule, sizes[name])
     return tuple(sizes[name] for name in names)
 
 
@@ -120,8 +140,8 @@ def count_samples(path: Path) -> tuple[int, Failure | None]:
     """Count a shard's samples by its headers; say what is wrong with a damaged one."""
     count, last = 0, None
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with open_file(path, MOST_SHARD) as file, open_tar(file) as tar:
+            for member in members(tar):
                 key = _member_key(member)
                 if key is not None and key != last:
                     count, last = count + 1, key
@@ -131,24 +151,37 @@ def count_samples(path: Path) -> tuple[int, Failure | None]:
                 raise tarfile.ReadError("no end after the last file")
             if count == 0:
                 raise tarfile.ReadError("no sample in it")
-    except (OSError, tarfile.TarError) as error:
+    except TAR_ERRORS as error:
         return count, shard_failure(path, error)
     return count, None
 
 
+def _is_part(member: tarfile.TarInfo) -> bool:
+    first = member.name.partition("/")[0]
+    return member.isreg() and not (first.startswith("__") and first.endswith("__"))
+
+
 def _member_key(member: tarfile.TarInfo) -> str | None:
     """Return the sample that a member belongs to, by WebDataset's rules; None if to no one."""
-    first = member.name.partition("/")[0]
-    if not member.isreg() or (first.startswith("__") and first.endswith("__")):
+    if not _is_part(member):
         return None
     key: str | None = base_plus_ext(member.name)[0]
     return key
 
 
-def shard_failure(path: Path, error: object) -> Failure:
+def shard_failure(path: Path, error: BaseException) -> Failure:
     """Return the sentence for a shard that cannot be read to its end."""
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return Failure(str(path), str(value_error(f"shard '{path}'", "be a whole tar archive", reason)))
+    rule = "be a whole tar archive"
+    return Failure(str(path), str(value_error(f"shard '{path}'", rule, reason_of(error))))
+
+
+def _files(path: Path) -> Iterator[Sample]:
+    """Yield the files of a shard that make samples, by WebDataset's rules."""
+    with open_file(path, MOST_SHARD) as file, open_tar(file) as tar:
+        for member in members(tar):
+            if _is_part(member):
+                content = member_content(tar, member, MOST_IMAGE)
+                yield {"fname": member.name, "data": content, "__url__": str(path)}
 
 
 def write_sizes(folder: Path) -> dict[str, int]:
@@ -169,21 +202,21 @@ def read_shard(path: Path, size: int) -> Iterator[Sample | Failure]:
     """
     given, last = 0, None
     try:
-        with path.open("rb") as stream:
-            source = iter([{"url": str(path), "stream": stream}])
-            for sample in group_by_keys(tar_file_expander(source)):
-                if last is not None:
-                    if given + 1 == size:
-                        raise tarfile.ReadError(f"more than {size} samples")
-                    yield last
-                    given += 1
-                last = sample
+        for sample in group_by_keys(_files(path)):
+            if last is not None:
+                if given + 1 == size:
+                    raise tarfile.ReadError(f"more than {size} samples")
+                yield last
+                given += 1
+            last = sample
         if last is None or given + 1 != size:
             raise tarfile.ReadError(f"fewer than {size} samples")
         yield last
-    # group_by_keys refuses a name that is there twice by ValueError.
-    except (OSError, ValueError, tarfile.TarError) as error:
-        failure = shard_failure(path, error.args[0] if error.args else type(error).__name__)
+    # group_by_keys refuses a name that is there twice by ValueError, with more arguments.
+    except TAR_ERRORS as error:
+        if not isinstance(error, OSError):
+            error.args = error.args[:1]
+        failure = shard_failure(path, error)
         for _ in range(size - given):
             yield failure
 
@@ -455,6 +488,9 @@ class ShardStream:
             # Another number of ranks or workers, where nobody named the lanes.
             rule = f"be {state['lanes']} as in the resumed run (not given: ranks times workers)"
             raise value_error("lanes", rule, self.lanes)
+        most = MOST_EPOCHS * self.images_per_epoch
+        if state["position"] > most:
+            raise value_error("saved stream's position", f"be at most {most}", state["position"])
         self.position = state["position"]
         self.close()
 
@@ -540,6 +576,7 @@ class ShardBatches:
 
 
 if __name__ == "__main__":
+    prepare()
     for argument in sys.argv[1:]:
         for name, samples in write_sizes(Path(argument)).items():
             print(f"{samples:>8}  {name}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +20,15 @@ from typing import Any
 import torch
 
 from dcconv.checks import value_error
-from train.engine.folder import write_file
+from train.engine.files import (
+    MOST_TENSORS,
+    MOST_TEXT,
+    ContentError,
+    load_tensors,
+    read_file,
+    read_json,
+)
+from train.engine.folder import CHECKPOINTS, remove_temporary, write_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -38,26 +46,55 @@ class Entry:
     score: float | None = None
 
 
+def _entry(value: Any) -> Entry:
+    """Return an entry of a manifest, checked.
+
+    Raises:
+        ContentError: it is none.
+    """
+    if not isinstance(value, dict) or {*value} - {"score"} != {"file", "step", "bytes", "sha256"}:
+        raise ContentError("an entry of other keys than file, step, bytes, sha256 and score")
+    entry = Entry(**value)
+    for name in ("step", "bytes"):
+        number = value[name]
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ContentError(f"an entry whose {name} is no whole number from 0 on")
+    score = entry.score
+    if score is not None and not (
+        isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
+    ):
+        raise ContentError("an entry whose score is no number")
+    if not isinstance(entry.file, str) or not isinstance(entry.sha256, str):
+        raise ContentError("an entry whose file or digest is no text")
+    # A manifest names its neighbours, no other file.
+    if not _NAME.fullmatch(entry.file):
+        raise ContentError("a file that is no checkpoint of its folder")
+    return entry
+
+
 def _read_manifest(path: Path) -> tuple[list[Entry], str | None]:
     """Return the entries in the order of saving, and the file that is the best."""
     try:
-        data = json.loads(path.read_text())
-        entries = [Entry(**entry) for entry in data["checkpoints"]]
+        data = read_json(path, MOST_TEXT)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ContentError("another format")
+        listed, best = data.get("checkpoints"), data.get("best")
+        if not isinstance(listed, list):
+            raise ContentError("no list of checkpoints")
+        entries = [_entry(value) for value in listed]
         names = [entry.file for entry in entries]
-        best = data["best"]
-        if data["format"] != FORMAT or (best is not None and best not in names):
-            raise ValueError("it is of another format")
-        # A manifest names its neighbours, no other file.
-        if any(Path(name).name != name for name in names):
-            raise ValueError("it names a file of another folder")
+        if len(set(names)) < len(names):
+            raise ContentError("a file that is there twice")
+        if best is not None and best not in names:
+            raise ContentError("a best one that is not among them")
     except FileNotFoundError as error:
         orphans = _checkpoint_files(path.parent)
         if orphans:
             got = f"'{orphans[0]}' without '{path.name}'"
             raise value_error("resume", "have a list of its checkpoints", got) from error
         return [], None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (ContentError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise value_error(
             "resume", "have a readable list of checkpoints", f"'{path}' ({reason})"
         ) from error
@@ -75,18 +112,27 @@ class Checkpoints:
         folder: their folder; made at the first save.
         keep_last: how many of the newest stay; the best one stays besides.
         warn: receives one sentence about every checkpoint that is damaged.
+        check: raises ContentError for a state that is not what a run saves; by default anything
+            made of tensors and plain Python will do. It is given the state and its step.
 
     Raises:
         ValueError: the folder has a manifest that cannot be read.
     """
 
     def __init__(
-        self, folder: Path, keep_last: int = 3, warn: Callable[[str], None] = lambda text: None
+        self,
+        folder: Path,
+        keep_last: int = 3,
+        warn: Callable[[str], None] = lambda text: None,
+        check: Callable[[Any, int], None] = lambda state, step: None,
     ) -> None:
         self.folder = folder
         self.keep_last = keep_last
         self.warn = warn
+        self.check = check
         self.entries, self.best = _read_manifest(folder / MANIFEST)
+        # The files that the manifest on the disk names.
+        self._listed = {entry.file for entry in self.entries}
 
     @property
     def best_score(self) -> float | None:
@@ -133,7 +179,8 @@ class Checkpoints:
             path.unlink()
             raise
         self.entries, self.best = entries, best
-        self._tidy()
+        self._listed = {listed.file for listed in entries}
+        self.tidy()
         return path
 
     def _write_manifest(self, entries: list[Entry], best: str | None) -> None:
@@ -147,16 +194,16 @@ class Checkpoints:
         number = 1
         while True:
             name = f"step-{step:08d}{f'-{number}' if number > 1 else ''}.pt"
-            if name not in taken:
+            if name not in taken and not (self.folder / name).is_dir():
                 return self.folder / name
             number += 1
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Remove checkpoints that the manifest does not name, and what a crash left of others."""
-        kept = {entry.file for entry in self.entries}
-        for path in [*_checkpoint_files(self.folder), *self.folder.glob(".*.tmp")]:
-            if path.name not in kept:
+        for path in _checkpoint_files(self.folder):
+            if path.name not in self._listed and not path.is_dir():
                 path.unlink(missing_ok=True)
+        remove_temporary(self.folder)
 
     def load(self, entry: Entry) -> Any:
         """Return the state of an entry.
@@ -166,7 +213,8 @@ class Checkpoints:
         """
         path = self.folder / entry.file
         try:
-            data = path.read_bytes()
+            # A larger file is another one.
+            data = read_file(path, min(entry.bytes, MOST_TENSORS))
         except OSError as error:
             raise _damaged(path, f"{error.strerror or error}") from error
         if len(data) != entry.bytes:
@@ -174,10 +222,12 @@ class Checkpoints:
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise _damaged(path, "content of another SHA-256 than was saved")
         try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError) as error:
+            state = load_tensors(data)
+            self.check(state, entry.step)
+        except ContentError as error:
             # As saved, but not by this program: it may hold anything.
-            raise _damaged(path, "more than tensors and plain Python") from error
+            raise _damaged(path, f"{error}") from error
+        return state
 
     def load_latest(self) -> tuple[Entry, Any] | None:
         """Return the newest intact checkpoint, None where none was ever saved.
@@ -224,3 +274,18 @@ class Checkpoints:
 
 def _damaged(path: Path, got: str) -> ValueError:
     return value_error("checkpoint", f"be the intact file '{os.fspath(path)}'", got)
+
+
+def tidy_run(folder: Path) -> None:
+    """Remove what a process that was killed has left in a run's folder and in those inside it.
+
+    That is temporary files, and checkpoints that no manifest names. Only the owner of the folder
+    may do so.
+
+    Raises:
+        ValueError: a list of checkpoints cannot be read.
+    """
+    for manifest in sorted(folder.rglob(f"{CHECKPOINTS}/{MANIFEST}")):
+        Checkpoints(manifest.parent).tidy()
+    for path in sorted({temporary.parent for temporary in folder.rglob(".*.tmp")}):
+        remove_temporary(path)

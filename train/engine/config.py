@@ -15,14 +15,16 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 from typing import get_type_hints as type_hints
 
 import yaml  # type: ignore[import-untyped]
 
 from dcconv import checks
 from train.engine import distributed
+from train.engine.files import ContentError, parse_yaml, read_text
 from train.engine.folder import CONFIG
+from train.engine.terminal import has_unicode, prepare
 
 T = TypeVar("T")
 AMP = ("none", "bf16", "fp16")
@@ -39,7 +41,18 @@ class EngineOptions:
 
     One step is one update of the weights: ``accumulate`` batches of the stream, on every process.
     Cadences count steps; 0 turns one off, and the last step is evaluated and saved anyway.
+
+    ``free`` names the options that a run which goes on may be told anew: how long, how often, where
+    and how fast. The others define the run.
     """
+
+    free: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("steps", "evaluate_every", "save_every", "keep_last", "log_every"),
+            *("histogram_every", "channels_last", "compile", "deterministic", "device", "threads"),
+            *("out", "name", "folder", "resume"),
+        }
+    )
 
     steps: int = option(1000, "updates of the weights")
     evaluate_every: int = option(500, "steps between evaluations; 0: only at the end")
@@ -101,6 +114,12 @@ def _alternatives(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
+def _shown(value: object) -> str:
+    """Return a value as a message shows it, of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def _convert(argument: str, value: Any, kind: Any) -> Any:
     """Return a value of the command line or of YAML as its field's type."""
     kind, optional = _alternatives(kind)
@@ -111,7 +130,8 @@ def _convert(argument: str, value: Any, kind: Any) -> Any:
         known = [str(item) for item in get_args(kind)]
         if str(value) not in known:
             rule = f"be one of {', '.join(known)}"
-            raise checks.value_error(argument, rule, f"{value!r}{close_match(value, known)}")
+            got = f"{_shown(value)}{close_match(_shown(value)[1:-1], known)}"
+            raise checks.value_error(argument, rule, got)
         return get_args(kind)[known.index(str(value))]
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -119,7 +139,11 @@ def _convert(argument: str, value: Any, kind: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
+        text = str(value)
+        # What the system hands over of a name that is no text cannot be stored.
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise checks.value_error(argument, "be text in UTF-8", ascii(text))
+        return text
     # YAML 1.1 reads 1e-3, without a dot, as text.
     numeric = isinstance(value, (int, float, str)) and not isinstance(value, bool)
     if kind in (int, float) and numeric and not (kind is int and isinstance(value, float)):
@@ -128,7 +152,7 @@ def _convert(argument: str, value: Any, kind: Any) -> Any:
         except ValueError:
             pass
     rules = {bool: "be true or false", int: "be an integer", float: "be a number", str: "be text"}
-    raise checks.value_error(argument, rules.get(kind, f"be of type {kind}"), repr(value))
+    raise checks.value_error(argument, rules.get(kind, f"be of type {kind}"), _shown(value))
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -145,7 +169,7 @@ def _converted(kind: type[Any], values: Mapping[str, Any], source: str) -> dict[
     known = [item.name for item in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            got = f"{key!r}{close_match(key, known)}"
+            got = f"{_shown(key)}{close_match(_shown(key)[1:-1], known)}"
             raise checks.value_error(source, f"be options of {kind.__name__}", got)
     return {key: _convert(key, value, hints[key]) for key, value in values.items()}
 
@@ -157,15 +181,14 @@ def read_yaml(path: Path, argument: str = "config") -> dict[str, Any]:
         ValueError: there is no such file, or it is no mapping in YAML.
     """
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (ContentError, OSError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise checks.value_error(argument, "be a readable file", f"'{path}' ({reason})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: " if mark is not None else ""
-        reason = f"{place}{getattr(error, 'problem', None) or 'not YAML'}"
-        raise checks.value_error(argument, "be valid YAML", f"'{path}' ({reason})") from error
+    try:
+        data = parse_yaml(text)
+    except ContentError as error:
+        raise checks.value_error(argument, "be valid YAML", f"'{path}' ({error})") from error
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
@@ -173,12 +196,57 @@ def read_yaml(path: Path, argument: str = "config") -> dict[str, Any]:
     return data
 
 
-def to_yaml(config: Any) -> str:
-    """Return a configuration as YAML, in the order of its fields."""
+def to_yaml(config: Any, *, ascii_only: bool = False) -> str:
+    """Return a configuration as YAML, in the order of its fields; with ``ascii_only`` escaped."""
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     plain = {key: list(item) if isinstance(item, tuple) else item for key, item in values.items()}
-    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=not ascii_only)
     return text
+
+
+def read_stored(path: Path, options: T) -> T:
+    """Return the configuration that a run stored, of the same kind as the one it goes on with.
+
+    What it does not know yet, as it is from an earlier version, is as in ``options``.
+
+    Raises:
+        TypeError, ValueError: the file or a value in it is wrong; the message names it.
+    """
+    values = {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}  # type: ignore[arg-type]
+    kind = type(options)
+    values |= _converted(kind, read_yaml(path, "resume"), f"keys of '{path}'")
+    return kind(**values | {"resume": None})
+
+
+def as_stored(stored: T, options: T) -> T:
+    """Return options of a run that goes on as they are kept: it was told its folder once."""
+    told = {name: getattr(stored, name) for name in ("resume", "folder") if hasattr(stored, name)}
+    return dataclasses.replace(options, **told)  # type: ignore[type-var]
+
+
+def changes(stored: T, options: T, free: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """Return the options of a run that goes on which differ: former and new value by name.
+
+    How it was told its folder is no difference.
+
+    Args:
+        stored: the run's configuration so far.
+        options: those it shall go on with.
+        free: names of the options that may differ.
+
+    Raises:
+        ValueError: one differs that defines the run.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for item in dataclasses.fields(options):  # type: ignore[arg-type]
+        before, now = getattr(stored, item.name), getattr(options, item.name)
+        if before == now or item.name in ("resume", "folder"):
+            continue
+        if item.name not in free:
+            rule = f"stay {before} in a run that is resumed"
+            raise checks.value_error(item.name, rule, now)
+        found[item.name] = before, now
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,12 +262,12 @@ class _Parser(argparse.ArgumentParser):
         return vars(given)
 
 
-def _add_flag(parser: _Parser, item: dataclasses.Field[Any], hint: Any) -> None:
+def _add_flag(parser: _Parser, item: dataclasses.Field[Any], hint: Any, default: Any) -> None:
     kind, _ = _alternatives(hint)
     flag = "--" + item.name.replace("_", "-")
     text = str(item.metadata.get("help", ""))
-    if item.default is not dataclasses.MISSING and item.default is not None:
-        shown = item.default
+    if default is not dataclasses.MISSING and default not in (None, ()):
+        shown = default
         if isinstance(shown, tuple):
             shown = " ".join(map(str, shown))
         elif isinstance(shown, bool):
@@ -231,7 +299,8 @@ def parse(
     """Return the configuration that a command line asks for; a wrong one ends the process with 2.
 
     ``--config FILE`` reads YAML; ``--dry-run`` prints the whole configuration as YAML, with what
-    would run as comments, and ends the process with 0.
+    would run as comments, and ends the process with 0. ``--help`` shows the defaults that are in
+    force with the preset, the file and the resumed run that are named beside it.
 
     Args:
         kind: a dataclass; ``option`` gives its fields their help.
@@ -243,12 +312,24 @@ def parse(
             help text and function.
         describe: what a configuration would run, in lines, for ``--dry-run``.
     """
+    prepare()
     parser = _Parser(
         prog=program,
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    given_arguments = sys.argv[1:] if arguments is None else list(arguments)
+    in_force: Mapping[str, Any] = {}
+    if presets is not None and {"-h", "--help"} & set(given_arguments):
+        try:
+            in_force = _in_force(kind, given_arguments, presets, program)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("dcconv: "):
+                raise
+            _refuse(parser, str(error))
+        name = in_force["preset"]
+        parser.description = f"{description} Defaults are those of preset '{name}'."
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with options, as stored by runs"
     )
@@ -260,8 +341,8 @@ def parse(
     hints = type_hints(kind)
     items = dataclasses.fields(kind)  # type: ignore[arg-type]
     for item in items:
-        _add_flag(parser, item, hints[item.name])
-    given = parser.parse_known(arguments)
+        _add_flag(parser, item, hints[item.name], in_force.get(item.name, item.default))
+    given = parser.parse_known(given_arguments)
     for name, (_, act) in (actions or {}).items():
         if given.get(name.replace("-", "_")):
             act()
@@ -276,12 +357,32 @@ def parse(
             raise
         _refuse(parser, str(error))
     if dry_run:
-        sys.stdout.write(to_yaml(config))
+        sys.stdout.write(to_yaml(config, ascii_only=not has_unicode(sys.stdout)))
         for line in describe(config).splitlines() if describe else ():
             sys.stdout.write(f"# {line}\n")
         sys.stdout.flush()
         raise SystemExit(0)
     return config
+
+
+def _in_force(
+    kind: type[Any],
+    arguments: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    program: str,
+) -> dict[str, Any]:
+    """Return the values that fields have where no flag gives them, the preset among them."""
+    sources = _Parser(
+        prog=program, add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    for name in ("config", "preset", "resume", "folder"):
+        sources.add_argument("--" + name)
+    given = vars(sources.parse_known_args(arguments)[0])
+    file = given.pop("config", None)
+    known = {item.name for item in dataclasses.fields(kind)}
+    given = {name: value for name, value in given.items() if name in known}
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+    return defaults | _resolve(kind, given, file, presets)
 
 
 def _refuse(parser: _Parser, text: str) -> NoReturn:

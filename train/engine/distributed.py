@@ -5,6 +5,7 @@ Every function also works where no process group was started; it then speaks for
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,10 @@ def started(name: str) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        # What still knows the group, such as DistributedDataParallel, keeps gloo's threads alive.
+        # One that drops a Python object while the interpreter ends is ended inside C++, and with
+        # it the process: "terminate called without an active exception".
+        gc.collect()
         dist.destroy_process_group()
 
 

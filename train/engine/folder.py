@@ -7,8 +7,10 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 import dcconv
 from dcconv.checks import value_error
+from train.engine.files import MOST_JSON, MOST_TEXT, ContentError, read_file, read_text
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -35,6 +38,16 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what :func:`write_file` leaves in a folder where the process is killed in it."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -126,14 +139,64 @@ class RunFolder:
         self.write_json(ENVIRONMENT, environment(device) | {"world_size": world_size})
         self.copy_source()
 
-    def restart(self, config: str, device: torch.device, step: int) -> None:
-        """Note at what step and in what environment the run goes on; store its configuration."""
+    def history(self) -> bytes:
+        """Return the records of how the run went on before, a line each.
+
+        Raises:
+            ValueError: they cannot be read, or are no text.
+        """
         path = self.path / RESUMES
-        before = path.read_text() if path.exists() else ""
-        config_path = self.path / CONFIG
-        changed = not config_path.exists() or config_path.read_text() != config
-        record = {"step": step, "config_changed": changed, "environment": environment(device)}
-        self.write(RESUMES, (before + json_line(record)).encode())
+        try:
+            return read_text(path, MOST_JSON).encode()
+        except FileNotFoundError:
+            return b""
+        except (ContentError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            rule = f"have a readable {RESUMES}"
+            raise value_error("resume", rule, f"'{path}' ({reason})") from error
+
+    def restart(
+        self,
+        config: str,
+        device: torch.device,
+        step: int,
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> None:
+        """Note at what step and in what environment the run goes on; store its configuration.
+
+        The former one stays as ``config.1.yaml``, ``config.2.yaml`` and so on.
+
+        Args:
+            config: as YAML.
+            device: where the run goes on.
+            step: that is done.
+            changes: options that differ, the former value and the new one by name.
+
+        Raises:
+            ValueError: the history cannot be read; nothing is written then.
+        """
+        before = self.history()
+        path = self.path / CONFIG
+        try:
+            former: bytes | None = read_file(path, MOST_TEXT)
+        except FileNotFoundError:
+            former = None
+        changed = former != config.encode()
+        kept = None
+        if changed and former is not None:
+            number = 1
+            while (self.path / _former(number)).exists():
+                number += 1
+            kept = _former(number)
+            self.write(kept, former)
+        record = {
+            "step": step,
+            "config_changed": changed,
+            "former_config": kept,
+            "changes": {name: list(pair) for name, pair in (changes or {}).items()},
+            "environment": environment(device),
+        }
+        self.write(RESUMES, before + json_line(record).encode())
         if changed:
             self.write(CONFIG, config.encode())
 
@@ -144,6 +207,11 @@ class RunFolder:
                 target = self.path / "source" / file.relative_to(_ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_file(target, file.read_bytes())
+
+
+def _former(number: int) -> str:
+    stem, _, suffix = CONFIG.partition(".")
+    return f"{stem}.{number}.{suffix}"
 
 
 def _unwritable(argument: str, path: Path, error: OSError) -> ValueError:

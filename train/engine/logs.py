@@ -5,7 +5,6 @@ Records are ``{"kind": "train" | "evaluate", "step": steps done, name: number, .
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,29 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dcconv.checks import value_error
+from train.engine.files import MOST_LOG, ContentError, open_file, parse_json, read_lines
 from train.engine.folder import METRICS, TENSORBOARD, json_line, write_file
 
 TRAIN = "train"
 EVALUATE = "evaluate"
+
+
+def require_log(path: Path) -> None:
+    """Require a log to be a file that can be read, or not to be there yet.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        open_file(path, MOST_LOG).close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return value_error("run", f"have a readable {METRICS}", f"'{path}' ({error.strerror})")
 
 
 def read_metrics(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -27,16 +45,14 @@ def read_metrics(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]
         ValueError: the file cannot be read.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = list(read_lines(path))
     except OSError as error:
-        raise value_error(
-            "run", f"have a readable {METRICS}", f"'{path}' ({error.strerror})"
-        ) from error
+        raise _unreadable(path, error) from error
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = parse_json(line)
+        except ContentError:
             record = None
         if not _is_record(record):
             got = repr(line[:40].decode(errors="replace"))
@@ -51,12 +67,16 @@ def _is_record(value: Any) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("kind"), str)
         and isinstance(value.get("step"), int)
-        and all(
-            item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
-            for name, item in value.items()
-            if name != "kind"
-        )
+        and value["step"] >= 0
+        and all(_is_figure(item) for name, item in value.items() if name != "kind")
     )
+
+
+def _is_figure(value: Any) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Beyond that a whole number is no float any more.
+        return abs(value) < 2**63
+    return value is None or isinstance(value, float)
 
 
 class RunLog:

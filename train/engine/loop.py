@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dcconv.checks import value_error
 from train.data.stream import Stream
 from train.engine import distributed, histograms
-from train.engine.checkpoint import Checkpoints, Entry
-from train.engine.config import EngineOptions, to_yaml
-from train.engine.folder import RESULTS, RunFolder
-from train.engine.logs import EVALUATE, TRAIN, RunLog
+from train.engine.checkpoint import Checkpoints, Entry, tidy_run
+from train.engine.config import EngineOptions, as_stored, changes, read_stored, to_yaml
+from train.engine.files import ContentError
+from train.engine.folder import CONFIG, METRICS, RESULTS, RunFolder
+from train.engine.logs import EVALUATE, TRAIN, RunLog, require_log
 from train.engine.nonfinite import (
     NonFiniteError,
     all_finite,
@@ -32,9 +33,12 @@ from train.engine.nonfinite import (
     first_layer,
     first_state,
 )
+from train.engine.owner import owned
 from train.engine.progress import TrainProgress, rate
 from train.engine.rng import rng_state, seed_all, set_rng_state
 from train.engine.signals import StopRequestedError, StopSignals, exit_status
+from train.engine.state import check_optimizer, check_state
+from train.engine.terminal import SpellingConsole
 
 FINISHED = 0
 FAILED = 1
@@ -140,6 +144,9 @@ class Trainer:
         device: where the stream's batches are; None for what ``options.device`` says.
         program: the command that resumes the run, for the message, ``python -m train.x``.
         facts: what the results shall say besides, ``{"operator": "tanh_cosine"}``.
+        begin: called on every process when everything is restored and nothing written yet, with
+            the step that is done and the number of processes that saved it, None and 0 for a new
+            training. What it raises ends the run.
 
     Example:
         ``Trainer(task, EngineOptions(steps=9), RunFolder.create(out, "x"), Console()).run()``
@@ -155,6 +162,7 @@ class Trainer:
         device: torch.device | None = None,
         program: str = "python -m train",
         facts: dict[str, Any] | None = None,
+        begin: Callable[[int | None, int], None] = lambda step, processes: None,
     ) -> None:
         self.task = task
         self.options = options
@@ -165,7 +173,10 @@ class Trainer:
         self.facts = facts or {}
         self.main = distributed.is_main()
         self.step = 0
-        self.checkpoints = Checkpoints(folder.checkpoints, options.keep_last, self._say)
+        self.begin = begin
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, options.keep_last, self._say, check_state
+        )
         if options.resume is not None and self.checkpoints.last_step is None:
             raise value_error("resume", "be a run with a checkpoint", repr(options.resume))
         self.signals = StopSignals()
@@ -177,6 +188,8 @@ class Trainer:
         self._pending = False
         self._images: Tensor | None = None
         self._agree_every = 1
+        # Processes that saved the checkpoint which was loaded.
+        self._saved_by = 0
         self._wrap()
 
     # Set-up.
@@ -223,6 +236,7 @@ class Trainer:
             "network": self.task.network.state_dict(),
             "optimizer": self.task.optimizer.state_dict(),
             "optimizer_kind": type(self.task.optimizer).__name__,
+            "optimizer_entries": len(self.task.optimizer.state),
             "scaler": self.scaler.state_dict(),
             "task": self.task.state_dict(),
             "pending": self._pending,
@@ -230,37 +244,51 @@ class Trainer:
             "ranks": distributed.gather(own),
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+    @contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """Turn the refusal of a state that is another training's into a sentence."""
         try:
-            self.task.network.load_state_dict(state["network"])
-            own_kind = type(self.task.optimizer).__name__
+            yield
+        # What was made elsewhere can fail anywhere in what takes it.
+        except Exception as error:
+            if str(error).startswith("dcconv: "):
+                raise
+            first = " ".join(str(error).split())[:200] or type(error).__name__
+            rule = f"be a run of the same {what}"
+            raise value_error("resume", rule, f"'{self.folder.path}' ({first})") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        task = self.task
+        self.step = state["step"]
+        with self._fitting("network and optimiser"):
+            task.network.load_state_dict(state["network"])
+            own_kind = type(task.optimizer).__name__
             kind = state.get("optimizer_kind", own_kind)
             if kind != own_kind:
-                raise ValueError(f"its optimiser is {kind}, not {own_kind}")
-            self.task.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            first = " ".join(str(error).split())[:200]
-            rule = "be a run of the same network and optimiser"
-            raise value_error("resume", rule, f"'{self.folder.path}' ({first})") from error
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.task.load_state_dict(state["task"])
-        self._pending = state["pending"]
-        self._evaluation = state["evaluation"]
+                raise ContentError(f"its optimiser is {kind}, not {own_kind}")
+            check_optimizer(task.optimizer, state["optimizer"])
+            task.optimizer.load_state_dict(state["optimizer"])
         ranks = state["ranks"]
         same = len(ranks) == distributed.world_size()
         own = ranks[distributed.rank() if same else 0]
-        self.task.stream.load_state_dict(own["stream"])
-        self._interval.load_state_dict(own["interval"], self.device)
+        with self._fitting("recipe and data"):
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            task.load_state_dict(state["task"])
+            task.stream.load_state_dict(own["stream"])
+            self._interval.load_state_dict(own["interval"], self.device)
+        self._pending = state["pending"]
+        self._evaluation = state["evaluation"]
         if same:
-            set_rng_state(own["rng"], self.device)
+            with self._fitting("device"):
+                set_rng_state(own["rng"], self.device)
         else:
             self._say(
                 f"Resuming {len(ranks)} processes with {distributed.world_size()}: "
                 "random numbers of the network begin anew"
             )
             seed_all(self.options.seed + self.step + distributed.rank())
+        self._saved_by = len(ranks)
 
     def _load(self) -> Entry | None:
         """Restore the newest intact checkpoint, the same on every process."""
@@ -279,7 +307,7 @@ class Trainer:
             return None
         if found is None:
             # The other ranks read what rank 0 has found intact, and verify it themselves.
-            others = Checkpoints(self.folder.checkpoints, self.options.keep_last)
+            others = Checkpoints(self.folder.checkpoints, check=check_state)
             (entry,) = (entry for entry in others.entries if entry.file == chosen)
             found = entry, others.load(entry)
         self._restore(found[1])
@@ -549,7 +577,11 @@ class Trainer:
         if start > options.steps:
             raise value_error("steps", f"be at least the {start} that are done", options.steps)
         if self.main:
+            require_log(self.folder.path / METRICS)
+        self.begin(None if resumed is None else start, self._saved_by)
+        if self.main:
             with writing(self.step):
+                tidy_run(self.folder.path)
                 self._log = RunLog(self.folder.path, start, self._say)
             self._progress = TrainProgress(self.console, options.steps, start)
         network = self.task.network
@@ -701,13 +733,76 @@ def open_folder(options: EngineOptions, name: str) -> RunFolder:
     return RunFolder(Path(distributed.broadcast(path)))
 
 
+def folder_argument(options: EngineOptions) -> str:
+    """Return the name of the option that says which folder a run has."""
+    return "resume" if options.resume else "folder" if options.folder else "out"
+
+
 def new_console() -> Console:
     """Return the console of a command; rank 0 alone speaks."""
-    console = Console(markup=False, highlight=False, quiet=not distributed.is_main())
+    console = SpellingConsole(markup=False, highlight=False, quiet=not distributed.is_main())
     # Output that is no terminal has no width; tables need this much.
     if not console.is_terminal:
         console.width = 100
     return console
+
+
+def _begin(
+    folder: RunFolder,
+    options: EngineOptions,
+    device: torch.device,
+    differences: dict[str, tuple[Any, Any]],
+) -> Callable[[int | None, int], None]:
+    """Return what rank 0 writes at the beginning of a run or where it goes on."""
+
+    def begin(step: int | None, processes: int) -> None:
+        if "accumulate" in differences:
+            # As many batches in a step as before, of as many images: nothing else has changed.
+            before, now = differences["accumulate"]
+            if before * processes != now * distributed.world_size():
+                rule = f"stay {before} in a run that is resumed by {processes} processes"
+                raise value_error("accumulate", rule, now)
+        if not distributed.is_main():
+            return
+        with writing(step or 0):
+            if step is None:
+                folder.start(to_yaml(options), device, distributed.world_size())
+            else:
+                folder.restart(to_yaml(options), device, step, differences)
+
+    return begin
+
+
+def _require_same(
+    folder: RunFolder, options: EngineOptions
+) -> tuple[EngineOptions, dict[str, tuple[Any, Any]]]:
+    """Require a run with checkpoints to be the one that the options describe.
+
+    Returns:
+        The options as they are kept, and those that differ, former and new value by name.
+
+    Raises:
+        ValueError: the run is another one, or cannot tell; every process raises it.
+    """
+    failure, found, kept = "", dict[str, tuple[Any, Any]](), options
+    if distributed.is_main():
+        try:
+            path = folder.path / CONFIG
+            if not path.exists():
+                got = repr(os.fspath(folder.path))
+                raise value_error("resume", f"be a run with a {CONFIG}", got)
+            stored = read_stored(path, options)
+            found = changes(stored, options, options.free | {"accumulate"})
+            kept = as_stored(stored, options)
+            folder.history()
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("dcconv: "):
+                raise
+            failure = str(error)
+    failure = distributed.broadcast(failure)
+    if failure:
+        raise ValueError(failure)
+    return kept, distributed.broadcast(found)
 
 
 def launch(
@@ -729,33 +824,7 @@ def launch(
     """
     try:
         with distributed.started(options.device) as device:
-            if options.threads is not None:
-                torch.set_num_threads(options.threads)
-            if options.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
-            seed_all(options.seed)
-            task = build(device)
-            if distributed.world_size() > 1:
-                seed_all(options.seed + distributed.rank())
-            folder = open_folder(options, name)
-            trainer = Trainer(
-                task,
-                options,
-                folder,
-                new_console(),
-                device=device,
-                program=program,
-                facts=facts,
-            )
-            if distributed.is_main():
-                last = trainer.checkpoints.last_step
-                with writing(last or 0):
-                    if last is None:
-                        folder.start(to_yaml(options), device, distributed.world_size())
-                    else:
-                        folder.restart(to_yaml(options), device, last)
-            return trainer.run()
+            return _train(options, build, device, program, name, facts)
     except UnsavedError as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
@@ -768,3 +837,40 @@ def launch(
     except KeyboardInterrupt:
         sys.stderr.write("Stopped by Ctrl-C before the first step\n")
         return exit_status(signal.SIGINT)
+
+
+def _train(
+    options: EngineOptions,
+    build: Callable[[torch.device], Task],
+    device: torch.device,
+    program: str,
+    name: str,
+    facts: dict[str, Any] | None,
+) -> int:
+    """Do a run in the group of processes that there is; nothing that knows the group stays."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    seed_all(options.seed)
+    task = build(device)
+    if distributed.world_size() > 1:
+        seed_all(options.seed + distributed.rank())
+    folder = open_folder(options, name)
+    console = new_console()
+    with owned(folder.path, folder_argument(options), console.print):
+        kept, differences = options, dict[str, tuple[Any, Any]]()
+        if Checkpoints(folder.checkpoints).last_step is not None:
+            kept, differences = _require_same(folder, options)
+        trainer = Trainer(
+            task,
+            options,
+            folder,
+            console,
+            device=device,
+            program=program,
+            facts=facts,
+            begin=_begin(folder, kept, device, differences),
+        )
+        return trainer.run()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dcconv import DecoupledConv2d, project_weights
 from dcconv.checks import type_error, value_error
 from dcconv.optim import decoupled_layers
+from train.engine.files import MOST_TENSORS, ContentError, load_tensors, read_file, reason_of
 from train.networks.statistics import estimate_statistics
 
 # Where checkpoints keep the network, and what wrappers put before the names of its tensors.
@@ -37,24 +36,16 @@ def load_plain(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     rule = "be a file of a network's tensors"
-    if not path.is_file():
-        raise value_error("pretrained", rule, f"'{path}' (no such file)")
     try:
+        content = read_file(path, MOST_TENSORS)
         if path.suffix == ".safetensors":
-            state: Any = load_file(path)
+            state: Any = load_safetensors(content)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        raise value_error("pretrained", rule, f"'{path}' ({reason})") from error
+            state = load_tensors(content)
+    except FileNotFoundError as error:
+        raise value_error("pretrained", rule, f"'{path}' (no such file)") from error
+    except (ContentError, OSError, SafetensorError) as error:
+        raise value_error("pretrained", rule, f"'{path}' ({reason_of(error)})") from error
     while isinstance(state, Mapping):
         inner = next((key for key in _FOLDED_INTO if isinstance(state.get(key), Mapping)), None)
         if inner is None:

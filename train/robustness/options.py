@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dcconv import checks
 from train.engine.config import EngineOptions, close_match, option
@@ -90,6 +90,15 @@ class RobustnessRun(EngineOptions):
     Bounds and step sizes are shares of the range of pixels. The networks see pixels from 0 to 1
     and normalise them themselves.
     """
+
+    # They add networks, or change none.
+    free: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("operators", "trainings", "repeats", "attacks", "black_box", "device", "threads"),
+            *("data", "verify", "attack_batch", "out", "name", "folder", "resume", "log_every"),
+            *("keep_last", "save_every", "evaluate_every", "histogram_every"),
+        }
+    )
 
     preset: str = option("digits", f"base of the options: {', '.join(PRESETS)}")
     dataset: Literal["digits", "cifar10"] = option("digits", "images: digits or cifar10")

@@ -7,11 +7,10 @@ goes on with the next, and in the middle of a training that was stopped.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ from dcconv import checks
 from train.data.cifar import Cifar, load_cifar
 from train.data.stream import derive_seed
 from train.engine import distributed
-from train.engine.config import from_mapping, parse, read_yaml, to_yaml
+from train.engine.checkpoint import tidy_run
+from train.engine.config import as_stored, changes, parse, read_stored, to_yaml
+from train.engine.files import read_json
 from train.engine.folder import CONFIG, RESULTS, RunFolder
 from train.engine.loop import (
     FAILED,
@@ -31,11 +32,14 @@ from train.engine.loop import (
     REFUSED,
     Trainer,
     UnsavedError,
+    folder_argument,
     new_console,
     open_folder,
 )
+from train.engine.owner import owned
 from train.engine.rng import seed_all
 from train.engine.signals import StopSignals, exit_status
+from train.engine.state import count, require
 from train.robustness import attacks
 from train.robustness.attacks import perturb
 from train.robustness.options import PRESETS, RobustnessRun
@@ -56,13 +60,6 @@ TRAININGS_FOLDER = "trainings"
 SUBSTITUTE_SHIFT = 2**31
 # Columns of the tables where the output has no width of its own.
 WIDTH = 130
-
-#: Options that may differ when a run is resumed: they add networks, or change none.
-FREE = (
-    *("operators", "trainings", "repeats", "attacks", "black_box", "device", "threads", "data"),
-    *("verify", "attack_batch", "out", "name", "folder", "resume", "log_every", "keep_last"),
-    *("save_every", "evaluate_every", "histogram_every", "preset"),
-)
 
 
 class _StopError(Exception):
@@ -91,29 +88,37 @@ def read_cells(folder: RunFolder) -> dict[tuple[str, str, int], Cell]:
     if not path.exists():
         return {}
     try:
-        stored = [Cell(**cell) for cell in json.loads(path.read_text())["cells"]]
+        stored = [Cell(**cell) for cell in read_json(path)["cells"]]
         for cell in stored:
+            require(cell.operator, str, "a network's operator")
+            require(cell.training, str, "a network's training")
+            count(cell.seed, "a network's seed")
+            require(cell.white, dict, "a network's white")
+            require(cell.black, dict, "a network's black")
             for value in (cell.clean, *cell.white.values(), *cell.black.values()):
                 checks.number("accuracy", value, "be a number", 0.0, closed=True)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
         got = f"'{path}' ({type(error).__name__}: {error})"
         raise checks.value_error("resume", f"have a readable {RESULTS}", got) from error
     return {cell.key: cell for cell in stored}
 
 
-def require_same(folder: RunFolder, options: RobustnessRun) -> None:
-    """Require that a resumed run's networks would be trained and attacked as before."""
+def require_same(
+    folder: RunFolder, options: RobustnessRun
+) -> tuple[RobustnessRun, dict[str, tuple[Any, Any]]]:
+    """Require that a resumed run's networks would be trained and attacked as before.
+
+    Returns:
+        The options as they are kept, and those that differ and may, former and new value by name.
+    """
     path = folder.path / CONFIG
     if not path.exists():
         if options.resume is not None:
             raise checks.value_error("resume", f"be a run with a {CONFIG}", repr(options.resume))
-        return
-    values = read_yaml(path, "resume")
-    before = from_mapping(RobustnessRun, values | {"resume": None, "folder": None})
-    for item in fields(options):
-        old, new = getattr(before, item.name), getattr(options, item.name)
-        if item.name not in FREE and old != new:
-            raise checks.value_error(item.name, f"be {old} as in the resumed run", new)
+        return options, {}
+    folder.history()
+    stored = read_stored(path, options)
+    return as_stored(stored, options), changes(stored, options, options.free)
 
 
 class Run:
@@ -354,13 +359,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dataset == "cifar10":
             cifar = load_cifar(options.data, 10, verify=options.verify)
         folder = open_folder(options, f"robustness_{options.dataset}")
-        require_same(folder, options)
-        run = Run(options, folder, device, console, cifar)
-        if (folder.path / CONFIG).exists():
-            folder.restart(to_yaml(options), device, len(run.finished()))
-        else:
-            folder.start(to_yaml(options), device)
-        return run.start()
+        with owned(folder.path, folder_argument(options), console.print):
+            kept, differences = require_same(folder, options)
+            run = Run(options, folder, device, console, cifar)
+            if (folder.path / CONFIG).exists():
+                folder.restart(to_yaml(kept), device, len(run.finished()), differences)
+                tidy_run(folder.path)
+            else:
+                folder.start(to_yaml(options), device)
+            return run.start()
     except UnsavedError as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
