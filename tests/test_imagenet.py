@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import data_files
 import pytest
 import torch
+from forked_launcher import Launched, Launcher
 
 from train import imagenet
 from train.data.augment import OfficialTransform
@@ -28,7 +29,6 @@ from train.engine.config import from_mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (4, 4, 6, 6)
-PROC = Path("/proc/self/environ")
 # Of the two processes; enough to be killed and stopped in between.
 STEPS = 24
 
@@ -289,21 +289,15 @@ def test_sigterm_to_all_processes_saves(folders, tmp_path):
 # Two processes.
 
 
-def torchrun(data: Path, folder: Path, *more: object, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [f"--max-restarts={restarts}", "-m", "train.imagenet"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command + arguments(data, folder, *more),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def launcher(tmp_path) -> Iterator[Launcher]:
+    (tmp_path / "printed").mkdir()
+    made = Launcher("train.imagenet", tmp_path / "printed")
+    yield made
+    made.close()
 
 
-def wait_for(process: subprocess.Popen, done: Callable[[], object]) -> None:
+def wait_for(process: subprocess.Popen | Launched, done: Callable[[], object]) -> None:
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline and not done():
         time.sleep(0.02)
@@ -318,34 +312,23 @@ def saved_step(folder: Path) -> int:
     )
 
 
-def process_of_rank(parent: int, rank: int) -> int:
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            own = (path / "stat").read_text().rpartition(")")[2].split()
-            variables = (path / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if int(own[1]) == parent and b"RANK=%d" % rank in variables:
-            return int(path.name)
-    raise LookupError(f"no process of rank {rank}")
-
-
-@pytest.mark.skipif(not PROC.exists(), reason="finds the processes under /proc")
-def test_two_processes_killed_and_stopped_end_where_undisturbed_ones_end(folders, tmp_path):
+def test_two_processes_killed_and_stopped_end_where_undisturbed_ones_end(
+    folders, tmp_path, launcher
+):
     # Batch normalisation, mean patch norms of all processes and averaged weights: much that a
     # checkpoint must bring back.
     more = ("--preset", "modern", "--network", "cnn9", "--widths", 4, 4, 6, "--batch-size", 8)
     more += ("--steps", STEPS, "--save-every", 2, "--log-every", 2, "--evaluate-every", 6)
     more += ("--ema", 0.9, "--warmup", 5, "--project-every", 5)
     straight, run = tmp_path / "straight", tmp_path / "run"
-    process = torchrun(folders, straight, *more)
-    output, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
+    undisturbed = launcher.launch(arguments(folders, straight, *more))
+    _, error = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, error
 
-    process = torchrun(folders, run, *more, restarts=1)
+    process = launcher.launch(arguments(folders, run, *more), restarts=1)
     try:
         wait_for(process, lambda: saved_step(run) >= 2)
-        os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
+        os.kill(process.process_of(1), signal.SIGKILL)
         resumes = run / "resumes.jsonl"
         wait_for(process, resumes.exists)
         back = json.loads(resumes.read_text())["step"]
@@ -354,13 +337,14 @@ def test_two_processes_killed_and_stopped_end_where_undisturbed_ones_end(folders
         process.send_signal(signal.SIGTERM)
         output, error = process.communicate(timeout=120)
     finally:
-        process.kill()
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
     assert f"Resumed at step {back}" in output, error
     stopped = saved_step(run)
     assert f"Stopped by SIGTERM after step {stopped}." in output
     assert back < stopped < STEPS
 
-    process = torchrun(folders, run, *more)
+    process = launcher.launch(arguments(folders, run, *more))
     output, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert f"Resumed at step {stopped}" in output
