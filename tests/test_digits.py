@@ -244,16 +244,16 @@ def test_interruption_between_trainings_stops(tmp_path, quick, monkeypatch, caps
 
 
 def test_nan_names_the_layer_and_keeps_what_is_finished(tmp_path, quick, monkeypatch, capsys):
-    network = digits.Run.network
+    task = digits.Run.task
 
-    def broken(self, operator):
-        result = network(self, operator)
+    def broken(self, operator, *rest):
+        result = task(self, operator, *rest)
         if operator == "tanh_cosine":
             with torch.no_grad():
-                result[3].weight[0, 0, 0, 0] = torch.nan
+                result.network[3].weight[0, 0, 0, 0] = torch.nan
         return result
 
-    monkeypatch.setattr(digits.Run, "network", broken)
+    monkeypatch.setattr(digits.Run, "task", broken)
     assert digits.main([*quick, "--operators", "conv", "tanh_cosine", "log_cosine"]) == 1
     said = capsys.readouterr()
     assert "dcconv: loss must be finite, got nan" in said.err
