@@ -52,9 +52,11 @@ class DecoupledConv2d(nn.Module):
 
     State: parameters ``weight``, ``bias``, ``radius_raw`` [o] (r = radius_raw^2 + 1e-4) and
     ``k_raw`` [o] (k = abs(k_raw) + 0.05); buffers ``norm_mean`` (float32, float64 for float64
-    layers, never half) and ``norm_mean_steps``. A plain ``nn.Conv2d`` state dict loads strictly.
-    Operators without a radius have neither radius nor norm state. A layer recomputed by
-    activation checkpointing may update its moving average twice, as BatchNorm does.
+    layers, never half, however it is cast) and ``norm_mean_steps``. A plain ``nn.Conv2d`` state
+    dict loads strictly; one of another operator is refused, where its metadata says which.
+    Operators without a radius have neither radius nor norm state. Before it has been trained on,
+    a layer evaluates with a guess of the mean norm: :func:`dcconv.calibrate` estimates it. A layer
+    recomputed by activation checkpointing may update its moving average twice, as BatchNorm does.
 
     Args:
         in_channels, out_channels, kernel_size, dilation, groups, bias: as ``nn.Conv2d``.
@@ -239,6 +241,9 @@ class DecoupledConv2d(nn.Module):
         mean = self.norm_mean
         assert mean is not None
         if needs_digits(mean, dtype):
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                # The buffer stands in for the layer's own for one call, and must not outlive it.
+                return mean.to(dtype)
             mean = mean.to(dtype) if self._kept is None else self._kept.of(mean, dtype)
             self.norm_mean = mean
             self._keep_average()

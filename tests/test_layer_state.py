@@ -173,6 +173,27 @@ def test_average_of_a_pruned_layer_follows_a_cast(dtype: torch.dtype) -> None:
     assert y.dtype == dtype and average(layer).dtype == want
 
 
+def test_half_averages_of_an_ensemble_leave_no_trace_in_the_layer() -> None:
+    """Under vmap the buffer is one of a stack, and is gone when the call returns."""
+    layer = DecoupledConv2d(3, 4, 3).eval()
+    want = average(layer).clone()
+    means = torch.tensor([2.0, 3.0], dtype=torch.bfloat16)
+    parameters = dict(layer.named_parameters())
+    x = images()
+
+    def call(mean: Tensor) -> Tensor:
+        y = torch.func.functional_call(layer, {**parameters, "norm_mean": mean}, (x,))
+        assert isinstance(y, Tensor)
+        return y
+
+    ys = torch.vmap(call)(means)
+    assert torch.equal(average(layer), want)
+    copy.deepcopy(layer)
+    for y, mean in zip(ys, means, strict=True):
+        average(layer).fill_(float(mean))
+        check_equal("y", y.detach(), layer(images()).detach())
+
+
 def fsdp_worker(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
