@@ -19,7 +19,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import fcntl
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -32,6 +35,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests/cuda_resources.tsv"
+
+CACHE = ROOT / "build" / "cuda_resources"
 
 REFRESH = "if this is intended: python tests/cuda_resources.py --write"
 
@@ -343,6 +348,40 @@ def read(library: Path) -> Resources:
     )
 
 
+def _as_json(found: Resources) -> str:
+    *others, instructions = found
+    return json.dumps([*others, {kernel: sorted(some) for kernel, some in instructions.items()}])
+
+
+def _of_json(text: str) -> Resources:
+    release, ptx, archs, usage, widths, instructions = json.loads(text)
+    return Resources(
+        release,
+        ptx,
+        archs,
+        {kernel: {arch: Usage(*u) for arch, u in by.items()} for kernel, by in usage.items()},
+        {kernel: Widths(*w) for kernel, w in widths.items()},
+        {kernel: frozenset(i) for kernel, i in instructions.items()},
+    )
+
+
+def read_once(library: Path) -> Resources:
+    """Return what ``read`` does; processes that read the same library do it once between them.
+
+    Disassembling takes most of a minute. What is kept, under ``build``, is named after the contents
+    of the library and of this file.
+    """
+    contents = library.read_bytes() + Path(__file__).read_bytes() + bytes(find_cuobjdump())
+    digest = hashlib.sha256(contents).hexdigest()[:20]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    kept = CACHE / f"{digest}.json"
+    with (CACHE / f"{digest}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.is_file():
+            write(kept, _as_json(read(library)))
+    return _of_json(kept.read_text(encoding="utf-8"))
+
+
 def table(found: Resources) -> str:
     """Return the table as text: a line about the library, titles, one line per kernel."""
     lines = [f"# nvcc {found.release}, PTX {' '.join(found.ptx) or 'none'}"]
@@ -444,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action.add_argument("--check", action="store_true", help="compare with the committed table")
     options = own.parse_args(arguments)
     try:
-        found = read(options.library or built_library())
+        found = read_once(options.library or built_library())
     except (MissingToolError, ValueError) as wrong:
         print(wrong, file=sys.stderr)
         return 2

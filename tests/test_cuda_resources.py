@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cuda_resources as gate
@@ -103,9 +106,23 @@ extern "C" const void* every_kernel[] = {
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of faulty kernels for sm_80 and sm_90a, with PTX of sm_90."""
-    folder = tmp_path_factory.mktemp("kernels")
+def sample() -> Path:
+    """A library of faulty kernels for sm_80 and sm_90a, with PTX of sm_90, compiled once."""
+    headers = sorted((gate.ROOT / "csrc").rglob("*.*h"))
+    recipe = [SOURCE, Path(__file__).read_text(), setup.ask_nvcc(cuda_home, "--version")]
+    recipe += [header.read_text() for header in headers]
+    digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:20]
+    gate.CACHE.mkdir(parents=True, exist_ok=True)
+    library = gate.CACHE / f"kernels-{digest}.so"
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            with tempfile.TemporaryDirectory(dir=gate.CACHE) as folder:
+                os.replace(compiled(Path(folder)), library)
+    return library
+
+
+def compiled(folder: Path) -> Path:
     (folder / "kernels.cu").write_text(SOURCE)
     codes = ("80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90")
     command = [str(cuda_home / "bin/nvcc"), "-shared", "-std=c++17", "-Xcompiler=-fPIC"]
@@ -117,7 +134,24 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(sample: Path) -> gate.Resources:
-    return gate.read(sample)
+    return gate.read_once(sample)
+
+
+@needs_tools
+@needs_nvcc
+def test_what_is_kept_is_what_was_read(
+    sample: Path, found: gate.Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(gate, "CACHE", tmp_path / "kept")
+    monkeypatch.setattr(gate, "read", lambda library: calls.append(library) or found)
+    assert gate.read_once(sample) == gate.read_once(sample) == found
+    assert calls == [sample]
+    # Another library by its contents, whatever its name.
+    other = tmp_path / sample.name
+    other.write_bytes(sample.read_bytes() + b"\0")
+    assert gate.read_once(other) == found
+    assert calls == [sample, other]
 
 
 @needs_tools
@@ -326,7 +360,7 @@ needs_cuda_code = pytest.mark.skipif(cuda_reason is not None, reason=str(cuda_re
 def built() -> gate.Resources:
     spec = importlib.util.find_spec("dcconv._C")
     assert spec is not None and spec.origin is not None
-    return gate.read(Path(spec.origin))
+    return gate.read_once(Path(spec.origin))
 
 
 @needs_tools
