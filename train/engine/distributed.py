@@ -80,11 +80,19 @@ def started(name: str) -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        # What still knows the group, such as DistributedDataParallel, keeps gloo's threads alive.
-        # One that drops a Python object while the interpreter ends is ended inside C++, and with
-        # it the process: "terminate called without an active exception".
-        gc.collect()
+        forget()
         dist.destroy_process_group()
+
+
+def forget() -> None:
+    """Drop what nobody names any more, where processes were started together.
+
+    What still knows the group, such as DistributedDataParallel in a cycle of references, keeps its
+    threads alive. One that drops a Python object while the interpreter ends is ended inside C++,
+    and with it the process: "terminate called without an active exception".
+    """
+    if "RANK" in os.environ:
+        gc.collect()
 
 
 def _start_group(device: torch.device) -> None:

@@ -823,6 +823,21 @@ def launch(
         facts: what the results shall say besides, ``{"operator": "tanh_cosine"}``.
     """
     try:
+        return _launched(options, build, program, name, facts)
+    finally:
+        # The frames of an error, and what they knew, are gone only now.
+        distributed.forget()
+
+
+def _launched(
+    options: EngineOptions,
+    build: Callable[[torch.device], Task],
+    program: str,
+    name: str,
+    facts: dict[str, Any] | None,
+) -> int:
+    """Do a run in the processes that were started together, and say what it is refused for."""
+    try:
         with distributed.started(options.device) as device:
             return _train(options, build, device, program, name, facts)
     except UnsavedError as error:
