@@ -87,7 +87,8 @@ struct TanhSlope {
 };
 
 DC_HD TanhSlope<float> tanh_slope(float x) {
-  const float y = -2.0f * at_most(x, 43.0f);
+  // At 44 e has no exponent left and is 0, as float32 rounds it.
+  const float y = -2.0f * at_most(x, 44.0f);
   // Adding and subtracting 1.5 * 2^23 rounds to an integer.
   const float shifted = y * 1.44269502f + 12582912.0f;
   const float n = shifted - 12582912.0f;

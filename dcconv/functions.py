@@ -145,6 +145,18 @@ def angular(
     return register
 
 
+def tanh_of(z: Tensor) -> Tensor:
+    """tanh of z with an exact derivative, 4 e / (1 + e)^2 with e = exp(-2 |z|).
+
+    Autograd's derivative of ``torch.tanh`` is 1 - tanh(z)^2, which cancels: near saturation its
+    relative error is exp(2 |z|) / 4 roundings, and from z = 19 on it is 0 in float64.
+    """
+    size = z.abs()
+    e = torch.exp(-2.0 * size)
+    # The quotient cancels for small z, where the library's derivative does not.
+    return torch.where(size < 0.5, torch.tanh(z), torch.sign(z) * ((1.0 - e) / (1.0 + e)))
+
+
 @magnitude("alpha")
 def sphere(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
     return torch.full_like(b, alpha)
@@ -161,7 +173,7 @@ def ball(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
 @magnitude("alpha * tanh(b / rho)", rho=True)
 def tanh(b: Tensor, rho: Tensor | None, alpha: float, beta: float) -> Tensor:
     assert rho is not None
-    return alpha * torch.tanh(b / rho)
+    return alpha * tanh_of(b / rho)
 
 
 @magnitude("alpha * b")
@@ -216,13 +228,13 @@ def weighted_magnitude(
     """
     if weighting == "product":
         assert rho is not None
-        return alpha * torch.tanh(a * b / rho)
+        return alpha * tanh_of(a * b / rho)
     h = magnitudes[name].value(b, rho, alpha, beta)
     if weighting == "linear":
         return h * a
     if weighting == "separate":
         assert rho is not None
-        return h * torch.tanh(a / rho)
+        return h * tanh_of(a / rho)
     return h
 
 
@@ -256,7 +268,7 @@ def cosine_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Ten
 @angular("tanh(asin(c) / (2 * k)) / tanh(pi / (4 * k))", k=True)
 def sigmoid_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
     assert k is not None
-    return torch.tanh(capped_asin(c, delta) / (2.0 * k)) / torch.tanh(torch.pi / (4.0 * k))
+    return tanh_of(capped_asin(c, delta) / (2.0 * k)) / tanh_of(torch.pi / (4.0 * k))
 
 
 @angular("sign(c) * c * c", invertible=True)

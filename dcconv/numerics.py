@@ -37,6 +37,10 @@ ACCURACY_FLOOR = {
 PEER_FACTOR = 2.0
 PEER_CAP = 8.0
 
+# Where rounding alone moves a result by more than the rule allows, a kernel may be off by as many
+# such moves as it has roundings where a move has one: docs/accuracy.md.
+NOISE_FACTOR = 4.0
+
 
 # Constant for tracing: a compiled graph keeps the setting it was compiled under.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

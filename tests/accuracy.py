@@ -4,12 +4,19 @@
     peer   = reference(inputs)            same dtype, plain PyTorch
     err(t) = max(max abs(t - truth) / max abs(truth), rms(t - truth) / rms(truth))
     accept : err(kernel) <= 2 * min(err(peer), 8 * floor) + floor
+    or     : err(kernel) <= 4 * noise(t)
+
+noise(t) is the largest err that rounding the intermediates of the float64 reference once makes, in
+several draws: the condition of the problem (rounding_noise.py; docs/accuracy.md derives it). It is
+far below the floor but where a result is the rest of a cancellation, and is only looked at, by
+:func:`judge`, where the first line is broken.
 
 A non-finite peer counts as 8 floors. A kernel value that is not finite where the truth is finite
 fails, and so does a finite value where the truth is not: NaN and infinity must propagate. An empty
 tensor has no error. A truth that is zero everywhere has no scale to be relative to; such zeros come
-from zero factors (a zero filter, a saturated magnitude, a zero patch), which every arithmetic
-keeps, so the kernel must return exact zeros.
+from zero factors (a zero filter, a zero patch), which every arithmetic keeps, so the kernel must
+return exact zeros. So small a truth that a factor of it may be below the normal numbers of the
+compute dtype, a saturated magnitude's, counts as zero, and must be as small in the kernel.
 """
 
 from __future__ import annotations
@@ -22,15 +29,26 @@ from typing import Any
 
 import torch
 from cases import Inputs
+from rounding_noise import Noise
 from torch import Tensor
 
 from dcconv import checks, reference
-from dcconv.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR, angle_delta
+from dcconv.numerics import (
+    ACCURACY_FLOOR,
+    NOISE_FACTOR,
+    PEER_CAP,
+    PEER_FACTOR,
+    angle_delta,
+    compute_dtype,
+)
 
 # Records of the official code were computed in float32: their distance to a float64 evaluation,
 # relative to the record's norm, is at most 7e-6.
 RECORD_TOLERANCE = 1e-5
 PRINTED_UNITS = 2
+
+# Draws of rounding errors, half of them alike in all elements of a tensor.
+NOISE_DRAWS = 8
 
 Results = dict[str, Tensor]
 
@@ -40,6 +58,7 @@ def error(value: Tensor, truth: Tensor) -> float:
 
     Values that are not finite in the truth are left out; infinity if ``value`` has others.
     """
+    arithmetic = torch.finfo(compute_dtype(value.dtype))
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     finite = truth.isfinite()
     value, truth = value[finite], truth[finite]
@@ -49,6 +68,8 @@ def error(value: Tensor, truth: Tensor) -> float:
         return math.inf
     difference = (value - truth).abs()
     largest = float(truth.abs().max())
+    if 0.0 < largest < arithmetic.tiny / arithmetic.eps:
+        return 0.0 if float(value.abs().max()) < arithmetic.tiny / arithmetic.eps else math.inf
     if largest == 0.0:
         return 0.0 if float(difference.max()) == 0.0 else math.inf
     # Scaled first: squares of tiny gradients would underflow.
@@ -64,7 +85,14 @@ def limit(peer_error: float, dtype: torch.dtype) -> float:
     return PEER_FACTOR * capped + floor
 
 
-def check(name: str, got: Tensor, truth: Tensor, peer: Tensor, dtype: torch.dtype) -> None:
+def check(
+    name: str,
+    got: Tensor,
+    truth: Tensor,
+    peer: Tensor,
+    dtype: torch.dtype,
+    noise: Callable[[], float] = lambda: 0.0,
+) -> None:
     """Accept a tensor by the rule, or raise with all numbers.
 
     Args:
@@ -73,6 +101,7 @@ def check(name: str, got: Tensor, truth: Tensor, peer: Tensor, dtype: torch.dtyp
         truth: the float64 reference.
         peer: the reference in the tested dtype.
         dtype: the tested dtype, that is x's.
+        noise: returns noise(t); asked where the rule is broken without it.
 
     Raises:
         AssertionError: the shape, a non-finite value or the error is not acceptable.
@@ -84,20 +113,37 @@ def check(name: str, got: Tensor, truth: Tensor, peer: Tensor, dtype: torch.dtyp
         raise AssertionError(f"{name}: {int(lost)} finite values where the truth is not finite")
     kernel_error, peer_error = error(got, truth), error(peer, truth)
     allowed = limit(peer_error, dtype)
-    if not kernel_error <= allowed:
+    if kernel_error <= allowed:
+        return
+    moved = noise()
+    if not kernel_error <= NOISE_FACTOR * moved:
         raise AssertionError(
             f"{name} ({dtype}): err(kernel) {kernel_error:.3e} > limit {allowed:.3e}; "
-            f"err(peer) {peer_error:.3e}, floor {ACCURACY_FLOOR[dtype]:.1e}, "
+            f"err(peer) {peer_error:.3e}, floor {ACCURACY_FLOOR[dtype]:.1e}, noise {moved:.1e}, "
             f"max |truth| {float(truth.detach().abs().max()):.3e}"
         )
 
 
-def check_all(name: str, got: Results, truth: Results, peer: Results, dtype: torch.dtype) -> None:
+def check_all(
+    name: str,
+    got: Results,
+    truth: Results,
+    peer: Results,
+    dtype: torch.dtype,
+    noise: Callable[[], dict[str, float]] = dict,
+) -> None:
     """Apply :func:`check` to every tensor of ``truth``; the names must agree."""
     if got.keys() != truth.keys():
         raise AssertionError(f"{name}: results {sorted(got)}, expected {sorted(truth)}")
     for tensor in truth:
-        check(f"{name}: {tensor}", got[tensor], truth[tensor], peer[tensor], dtype)
+        check(
+            f"{name}: {tensor}",
+            got[tensor],
+            truth[tensor],
+            peer[tensor],
+            dtype,
+            lambda tensor=tensor: noise().get(tensor, 0.0),
+        )
 
 
 def check_equal(name: str, got: Tensor, want: Tensor) -> None:
@@ -143,14 +189,15 @@ def reference_call(delta: float | None = None) -> Callable[..., Tensor]:
 
 
 def random_cotangent(inputs: Inputs, seed: int = 1) -> Tensor:
-    """Return a random gradient of y in x's dtype and device: 0.5 normal + sign(y).
+    """Return a random gradient of y in x's dtype and device: 0.5 normal + sign(y - bias).
 
     Sums over positions (the gradients of radius, norm_mean and k) have terms dy g(c) times a factor
-    of one sign. With the sign of y their terms do not cancel; a scalar that is the rest of a
-    cancelled sum would have no digits left to compare.
+    of one sign, that of h g = y - bias: with it their terms do not cancel. A scalar that is the
+    rest of a cancelled sum would have few digits left to compare.
     """
+    unbiased = {name: t for name, t in inputs.tensors.items() if name != "bias"}
     with torch.no_grad():
-        y = reference_call()(**inputs.tensors, **inputs.options)
+        y = reference_call()(**unbiased, **inputs.options)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
     return (0.5 * noise + y.double().sign()).to(y.dtype)
@@ -170,6 +217,33 @@ def truth_and_peer(inputs: Inputs, cotangent: Tensor | None = None) -> tuple[Res
     wide_cotangent = None if cotangent is None else cotangent.double()
     truth = evaluate(reference_call(angle_delta(inputs.tensors["x"])), wide, wide_cotangent)
     return truth, evaluate(reference_call(), inputs, cotangent)
+
+
+def rounding_noise(inputs: Inputs, cotangent: Tensor | None, truth: Results) -> dict[str, float]:
+    """Return noise(t) for every tensor of ``truth``."""
+    dtype = inputs.tensors["x"].dtype
+    wide = Inputs({name: t.double() for name, t in inputs.tensors.items()}, inputs.options)
+    wide_cotangent = None if cotangent is None else cotangent.double()
+    largest = dict.fromkeys(truth, 0.0)
+    for draw in range(NOISE_DRAWS):
+        with Noise(dtype, draw, alike=draw % 2 == 1).in_the_reference():
+            moved = evaluate(reference_call(angle_delta(inputs.tensors["x"])), wide, wide_cotangent)
+        for name in truth:
+            largest[name] = max(largest[name], error(moved[name], truth[name]))
+    return largest
+
+
+def judge(name: str, inputs: Inputs, cotangent: Tensor | None, got: Results) -> None:
+    """Accept the results of a call by the rule, the condition of the problem included."""
+    truth, peer = truth_and_peer(inputs, cotangent)
+    found: dict[str, float] = {}
+
+    def noise() -> dict[str, float]:
+        if not found:
+            found.update(rounding_noise(inputs, cotangent, truth))
+        return found
+
+    check_all(name, got, truth, peer, inputs.tensors["x"].dtype, noise)
 
 
 def check_record(name: str, got: Tensor, recorded: Tensor) -> None:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/vector.h"
 #include "storage.h"
 
 namespace dcconv {
@@ -18,10 +19,7 @@ void filter_norm(const FilterParams& p, int64_t begin, int64_t end) {
   A* a = static_cast<A*>(p.a);
   for (int64_t o = begin; o < end; ++o) {
     const T* w = weight + o * p.size;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < p.size; ++i)
-      sum += load(w[i]) * load(w[i]);
+    const A sum = lane_sum<A>(p.size, [=](int64_t i) { return A(load(w[i])) * A(load(w[i])); });
     a[o] = sqrt_of(sum + A(p.eps));
     if (p.scaled == nullptr)
       continue;
@@ -46,10 +44,7 @@ void filter_grad(const FilterParams& p, int64_t begin, int64_t end) {
     const A scale = p.grad_scale == nullptr ? A(1) : static_cast<const A*>(p.grad_scale)[o];
     A along = 0;
     if (p.project) {
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < p.size; ++i)
-        sum += g[i] * load(w[i]);
+      const A sum = lane_sum<A>(p.size, [=](int64_t i) { return g[i] * A(load(w[i])); });
       along = -scale * sum / (a[o] * a[o]);
     }
     if (p.extra != nullptr)

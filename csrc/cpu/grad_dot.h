@@ -141,20 +141,12 @@ void grad_dot_channels_last(const GradDotParams& p, int64_t begin, int64_t end) 
 
 template <class A>
 A dot_of(const A* v, const A* w, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i)
-    sum += v[i] * w[i];
-  return sum;
+  return lane_sum<A>(count, [=](int64_t i) { return v[i] * w[i]; });
 }
 
 template <class T, class A>
 A sum_of(const T* v, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i)
-    sum += load(v[i]);
-  return sum;
+  return lane_sum<A>(count, [=](int64_t i) { return A(load(v[i])); });
 }
 
 // to += part, which starts again from zero.

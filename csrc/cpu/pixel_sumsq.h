@@ -18,7 +18,9 @@ using namespace ::dcconv::DCCONV_ISA;
 // loop that a compiler makes of a plain reduction (5 times slower at 16 channels of bfloat16).
 template <class A, class T>
 DC_HD A sum_of_squares(const T* v, int64_t count) {
-  constexpr int64_t kWidth = 16;
+  constexpr int64_t kWidth = 16, kLongest = 32;
+  if (count > kLongest * kWidth)
+    return lane_sum<A>(count, [=](int64_t i) { return A(load(v[i])) * A(load(v[i])); });
   A lanes[kWidth] = {};
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {

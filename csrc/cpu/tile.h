@@ -97,22 +97,37 @@ struct Tile {
   // to [filters] += sums over the rows of values [rows, filters] * factors
   template <class A>
   void add_columns(const A* values, const A* factors, A* to) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const A *v = values + r * filters, *f = factors + r * filters;
+    alignas(64) A terms[kTile];
+    const int64_t elements = count();
 #pragma omp simd
-      for (int64_t j = 0; j < filters; ++j)
-        to[j] += v[j] * f[j];
-    }
+    for (int64_t i = 0; i < elements; ++i)
+      terms[i] = values[i] * factors[i];
+    fold_columns(terms, to);
   }
 
   template <class A>
   void add_columns(const A* values, A* to) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* v = values + r * filters;
+    alignas(64) A terms[kTile];
+    std::copy_n(values, count(), terms);
+    fold_columns(terms, to);
+  }
+
+private:
+  // to [filters] += sums over the rows of terms [rows, filters], which are overwritten. Pairwise:
+  // with one filter a tile has kTile rows, and as many equal terms in a row round one way.
+  template <class A>
+  void fold_columns(A* terms, A* to) const {
+    for (int64_t left = rows; left > 1;) {
+      const int64_t rest = (left + 1) / 2, elements = (left - rest) * filters;
+      const A* upper = terms + rest * filters;
 #pragma omp simd
-      for (int64_t j = 0; j < filters; ++j)
-        to[j] += v[j];
+      for (int64_t i = 0; i < elements; ++i)
+        terms[i] += upper[i];
+      left = rest;
     }
+#pragma omp simd
+    for (int64_t j = 0; j < filters; ++j)
+      to[j] += terms[j];
   }
 };
 

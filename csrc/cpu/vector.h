@@ -32,6 +32,35 @@ DC_HD void store_vector(float* to, Vector v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
+// The sum of term(0), ..., term(count - 1): 32 running sums whatever the instruction set, each of
+// at most kLongest terms before it is put aside, added up pairwise. Equal terms round one way, so
+// that a long running sum of them is wrong by its length.
+template <class A, class Term>
+DC_HD A lane_sum(int64_t count, const Term& term) {
+  constexpr int64_t kWidth = 32, kLongest = 16;
+  A totals[kWidth] = {};
+  int64_t i = 0;
+  while (i + kWidth <= count) {
+    const int64_t stop = i + kLongest * kWidth < count ? i + kLongest * kWidth : count;
+    A lanes[kWidth] = {};
+    for (; i + kWidth <= stop; i += kWidth) {
+#pragma omp simd
+      for (int64_t j = 0; j < kWidth; ++j)
+        lanes[j] += term(i + j);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < kWidth; ++j)
+      totals[j] += lanes[j];
+  }
+  A rest = 0;
+  for (; i < count; ++i)
+    rest += term(i);
+  for (int64_t half = kWidth / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j)
+      totals[j] += totals[j + half];
+  return totals[0] + rest;
+}
+
 // The first `count` lanes, zeros behind.
 DC_HD Vector load_lanes(const float* from, int64_t count) {
   float lanes[kLanes] = {};

@@ -54,7 +54,7 @@ def power_of_two(shifted):
 @triton.jit
 def tanh_slope(x):
     """tanh x for x >= 0 and its derivative 4 e / (1 + e)^2, e = exp(-2 x)."""
-    y = -2.0 * at_most(x, 43.0)
+    y = -2.0 * at_most(x, 44.0)
     # Adding and subtracting 1.5 * 2^23 rounds to an integer.
     shifted = y * 1.44269502 + 12582912.0
     n = shifted - 12582912.0

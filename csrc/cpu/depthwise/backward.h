@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/depthwise/forward.h"
+#include "cpu/grad_dot.h"
 
 namespace dcconv {
 namespace cpu {
@@ -177,6 +178,7 @@ public:
   explicit ChannelsBackward(const DepthwiseGradParams& p)
       : p_(p), s_(p.forward.shape), x_(s_.layout.elements), du_(p.depth * s_.group * p.width),
         t_(p.depth * s_.group * p.width), columns_(p.width),
+        part_(s_.group * s_.taps() * Lanes<A>::count),
         magnitude_(pick_magnitude_grad_lanes<A>(Magnitudes{}, WeightedMagnitudes{}, p.forward.op)),
         angular_(
             p.kept_is == Kept::output ? pick_angular_grad_lanes<A, Kept::output>(
@@ -197,8 +199,10 @@ public:
     const int64_t blocks = s_.group;
     if (p_.parameters)
       std::fill_n(sums_of(0), blocks * kSumKinds * lanes, 0.0);
-    if (p_.grad_weight != nullptr)
+    if (p_.grad_weight != nullptr) {
       std::fill_n(weight_of(0), blocks * s_.taps() * lanes, A(0));
+      std::fill_n(part_.data(), blocks * s_.taps() * lanes, A(0));
+    }
     for (int64_t image = first; image < std::min(first + p_.images, s_.n); ++image) {
       Place at(s_, group);
       at.image = image;
@@ -210,6 +214,9 @@ public:
 
 private:
   static constexpr int64_t lanes = Lanes<A>::count;
+  // Outputs of a row and rows whose products are summed one after another; longer sums are sums of
+  // such sums, since equal terms round one way.
+  static constexpr int64_t kPartOutputs = 64, kPartRows = 8;
 
   double* sums_of(int64_t block) const {
     return p_.sums + (task_ * s_.group + block) * kSumKinds * lanes;
@@ -226,8 +233,11 @@ private:
         grad_row(at, row, block);
       if (p_.sums_only)
         continue;
-      if (p_.grad_weight != nullptr)
+      if (p_.grad_weight != nullptr) {
         filters_row(at, row, loaded);
+        if ((row + 1) % kPartRows == 0 || row + 1 == s_.rows.output)
+          add_up(part_.data(), weight_of(0), s_.group * s_.taps() * lanes);
+      }
       if (p_.grad_x != nullptr)
         for (; input < s_.rows.input && input + s_.rows.before < (row + 1) * s_.rows.stride;
              ++input)
@@ -290,16 +300,20 @@ private:
         const int64_t padded = first + r * s_.rows.dilation;
         if (f.row_sources[padded] < 0)
           continue;
-        filter_sums<A>(
-            {du_.data() + slot(row) + block * p_.width + p_.left * lanes,
-             x_.data() + padded % s_.layout.rows * size + block * s_.layout.width,
-             f.column_offsets,
-             s_.layout.step,
-             s_.columns.output,
-             weight_of(block) + r * s_.columns.kernel * lanes},
-            s_.columns.kernel,
-            std::make_integer_sequence<int, 8>{}
-        );
+        const A* du = du_.data() + slot(row) + block * p_.width + p_.left * lanes;
+        const A* x = x_.data() + padded % s_.layout.rows * size + block * s_.layout.width;
+        A* sums = part_.data() + (block * s_.taps() + r * s_.columns.kernel) * lanes;
+        for (int64_t q = 0; q < s_.columns.output; q += kPartOutputs)
+          filter_sums<A>(
+              {du + q * lanes,
+               x + q * s_.layout.step,
+               f.column_offsets,
+               s_.layout.step,
+               std::min(kPartOutputs, s_.columns.output - q),
+               sums},
+              s_.columns.kernel,
+              std::make_integer_sequence<int, 8>{}
+          );
       }
   }
 
@@ -421,6 +435,7 @@ private:
   const DepthwiseShape& s_;
   int64_t task_ = 0;
   Buffer<A> x_, du_, t_, columns_;
+  Buffer<A> part_;  // [group, taps, lanes] of the last rows' part of the filters' gradient
   std::vector<int64_t> row_offsets_, column_offsets_, offsets_;
   MagnitudeGradLanes<A> magnitude_;
   AngularGradLanes<A> angular_;
