@@ -11,7 +11,7 @@ import random
 from typing import Any, NamedTuple
 
 import torch
-from cases import ANGULARS, WEIGHTED_MAGNITUDES, Inputs
+from cases import Inputs
 from torch import Tensor
 
 from dcconv.functions import angulars, magnitudes
@@ -22,6 +22,16 @@ VALUES = ("normal", "normal", "normal", "constant", "per_channel", "few")
 
 #: How an operand lies in memory; ``broadcast`` has strides of 0 as far as its values allow.
 STORAGES = ("contiguous", "channels_last", "broadcast", "sliced")
+
+# Lists of their own: a problem stays what it is when functions are added.
+_MAGNITUDES = ("sphere", "ball", "tanh", "linear", "segmented", "log", "mix")
+WEIGHTED_MAGNITUDES = (
+    *((name, "none") for name in _MAGNITUDES),
+    *((name, "linear") for name in _MAGNITUDES),
+    ("tanh", "product"),
+    ("tanh", "separate"),
+)
+ANGULARS = ("linear", "cosine", "sigmoid", "square_cosine", "power")
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
