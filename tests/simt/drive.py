@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,11 +50,11 @@ class Geometry(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """Indices into the lists of csrc/functions.h, and which operands and sums there are."""
+    """Names in the lists of csrc/functions.h, and which operands and sums there are."""
 
-    magnitude: int
-    angular: int
-    times_a: bool
+    magnitude: str
+    angular: str
+    weighting: str
     per_filter: bool
     bias: bool
     sums: int
@@ -74,11 +74,26 @@ GEOMETRIES = {
 # ball x cosine with a radius per filter; tanh of a b / rho x sigmoid with everything;
 # log x square cosine times a; segmented x power with one radius.
 OPERATORS = {
-    "ball": Operator(1, 1, False, True, False, 1),
-    "product": Operator(7, 2, False, True, True, 15),
-    "log": Operator(5, 3, True, False, False, 2),
-    "segmented": Operator(4, 4, False, False, False, 0),
+    "ball": Operator("ball", "cosine", "none", True, False, 1),
+    "product": Operator("tanh", "sigmoid", "product", True, True, 15),
+    "log": Operator("log", "square_cosine", "linear", False, False, 2),
+    "segmented": Operator("segmented", "power", "none", False, False, 0),
 }
+
+# With --in-turn these alone meet every operator: accesses of 16 bytes, and of single elements. The
+# others take the operators in turn, so that each comes up in both layouts and every dtype.
+CROSSED = ("vectors", "odd")
+
+# Weightings that are magnitudes of their own, in their order.
+WITHIN = ("product", "separate")
+
+
+def magnitude_index(m: Any, op: Operator) -> int:
+    """Return the place of a magnitude in both lists of the extension, one after the other."""
+    if op.weighting in WITHIN:
+        assert [op.magnitude] * len(WITHIN) == m.weighted_magnitudes
+        return len(m.magnitudes) + WITHIN.index(op.weighting)
+    return int(m.magnitudes.index(op.magnitude))
 
 
 def outputs(size: int, g: Geometry) -> int:
@@ -167,9 +182,9 @@ def run(m: Any, dtype: str, channels_last: bool, g: Geometry, op: Operator) -> d
     )
 
     operator = {
-        "magnitude": op.magnitude,
-        "angular": op.angular,
-        "times_a": op.times_a,
+        "magnitude": magnitude_index(m, op),
+        "angular": m.angulars.index(op.angular),
+        "times_a": op.weighting == "linear",
         "alpha": 1.25,
         "beta": 0.5,
         "power": 2.5,
@@ -303,6 +318,17 @@ def run(m: Any, dtype: str, channels_last: bool, g: Geometry, op: Operator) -> d
     return results
 
 
+def problems(options: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:
+    """Yield dtype, geometry, operator and whether channels_last."""
+    for i, dtype in enumerate(options.dtypes):
+        for j, geometry in enumerate(options.geometries):
+            for k, operator in enumerate(options.operators):
+                for last in (False, True):
+                    turn = (j + 2 * i + last) % len(options.operators)
+                    if not options.in_turn or geometry in CROSSED or k == turn:
+                        yield dtype, geometry, operator, last
+
+
 def load(path: Path) -> Any:
     """Import an extension from its file."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -320,6 +346,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=STORAGE)
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
+    parser.add_argument("--in-turn", action="store_true", help="fewer operators per geometry")
     parser.add_argument("--blocks", type=int, help="blocks at a time, where threads are real")
     options = parser.parse_args()
     m = load(options.extension)
@@ -327,14 +354,11 @@ def main() -> None:
     if options.blocks is not None:
         m.set_concurrent_blocks(options.blocks)
     found = {}
-    for dtype, geometry, operator in itertools.product(
-        options.dtypes, options.geometries, options.operators
-    ):
-        for channels_last in (False, True):
-            case = f"{dtype} {geometry} {operator} {'last' if channels_last else 'first'}"
-            print(case, flush=True)
-            results = run(m, dtype, channels_last, GEOMETRIES[geometry], OPERATORS[operator])
-            found |= {f"{case}: {name}": array for name, array in results.items()}
+    for dtype, geometry, operator, channels_last in problems(options):
+        case = f"{dtype} {geometry} {operator} {'last' if channels_last else 'first'}"
+        print(case, flush=True)
+        results = run(m, dtype, channels_last, GEOMETRIES[geometry], OPERATORS[operator])
+        found |= {f"{case}: {name}": array for name, array in results.items()}
     np.savez(options.results, **found)
 
 

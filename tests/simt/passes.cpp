@@ -3,12 +3,15 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <exception>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cuda/kernels.h"
+#include "functions.h"
 #include "simt.h"
 
 namespace py = pybind11;
@@ -275,8 +278,17 @@ void run_grad_input(const std::string& dtype, const py::kwargs& values) {
 }  // namespace cuda
 }  // namespace dcconv
 
+template <class... F>
+std::vector<std::string> names_of(dcconv::portable::TypeList<F...>) {
+  return {F::name...};
+}
+
 PYBIND11_MODULE(dcconv_passes, m) {
   using namespace dcconv::cuda;
+  // An operator's magnitude is an index into the two lists, one after the other.
+  m.attr("magnitudes") = names_of(dcconv::portable::Magnitudes{});
+  m.attr("weighted_magnitudes") = names_of(dcconv::portable::WeightedMagnitudes{});
+  m.attr("angulars") = names_of(dcconv::portable::Angulars{});
   m.def("set_seed", &simt::set_seed);
   m.def("set_concurrent_blocks", &simt::set_concurrent_blocks);
   m.def("pixel_sumsq", &run_pixel_sumsq);

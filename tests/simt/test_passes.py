@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE))
 
 import builds  # noqa: E402
 from builds import ADDRESS, FAST, REPORTED, ROOT, THREAD, Build  # noqa: E402
-from drive import STORAGE, load  # noqa: E402
+from drive import GEOMETRIES, OPERATORS, STORAGE, load  # noqa: E402
 from emulated import passes_extension  # noqa: E402
 
 Results = dict[str, Any]
@@ -78,8 +78,16 @@ def test_results_do_not_depend_on_the_schedule(expected: Results, tmp_path: Path
 
 
 def test_address_and_undefined_behaviour_sanitizers(expected: Results, tmp_path: Path) -> None:
-    found = results_of(ADDRESS, extension_of(ADDRESS), tmp_path)
+    found = results_of(ADDRESS, extension_of(ADDRESS), tmp_path, "--in-turn")
     assert_same(found, expected)
+    # 56 of the 128 problems; every dtype and layout meets every geometry, and every operator.
+    cases = {tuple(name.partition(":")[0].split()) for name in found}
+    assert len(cases) == 56
+    for dtype in ("float32", "bfloat16"):
+        for layout in ("first", "last"):
+            here = [case for case in cases if (case[0], case[3]) == (dtype, layout)]
+            assert {case[1] for case in here} == set(GEOMETRIES)
+            assert {case[2] for case in here} == set(OPERATORS)
 
 
 def test_failed_launch_names_kernel_and_problem() -> None:
