@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "check.h"
 #include "functions.h"
 #include "shape.h"
 
@@ -18,7 +19,11 @@ template <class... F>
 int index_of(portable::TypeList<F...>, const std::string& name, const char* what) {
   int index = 0, found = -1;
   ((name == F::name ? found = index : 0, ++index), ...);
-  STD_TORCH_CHECK(found >= 0, "dcconv: unknown ", what, " '", name, "'");
+  if (found < 0) {
+    std::string known;
+    ((known += known.empty() ? F::name : std::string(", ") + F::name), ...);
+    fail(what, " must be one of ", known, ", got '", name, "'");
+  }
   return found;
 }
 
@@ -28,16 +33,25 @@ inline int magnitude_index(const std::string& magnitude, const std::string& weig
   if (weighting == "none" || weighting == "linear")
     return own;
   const int first = static_cast<int>(portable::Magnitudes::size);
-  STD_TORCH_CHECK(
-      magnitude == portable::TanhProduct::name,
-      "dcconv: weighting '",
+  DCCONV_CHECK(
+      weighting == "product" || weighting == "separate",
+      "weighting must be one of none, linear, product, separate, got '",
       weighting,
-      "' needs magnitude 'tanh'"
+      "'"
   );
-  if (weighting == "product")
-    return first;
-  STD_TORCH_CHECK(weighting == "separate", "dcconv: unknown weighting '", weighting, "'");
-  return first + 1;
+  DCCONV_CHECK(
+      magnitude == portable::TanhProduct::name,
+      "magnitude must be 'tanh' for weighting '",
+      weighting,
+      "', got '",
+      magnitude,
+      "'"
+  );
+  return weighting == "product" ? first : first + 1;
+}
+
+inline int angular_index(const std::string& angular) {
+  return index_of(portable::Angulars{}, angular, "angular");
 }
 
 inline PaddingMode padding_mode_of(const std::string& name) {
@@ -47,8 +61,25 @@ inline PaddingMode padding_mode_of(const std::string& name) {
     return PaddingMode::reflect;
   if (name == "replicate")
     return PaddingMode::replicate;
-  STD_TORCH_CHECK(name == "circular", "dcconv: unknown padding mode '", name, "'");
+  DCCONV_CHECK(
+      name == "circular",
+      "padding_mode must be one of zeros, reflect, replicate, circular, got '",
+      name,
+      "'"
+  );
   return PaddingMode::circular;
+}
+
+// A number of pixels; `low` is 0 or 1.
+inline void check_pixels(const char* name, int64_t value, int64_t low) {
+  DCCONV_CHECK(
+      value >= low && value <= kMostPixels,
+      name,
+      " must be at least ",
+      low,
+      " and below 2^31, got ",
+      value
+  );
 }
 
 inline Axis axis_of(
@@ -60,21 +91,109 @@ inline Axis axis_of(
     int64_t dilation,
     PaddingMode mode
 ) {
-  STD_TORCH_CHECK(
-      kernel > 0 && stride > 0 && dilation > 0 && before >= 0 && after >= 0,
-      "dcconv: bad window geometry"
+  DCCONV_CHECK(
+      input >= 0 && input <= kMostElements,
+      "a row or column of x must have 0 to 2^50 elements, got ",
+      input
   );
+  check_pixels("kernel_size", kernel, 1);
+  check_pixels("stride", stride, 1);
+  check_pixels("padding", before, 0);
+  check_pixels("padding", after, 0);
+  check_pixels("dilation", dilation, 1);
   Axis axis{input, 0, kernel, stride, dilation, before, after, mode};
-  axis.output = (axis.padded() - dilation * (kernel - 1) - 1) / stride + 1;
-  STD_TORCH_CHECK(axis.padded() >= dilation * (kernel - 1) + 1, "dcconv: empty output");
-  const int64_t edge = before > after ? before : after;
-  STD_TORCH_CHECK(
-      mode != PaddingMode::reflect || edge < input || edge == 0, "dcconv: reflect padding too large"
+  const int64_t padded = axis.padded(), extent = dilation * (kernel - 1) + 1;
+  DCCONV_CHECK(
+      padded >= extent,
+      "x must be at least as large as the dilated kernel ",
+      extent,
+      " after padding, got ",
+      padded
   );
-  STD_TORCH_CHECK(
-      mode != PaddingMode::circular || edge <= input, "dcconv: circular padding too large"
+  axis.output = (padded - extent) / stride + 1;
+  // Beyond the last pixel no stride differs from another, nor does a dilation without a second tap:
+  // tables and loops over either stay as small as the image.
+  axis.stride = stride < padded ? stride : padded;
+  axis.dilation = kernel > 1 ? dilation : 1;
+  const int64_t edge = before > after ? before : after;
+  DCCONV_CHECK(
+      mode != PaddingMode::reflect || edge < input || edge == 0,
+      "padding must be below the size ",
+      input,
+      " for 'reflect', got ",
+      edge
+  );
+  DCCONV_CHECK(
+      mode != PaddingMode::circular || edge <= input,
+      "padding must be at most the size ",
+      input,
+      " for 'circular', got ",
+      edge
+  );
+  DCCONV_CHECK(
+      mode != PaddingMode::replicate || edge == 0 || input > 0,
+      "x must have a size of at least 1 for 'replicate', got ",
+      input
   );
   return axis;
+}
+
+// The shape of a call; n, c, h, w: sizes of the unpadded input.
+inline ConvShape conv_shape(
+    int64_t n,
+    int64_t c,
+    int64_t h,
+    int64_t w,
+    int64_t o,
+    const Ints& kernel,
+    const Ints& stride,
+    const Ints& padding,
+    const Ints& dilation,
+    int64_t groups,
+    const std::string& padding_mode,
+    bool channels_last
+) {
+  DCCONV_CHECK(kernel.size() == 2, "kernel_size must be 2 numbers, got ", list_of(kernel));
+  DCCONV_CHECK(stride.size() == 2, "stride must be 2 numbers, got ", list_of(stride));
+  DCCONV_CHECK(padding.size() == 4, "padding must be 4 numbers, got ", list_of(padding));
+  DCCONV_CHECK(dilation.size() == 2, "dilation must be 2 numbers, got ", list_of(dilation));
+  DCCONV_CHECK(
+      groups > 0 && c > 0 && c % groups == 0,
+      "groups must divide the ",
+      c,
+      " channels of x, got ",
+      groups
+  );
+  DCCONV_CHECK(
+      o > 0 && o % groups == 0, "groups must divide the ", o, " filters of weight, got ", groups
+  );
+  const PaddingMode mode = padding_mode_of(padding_mode);
+  const ConvShape shape{
+      n,
+      c,
+      o,
+      groups,
+      axis_of(h, kernel[0], stride[0], padding[0], padding[1], dilation[0], mode),
+      axis_of(w, kernel[1], stride[1], padding[2], padding[3], dilation[1], mode),
+      channels_last
+  };
+  const int64_t rows = shape.rows.padded(), columns = shape.columns.padded();
+  DCCONV_CHECK(
+      is_countable({n, c, rows, columns}),
+      "padding must leave x at most 2^50 elements, got ",
+      list_of(Ints{n, c, rows, columns})
+  );
+  DCCONV_CHECK(
+      is_countable({n, o, shape.rows.output, shape.columns.output}),
+      "the result must have at most 2^50 elements, got ",
+      list_of(Ints{n, o, shape.rows.output, shape.columns.output})
+  );
+  DCCONV_CHECK(
+      is_countable({o, c / groups, kernel[0], kernel[1]}),
+      "filters must have at most 2^50 elements, got ",
+      list_of(Ints{o, c / groups, kernel[0], kernel[1]})
+  );
+  return shape;
 }
 
 inline ConvShape conv_shape(
@@ -88,25 +207,21 @@ inline ConvShape conv_shape(
     const std::string& padding_mode,
     bool channels_last
 ) {
-  STD_TORCH_CHECK(x.dim() == 4, "dcconv: x must be 4-d");
-  STD_TORCH_CHECK(
-      kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
-      "dcconv: geometry must come as 2, 2, 4 and 2 numbers"
-  );
-  STD_TORCH_CHECK(
-      groups > 0 && x.size(1) % groups == 0 && o % groups == 0 && x.size(1) > 0 && o > 0,
-      "dcconv: groups must divide channels and filters, and there must be some"
-  );
-  const PaddingMode mode = padding_mode_of(padding_mode);
-  return {
+  DCCONV_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
+  return conv_shape(
       x.size(0),
       x.size(1),
+      x.size(2),
+      x.size(3),
       o,
+      kernel,
+      stride,
+      padding,
+      dilation,
       groups,
-      axis_of(x.size(2), kernel[0], stride[0], padding[0], padding[1], dilation[0], mode),
-      axis_of(x.size(3), kernel[1], stride[1], padding[2], padding[3], dilation[1], mode),
+      padding_mode,
       channels_last
-  };
+  );
 }
 
 }  // namespace dcconv

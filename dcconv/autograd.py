@@ -62,7 +62,10 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         plans: Plans | None,
     ) -> tuple[Tensor, ...]:
         operands = Operands(x, weight, bias, radius, norm_mean, k)
-        results = conv2d_forward(operands, problem, kept, plans)
+        try:
+            results = conv2d_forward(operands, problem, kept, plans)
+        except RuntimeError as error:
+            raise ops.as_pytorch(error) from None
         y, norm_map, mean, dot, *more = results
         ctx.mark_non_differentiable(norm_map, mean, dot, *more)
         ctx.set_materialize_grads(False)

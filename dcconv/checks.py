@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator as operators
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from dcconv.functions import angulars, magnitudes, weightings
 from dcconv.numerics import FLOATING_DTYPES, angle_delta
 from dcconv.problem import (
+    MOST_PIXELS,
     NORM_BATCH,
     NORM_GIVEN,
     NORM_NONE,
@@ -32,9 +34,7 @@ KEEPS = ("auto", "output", "dot")
 
 DTYPE_RULE = "be float16, bfloat16, float32 or float64"
 
-# Strides, paddings, windows and channels beyond this fit no memory; products of a few of them fit
-# the 64 bits of the kernels' offsets.
-LARGEST = 2**31 - 1
+# Padding from which the pixels of the output are counted, and how many there may be.
 LARGEST_PADDING, LARGEST_OUTPUT = 2**16, 2**40
 
 
@@ -76,8 +76,10 @@ def number(argument: str, value: object, rule: str, low: float, *, closed: bool 
     """Require a finite Python number above ``low`` (at least ``low`` when closed)."""
     if not is_number(value):
         raise type_error(argument, rule, type(value).__name__)
-    # A chain of comparisons, because it must also trace numbers that a compiler made symbolic.
-    if not (low <= value < math.inf) or (value == low and not closed):
+    # A chain of comparisons, because it must also trace numbers that a compiler made symbolic. An
+    # int may lie beyond every float.
+    most = sys.float_info.max if isinstance(value, int) else math.inf
+    if not (low <= value < most) or (value == low and not closed):
         raise value_error(argument, rule, value)
 
 
@@ -90,8 +92,13 @@ def integer(argument: str, value: object, low: int) -> None:
         raise value_error(argument, rule, value)
 
 
+def _above(value: int, most: int) -> bool:
+    # Symbolic numbers are made of sizes of tensors: a guard on each would tie a program to them.
+    return isinstance(value, int) and value > most
+
+
 def size(argument: str, value: Any, low: int) -> int:
-    """Return an integer of at least ``low``: an int, or what stands for one, as NumPy's do."""
+    """Return an integer from ``low`` to ``MOST_PIXELS``, or what stands for one, as NumPy's do."""
     # Not a tensor, whose value may be on a device.
     if not isinstance(value, (int, torch.SymInt, Tensor)):
         try:
@@ -100,8 +107,8 @@ def size(argument: str, value: Any, low: int) -> int:
             # Not an integer: refused below, by its type.
             pass
     integer(argument, value, low)
-    if value > LARGEST:
-        raise value_error(argument, f"be an integer of at most {LARGEST}", value)
+    if _above(value, MOST_PIXELS):
+        raise value_error(argument, f"be an integer of at most {MOST_PIXELS}", value)
     result: int = value
     return result
 
@@ -264,7 +271,7 @@ def parameter(argument: str, value: object, x: Tensor, filters: int) -> Tensor |
         return value
     if not is_number(value):
         raise type_error(argument, rule, type(value).__name__)
-    if not 0 < value < math.inf:
+    if not 0 < value < (sys.float_info.max if isinstance(value, int) else math.inf):
         raise value_error(argument, rule, value)
     # PyTorch takes no numbers but these; a compiler's symbols stay what they are.
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
@@ -306,6 +313,9 @@ def geometry(
         edges = (0, 0, 0, 0)
     else:
         edges = (padding[0], padding[0], padding[1], padding[1])
+    for edge in edges:
+        if _above(edge, MOST_PIXELS):
+            raise value_error("padding", f"be at most {MOST_PIXELS} pixels for 'same'", edge)
     for size, before, after, axis in ((h, *edges[:2], "height"), (w, *edges[2:], "width")):
         largest = max(before, after)
         if padding_mode == "reflect" and largest and largest >= size:
@@ -323,7 +333,7 @@ def geometry(
             "x", f"be at least as large as the dilated kernel {extent} after padding", padded
         )
     # Asked of large paddings alone: other sizes may be symbols of a compiler.
-    if max(edges) > LARGEST_PADDING and p * q > LARGEST_OUTPUT:
+    if any(_above(edge, LARGEST_PADDING) for edge in edges) and p * q > LARGEST_OUTPUT:
         raise value_error("padding", f"leave at most {LARGEST_OUTPUT} pixels", [p, q])
     if h == 0 or w == 0:
         raise value_error("x", "have a height and width of at least 1", [h, w])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from dcconv import ops
+from dcconv import guards, ops
 from dcconv.numerics import compute_dtype
 from dcconv.ops import (
     NEEDS_BIAS,
@@ -20,7 +20,8 @@ from dcconv.ops import (
     NEEDS_X,
     memory_format,
 )
-from dcconv.problem import NORM_BATCH, Problem, output_size
+from dcconv.plan_a import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
+from dcconv.problem import NORM_BATCH, Problem
 
 
 def layout_of(channels_last: bool) -> torch.memory_format:
@@ -28,14 +29,106 @@ def layout_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def window_shape(
-    x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any
-) -> tuple[int, int]:
-    """Return the rows and columns of windows."""
-    return (
-        output_size(x.shape[2], kernel[0], stride[0], padding[0], padding[1], dilation[0]),
-        output_size(x.shape[3], kernel[1], stride[1], padding[2], padding[3], dilation[1]),
-    )
+def check_sums(sums: int, rows: int, filters: int) -> None:
+    """Require bits of known sums, and a number of partial sums that there is room for."""
+    every = SUM_RHO | SUM_A | SUM_K | SUM_BIAS
+    if not 0 <= sums <= every:
+        raise guards.error("sums", f"be bits of {every}", sums)
+    guards.bounded("rows", rows, 1)
+    guards.countable("parts", [4, rows, filters])
+
+
+def check_epilogue(
+    u: Tensor,
+    a: Tensor,
+    map: Tensor,
+    input_size: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    padding_mode: str,
+    map_is_norm: bool,
+) -> None:
+    """Require that the sizes of the epilogue's operands fit together."""
+    guards.dimensions("u", u, 4)
+    guards.numbers("input_size", input_size, 2)
+    n, filters = u.shape[:2]
+    window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+    p, q = guards.windows([n, groups, *input_size], filters, *window)
+    guards.shape("u", u, [n, filters, p, q])
+    height, width = (p, q) if map_is_norm else input_size
+    guards.values("map", map, n * groups * height * width)
+    guards.values("a", a, filters)
+
+
+def check_grad_dot(
+    grad_y: Tensor, kept: Tensor, norm_map: Tensor, a: Tensor, groups: int, sums: int, rows: int
+) -> None:
+    """Require that the sizes of the operands of the pass over dy fit together."""
+    guards.dimensions("grad_y", grad_y, 4)
+    n, filters, p, q = grad_y.shape
+    guards.groups(groups, filters, filters)
+    guards.shape("kept", kept, [n, filters, p, q])
+    guards.values("norm_map", norm_map, n * groups * p * q)
+    guards.values("a", a, filters)
+    check_sums(sums, rows, filters)
+
+
+def check_grad_filters(
+    parts: Tensor, library_grad: Tensor | None, weight: Tensor, a: Tensor, sums: int
+) -> None:
+    """Require that the sizes of the operands of the filter side fit together."""
+    guards.dimensions("weight", weight, 4)
+    filters = weight.shape[0]
+    check_sums(sums, 1, filters)
+    guards.values("a", a, filters)
+    if sums:
+        guards.dimensions("parts", parts, 3)
+        guards.shape("parts", parts, [bin(sums).count("1"), parts.shape[1], filters])
+    if library_grad is not None:
+        guards.shape("library_grad", library_grad, weight.shape)
+
+
+def check_grad_input(
+    library_grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    padding_mode: str,
+    padded: bool,
+) -> None:
+    """Require that the sizes of the operands of the pass that finishes grad_x fit together."""
+    window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+    p, q = guards.windows(x.shape, groups, *window)
+    n, c, height, width = x.shape
+    guards.values("t", t, n * groups * p * q)
+    if padded:
+        height, width = height + padding[0] + padding[1], width + padding[2] + padding[3]
+    guards.shape("library_grad", library_grad, [n, c, height, width])
+
+
+def check_window_grad(
+    grad_b: Tensor,
+    x: Tensor,
+    b: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    padding_mode: str,
+) -> None:
+    """Require that the sizes of the operands of the norm's gradient fit together."""
+    window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+    p, q = guards.windows(x.shape, groups, *window)
+    for name, t in (("b", b), ("grad_b", grad_b)):
+        guards.shape(name, t, [x.shape[0], groups, p, q])
 
 
 def _conv2d_forward_fake(
@@ -62,7 +155,11 @@ def _conv2d_forward_fake(
     keep_dot: bool,
     keep_map: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p, q = window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    guards.filters_of(x, weight, groups)
+    kernel = (weight.shape[2], weight.shape[3])
+    p, q = guards.windows(
+        x.shape, weight.shape[0], kernel, stride, padding, dilation, groups, padding_mode
+    )
     shape = (x.shape[0], weight.shape[0], p, q)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
     compute = compute_dtype(x.dtype)
@@ -131,6 +228,12 @@ def _conv2d_backward_fake(
     kept_is: str,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    guards.filters_of(x, weight, groups)
+    kernel = (weight.shape[2], weight.shape[3])
+    p, q = guards.windows(
+        x.shape, weight.shape[0], kernel, stride, padding, dilation, groups, padding_mode
+    )
+    guards.shape("grad_y", grad_y, [x.shape[0], weight.shape[0], p, q])
     layout = memory_format(x, weight)
     grad_x = torch.empty_like(x, memory_format=layout) if needs & NEEDS_X else x.new_empty(0)
     compute = compute_dtype(x.dtype)
@@ -147,7 +250,9 @@ def _patch_norm_forward_fake(
     padding_mode: str,
     eps: float,
 ) -> Tensor:
-    p, q = window_shape(x, kernel_size, stride, padding, dilation)
+    p, q = guards.windows(
+        x.shape, groups, kernel_size, stride, padding, dilation, groups, padding_mode
+    )
     return torch.empty(
         (x.shape[0], groups, p, q),
         dtype=compute_dtype(x.dtype),
@@ -167,6 +272,7 @@ def _patch_norm_backward_fake(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
+    check_window_grad(grad_b, x, b, kernel_size, stride, padding, dilation, groups, padding_mode)
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
@@ -183,10 +289,13 @@ def _conv2d_norms_fake(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = compute_dtype(x.dtype)
-    p, q = x.shape[2], x.shape[3]
-    if batch_mean:
-        kernel = (weight.shape[2], weight.shape[3])
-        p, q = window_shape(x, kernel, stride, padding, dilation)
+    guards.filters_of(x, weight, groups)
+    kernel = (weight.shape[2], weight.shape[3])
+    p, q = guards.windows(
+        x.shape, weight.shape[0], kernel, stride, padding, dilation, groups, padding_mode
+    )
+    if not batch_mean:
+        p, q = x.shape[2], x.shape[3]
     return (
         x.new_empty(weight.shape[0], dtype=compute),
         x.new_empty(x.shape[0] * groups * p * q, dtype=compute),
@@ -225,6 +334,19 @@ def _conv2d_epilogue_fake(
     map_is_norm: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_epilogue(
+        u,
+        a,
+        map,
+        input_size,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        map_is_norm,
+    )
     y = torch.empty_like(u, memory_format=layout_of(channels_last))
     return y, _norm_map_of(u, a, groups, map_is_norm)
 
@@ -255,6 +377,7 @@ def _conv2d_grad_dot_fake(
     rows: int,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_grad_dot(grad_y, kept, norm_map, a, groups, sums, rows)
     kinds = bin(sums).count("1")
     return (
         torch.empty_like(grad_y, memory_format=layout_of(channels_last)),
@@ -276,6 +399,7 @@ def _conv2d_grad_filters_fake(
     barrier: bool,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_grad_filters(parts, library_grad, weight, a, sums)
     return (
         *_parameter_grads(weight, radius, mean, k, a.dtype, needs),
         a.new_empty(() if barrier else (0,)),
@@ -297,16 +421,21 @@ def _conv2d_grad_input_fake(
     padded: bool,
     channels_last: bool,
 ) -> Tensor:
+    check_grad_input(
+        library_grad, x, t, kernel_size, stride, padding, dilation, groups, padding_mode, padded
+    )
     return torch.empty_like(x, memory_format=layout_of(channels_last))
 
 
 def _conv2d_grad_input_inplace_fake(library_grad: Tensor, *arguments: Any) -> None:
-    return None
+    *operands, channels_last = arguments
+    _conv2d_grad_input_fake(library_grad, *operands, False, channels_last)
 
 
 def _filter_scale_fake(
     weight: Tensor, alpha: float, eps: float, divide: bool
 ) -> tuple[Tensor, Tensor]:
+    guards.dimensions("weight", weight, 4)
     a = weight.new_empty(weight.shape[0], dtype=compute_dtype(weight.dtype))
     return torch.empty_like(weight, memory_format=memory_format(weight)), a
 
@@ -314,6 +443,8 @@ def _filter_scale_fake(
 def _filter_scale_grad_fake(
     library_grad: Tensor, weight: Tensor, a: Tensor, alpha: float, divide: bool
 ) -> Tensor:
+    guards.dimensions("weight", weight, 4)
+    guards.shape("library_grad", library_grad, weight.shape)
     return torch.empty_like(weight, memory_format=memory_format(weight))
 
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count
 
-from dcconv.fakes import layout_of, register, window_shape
+from dcconv import guards
+from dcconv.fakes import check_sums, layout_of, register
 from dcconv.numerics import compute_dtype
 
 
 def _filter_norm_fake(weight: Tensor, eps: float) -> Tensor:
+    guards.dimensions("weight", weight, 4)
     return weight.new_empty(weight.shape[0], dtype=compute_dtype(weight.dtype))
 
 
@@ -46,8 +48,14 @@ def _conv2d_one_pass_fake(
     tile: int,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p, q = window_shape(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
-    shape = (x.shape[0], weight.shape[0], p, q)
+    guards.filters_of(x, weight, groups)
+    n, _, h, w = x.shape
+    window = (weight.shape[2:], stride, padding, dilation, groups, padding_mode)
+    p, q = guards.windows(x.shape, weight.shape[0], *window)
+    guards.values("a", a, weight.shape[0])
+    if map is not None:
+        guards.values("map", map, n * groups * (p * q if map_is_norm else h * w))
+    shape = (n, weight.shape[0], p, q)
     layout = layout_of(channels_last)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     writes_norm = keep_norm and not map_is_norm
@@ -74,6 +82,11 @@ def _conv2d_one_pass_grad_input_fake(
     tile: int,
     channels_last: bool,
 ) -> Tensor:
+    guards.filters_of(x, weight, groups)
+    window = (weight.shape[2:], stride, padding, dilation, groups, padding_mode)
+    p, q = guards.windows(x.shape, weight.shape[0], *window)
+    guards.shape("grad_u", grad_u, [x.shape[0], weight.shape[0], p, q])
+    guards.values("t", t, x.shape[0] * groups * p * q)
     return torch.empty_like(x, memory_format=layout_of(channels_last))
 
 
@@ -90,6 +103,16 @@ def _depthwise_grad_weight_fake(
     weight_channels_last: bool,
     channels_last: bool,
 ) -> Tensor:
+    guards.dimensions("grad_u", grad_u, 4)
+    filters = grad_u.shape[1]
+    p, q = guards.windows(
+        x.shape, filters, kernel_size, stride, padding, dilation, groups, padding_mode
+    )
+    guards.shape("grad_u", grad_u, [x.shape[0], filters, p, q])
+    guards.groups(groups, x.shape[1], x.shape[1])
+    if x.shape[1] != groups:
+        raise guards.error("groups", f"be the {x.shape[1]} channels of x", groups)
+    check_sums(0, rows, filters * kernel_size[0] * kernel_size[1])
     return torch.empty(
         (grad_u.shape[1], 1, *kernel_size),
         dtype=x.dtype,

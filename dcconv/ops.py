@@ -100,6 +100,16 @@ def why_not_gpu(capability: tuple[int, int], archs: str | None = None) -> str | 
     )
 
 
+def as_pytorch(error: RuntimeError) -> RuntimeError:
+    """Return an error of a compiled op in the class that PyTorch has for it.
+
+    What passes through C++ without one arrives as RuntimeError: for want of memory on a CPU that is
+    PyTorch's own class, on a GPU it is not.
+    """
+    out = "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+    return torch.OutOfMemoryError(str(error)) if out else error
+
+
 def is_channels_last(t: Tensor) -> bool:
     """Whether a 4-d tensor suggests channels_last, by PyTorch's own rule on strides."""
     smallest = 0

@@ -2,7 +2,9 @@
 
 Three kernels share the work (schemas in ``csrc/schemas.h``): a depthwise one, which takes small
 groups too, one for stems, and an implicit GEMM. A predicate here says None or one sentence per
-direction; ``dcconv.dispatch`` reads it before it chooses.
+direction; ``dcconv.dispatch`` reads it before it chooses. It asks for sizes, dtypes and the layout,
+which a traced tensor has, and for no address: an op that needs an aligned one copies what lies
+elsewhere.
 """
 
 from __future__ import annotations
@@ -63,11 +65,6 @@ def _why_not_any(x: Tensor, problem: Problem) -> str | None:
     return None
 
 
-def _aligned(t: Tensor) -> bool:
-    # Not data_ptr, which a traced tensor does not have; allocations are aligned far beyond this.
-    return bool(t.storage_offset() * t.element_size() % VECTOR_BYTES == 0)
-
-
 def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
     if x.dtype not in GEMM_DTYPES:
         return f"the implicit GEMM takes bfloat16 and float16, got {x.dtype}"
@@ -80,8 +77,6 @@ def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
             f"the implicit GEMM takes multiples of {vector} channels and filters per group, "
             f"got {channels} and {filters}"
         )
-    if not (_aligned(x) and _aligned(weight)):
-        return f"the implicit GEMM takes tensors that start at a multiple of {VECTOR_BYTES} bytes"
     return None
 
 

@@ -18,6 +18,11 @@ from dcconv.numerics import ANGLE_DELTA, EPS, compute_dtype
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
+# Most rows and columns of windows, strides, dilations and paddings, and most elements of a tensor
+# that a call makes: sums and products of a few of them fit 64 bits (csrc/check.h has the same).
+MOST_PIXELS = 2**31 - 1
+MOST_ELEMENTS = 2**50
+
 NORM_NONE, NORM_BATCH, NORM_GIVEN = "none", "batch", "given"
 
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import dcconv
-from dcconv import DecoupledConv2d, backends, functions, warn
+from dcconv import DecoupledConv2d, backends, fakes, fakes_one_pass, functions, guards, warn
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.functions import angulars, magnitudes
 
@@ -136,7 +137,31 @@ GEOMETRY = [
         ("t", np.array([2, 2]), f"be an integer of at least {low}", "ndarray"),
         ("t", torch.tensor(2), f"be an integer of at least {low}", "Tensor"),
         ("t", None, f"be an integer of at least {low}", "NoneType"),
+        ("v", 2**31, "be an integer of at most 2147483647", 2**31),
+        ("v", (1, 2**62), "be an integer of at most 2147483647", 2**62),
+        ("v", 2**70, "be an integer of at most 2147483647", 2**70),
     )
+]
+
+MOST = "be an integer of at most 2147483647"
+LAYER_SIZES = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+
+ABSURD = [
+    *(refusal(make(groups=2**70), "v", "groups", MOST, 2**70) for make in (conv, layer, norm)),
+    *(
+        refusal(partial(DecoupledConv2d, **(LAYER_SIZES | {name: 2**63})), "v", name, MOST, 2**63)
+        for name in LAYER_SIZES
+    ),
+    refusal(norm(kernel_size=2**64), "v", "kernel_size", MOST, 2**64),
+    refusal(
+        conv(padding="same", dilation=2**31 - 1, weight=torch.zeros(6, 4, 5, 5)),
+        "v",
+        "padding",
+        "be at most 2147483647 pixels for 'same'",
+        2**32 - 2,
+    ),
+    refusal(conv(alpha=10**400), "v", "alpha", POSITIVE, 10**400),
+    refusal(conv(radius=10**400), "v", "radius", PARAMETER, 10**400),
 ]
 
 FLAGS = [
@@ -809,12 +834,113 @@ REGISTERED = [
     refusal(registering(functions.angular, "power"), "v", "angular", "be a new name", "'power'"),
 ]
 
+# What ops that are written in Python, and the fakes of all, require of sizes.
+ROWS = {"sums": 1, "rows": 0, "filters": 4}
+WINDOWS = {
+    "sizes": [1, 4, 5, 6],
+    "filters": 6,
+    "kernel_size": [3, 3],
+    "stride": [1, 1],
+    "padding": [0, 0, 0, 0],
+    "dilation": [1, 1],
+    "in_groups": 1,
+    "mode": "zeros",
+}
+
+GUARDS = [
+    *(
+        Refusal(partial(guards.windows, **(WINDOWS | changes)), RuntimeError, message)
+        for changes, message in (
+            ({"stride": [1]}, "stride must be 2 numbers, got [1]"),
+            ({"stride": [0, 1]}, "stride must be at least 1 and below 2^31, got 0"),
+            ({"stride": [1, 2**62]}, f"stride must be at least 1 and below 2^31, got {2**62}"),
+            ({"padding": [0, 0, 0, -1]}, "padding must be at least 0 and below 2^31, got -1"),
+            (
+                {"padding": [2**30, 0, 2**30, 0]},
+                "x after padding must have at most 2^50 elements, "
+                f"got {[1, 4, 2**30 + 5, 2**30 + 6]}",
+            ),
+            (
+                {"dilation": [3, 1]},
+                "x must be at least as large as the dilated kernel 7 after padding, got 5",
+            ),
+            ({"in_groups": 3}, "groups must divide the 4 channels of x, got 3"),
+            ({"in_groups": -(2**63)}, f"groups must divide the 4 channels of x, got {-(2**63)}"),
+            ({"in_groups": 4}, "groups must divide the 6 filters of weight, got 4"),
+            ({"mode": "same"}, f"padding_mode must be one of {MODES}, got 'same'"),
+            (
+                {"mode": "reflect", "padding": [5, 0, 0, 0]},
+                "padding must be below the size 5 for 'reflect', got 5",
+            ),
+            (
+                {"mode": "circular", "padding": [6, 0, 0, 0]},
+                "padding must be at most the size 5 for 'circular', got 6",
+            ),
+            (
+                {"mode": "replicate", "sizes": [1, 4, 0, 6], "padding": [3, 0, 0, 0]},
+                "x must have a size of at least 1 for 'replicate', got 0",
+            ),
+        )
+    ),
+    Refusal(
+        lambda: guards.filters_of(X[0], WEIGHT, 1),
+        RuntimeError,
+        "x must have 4 dimensions, got [4, 5, 6]",
+    ),
+    Refusal(
+        lambda: guards.filters_of(X, WEIGHT[:, :3], 1),
+        RuntimeError,
+        "weight.size(1) must be in_channels / groups = 4, got 3",
+    ),
+    Refusal(
+        lambda: guards.dtype("weight", WEIGHT, torch.float64),
+        RuntimeError,
+        "weight must have dtype torch.float64, got torch.float32",
+    ),
+    Refusal(
+        lambda: guards.values("map", X, 120),
+        RuntimeError,
+        "map must have shape [120], got [1, 4, 5, 6]",
+    ),
+    Refusal(
+        lambda: guards.one_value("sigma", torch.zeros(2)),
+        RuntimeError,
+        "sigma must be one value, got shape [2]",
+    ),
+    Refusal(
+        partial(fakes.check_sums, **ROWS),
+        RuntimeError,
+        "rows must be at least 1 and below 2^31, got 0",
+    ),
+    Refusal(
+        partial(fakes.check_sums, **(ROWS | {"sums": 16})),
+        RuntimeError,
+        "sums must be bits of 15, got 16",
+    ),
+    Refusal(
+        lambda: fakes_one_pass.FAKES["depthwise_grad_weight"](
+            *(t.to("meta") for t in (X, X)),
+            [1, 1],
+            [1, 1],
+            [0] * 4,
+            [1, 1],
+            2,
+            "zeros",
+            1,
+            *[False] * 2,
+        ),
+        RuntimeError,
+        "groups must be the 4 channels of x, got 2",
+    ),
+]
+
 REFUSALS = [
     *LAYERS,
     *REGISTERED,
     *NAMES,
     *NUMBERS,
     *GEOMETRY,
+    *ABSURD,
     *FLAGS,
     *INPUTS,
     *LAYOUTS,
@@ -827,10 +953,11 @@ REFUSALS = [
     *CHOICES,
     *CONVERSIONS,
     *CALIBRATIONS,
+    *GUARDS,
 ]
 
 
-@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.message.replace("::", ":"))
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.message.replace("::", ":")[:200])
 def test_wrong_call_raises_its_sentence(case: Refusal) -> None:
     with pytest.raises(case.kind, match=f"^{re.escape('dcconv: ' + case.message)}$") as caught:
         case.call()

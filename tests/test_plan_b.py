@@ -15,10 +15,14 @@ from accuracy import check, check_all, evaluate, random_cotangent, truth_and_pee
 from cases import DTYPES, OPERATORS, Case, Inputs, by_id, make_inputs
 from stand_ins import MODELS, Recorder, cuda_backend_on_cpu, emulated
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
 from dcconv import backends, functional, plan_a, plan_b
+from dcconv.dispatch.choice import choose
+from dcconv.dispatch.key import DIRECTIONS
+from dcconv.dispatch.plans import registry
 from dcconv.functional import check_call
 from dcconv.numerics import compute_dtype
 from dcconv.problem import Problem
@@ -443,19 +447,61 @@ def test_why_not() -> None:
         assert refusals(case)[:2] == (f"{start}{channels} and {filters}",) * 2
 
 
-def test_misaligned_views_are_refused() -> None:
-    tensors, call = make_inputs(GEMM[4], torch.bfloat16, "channels_last")
-    for name in ("x", "weight"):
-        t = tensors[name]
-        for offset, refused in ((1, True), (8, False)):
-            shifted = t.new_empty(t.numel() + offset)[offset:].as_strided(t.shape, t.stride())
-            operands, problem, _ = check_call(**(tensors | {name: shifted}), **call)
-            reason = plan_b.why_not(operands, problem)
-            assert (reason is not None) == refused
-            if refused:
-                assert (
-                    reason == "the implicit GEMM takes tensors that start at a multiple of 16 bytes"
-                )
+def shifted(t: Tensor, elements: int) -> Tensor:
+    """The same values and strides, so many elements into an allocation."""
+    memory = t.new_empty(t.numel() + elements)
+    return memory.as_strided(t.shape, t.stride(), elements).copy_(t)
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_views_at_any_address_are_taken(name: str) -> None:
+    """Where memory begins is the op's business: plans ask for no offset, and results agree."""
+    inputs = make_inputs(GEMM[4], torch.bfloat16, "channels_last")
+    moved = Inputs(inputs.tensors | {name: shifted(inputs.tensors[name], 1)}, inputs.options)
+    operands, problem, _ = check_call(**moved.tensors, **moved.options)
+    assert plan_b.why_not(operands, problem) is None
+    assert plan_b.why_not_input_gradient(operands, problem) is None
+    compare(GEMM[4], "both", moved)
+
+
+@by_model
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_code_takes_views_at_any_address(name: str) -> None:
+    """One compiled graph, traced on an aligned image, runs on one that begins elsewhere."""
+    torch._dynamo.reset()
+    module, case = module_of(name)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend=counter)
+    x = image(case, 2)
+    with plans(case, "both"), torch.no_grad():
+        expected_y = module(x)
+        for elements in (0, 8, 1):
+            y = compiled(shifted(x, elements))
+            check("compiled", y, expected_y, expected_y, torch.bfloat16)
+    assert counter.frame_count == 1
+
+
+class NoAddress(TorchFunctionMode):
+    """Refuses every question about where a tensor lies."""
+
+    asked = (Tensor.storage_offset, Tensor.data_ptr, Tensor.untyped_storage)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in self.asked, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_plans_ask_for_no_address() -> None:
+    for case in ALL:
+        for layout in ("channels_last", "contiguous"):
+            inputs = make_inputs(case, torch.bfloat16, layout)
+            operands, problem, _ = check_call(**inputs.tensors, **inputs.options)
+            for backend, plans_of in registry.items():
+                for direction in DIRECTIONS:
+                    with NoAddress():
+                        choose(backend, operands, problem, "output", 3, False)
+                        for plan in plans_of.values():
+                            plan.reason(direction, operands, problem)
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

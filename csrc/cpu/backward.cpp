@@ -137,7 +137,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
     if (call.norm_free) {
       if (!reuse) {
         // Fold the padding back and round: the pass with t = 0.
-        const Tensor zero = torch::stable::fill_(empty({count * image_map}, call.compute), 0.0);
+        const Tensor zero = filled(empty({count * image_map}, call.compute), 0.0);
         finish_input(first, count, dense.const_data_ptr(), zero.const_data_ptr());
       }
     } else if (barrier) {
@@ -167,7 +167,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
     grad_weight = weight_grad<A>(call, in, weight, filters, weight_sum.data(), sums.a());
   if ((in.needs & kBias) != 0) {
     if (shape.n == 0) {
-      grad_bias = torch::stable::fill_(empty({shape.o}, call.storage), 0.0);
+      grad_bias = filled(empty({shape.o}, call.storage), 0.0);
     } else if (call.norm_free) {
       Tensor by_library = empty({shape.o}, call.compute);
       std::copy(bias_sum.begin(), bias_sum.end(), static_cast<A*>(by_library.mutable_data_ptr()));

@@ -53,11 +53,7 @@ inline Call make_call(
     double delta,
     bool backward
 ) {
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
-          weight.size(1) * groups == x.size(1),
-      "dcconv: weight does not fit x"
-  );
+  check_weight(x, weight, groups);
   const bool channels_last = x.size(0) > 0 && (is_channels_last(x) || is_channels_last(weight));
   const ConvShape shape = conv_shape(
       x,
@@ -89,7 +85,7 @@ inline Call make_call(
   return {
       shape,
       {magnitude_index(magnitude, weighting),
-       index_of(portable::Angulars{}, angular, "angular function"),
+       angular_index(angular),
        weighting == "linear",
        alpha,
        beta,
@@ -100,7 +96,10 @@ inline Call make_call(
       library,
       compute_type(dtype),
       kernels(dtype),
-      {stride, library_padding, dilation, groups},
+      {{shape.rows.stride, shape.columns.stride},
+       library_padding,
+       {shape.rows.dilation, shape.columns.dilation},
+       groups},
       !symmetric,
       norm_free,
       norm_free && weighting == "none",

@@ -15,6 +15,15 @@ Scheme scheme_for(const Call& call, bool backward) {
   return depthwise || takes_one_pass(call, backward) ? Scheme::own : Scheme::library;
 }
 
+void check_norm(const std::string& norm) {
+  DCCONV_CHECK(
+      norm == "none" || norm == "batch" || norm == "given",
+      "norm must be one of none, batch, given, got '",
+      norm,
+      "'"
+  );
+}
+
 ForwardResults conv2d_forward(
     Tensor x,
     Tensor weight,
@@ -56,6 +65,8 @@ ForwardResults conv2d_forward(
       delta,
       false
   );
+  check_bias(bias, call.shape.o, call.storage);
+  check_norm(norm);
   const ForwardInputs in{
       x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot, keep_map
   };
@@ -111,12 +122,24 @@ BackwardResults conv2d_backward(
       delta,
       true
   );
-  STD_TORCH_CHECK(
-      call.norm_free ||
-          (norm_map.numel() == call.map_elements() && kept.numel() == call.output_elements()),
-      "dcconv: saved tensors do not fit the call"
+  const ConvShape& s = call.shape;
+  const Ints sizes{s.n, s.o, s.rows.output, s.columns.output};
+  check_sizes(grad_y, sizes, "grad_y");
+  check_dtype(grad_y, call.storage, "grad_y");
+  if (!call.norm_free) {
+    check_sizes(kept, sizes, "kept");
+    check_dtype(kept, call.storage, "kept");
+    check_sizes(norm_map, {call.map_elements()}, "norm_map");
+    check_dtype(norm_map, call.compute, "norm_map");
+    norm_map = contiguous(norm_map, false);
+  }
+  check_norm(norm);
+  DCCONV_CHECK(
+      call.norm_free || kept_is == "output" || kept_is == "dot",
+      "kept_is must be one of output, dot, got '",
+      kept_is,
+      "'"
   );
-  STD_TORCH_CHECK(grad_y.numel() == call.output_elements(), "dcconv: grad_y does not fit the call");
   const BackwardInputs in{
       grad_y,
       x,
@@ -211,7 +234,7 @@ STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
-  m.impl("conv2d_forward", TORCH_BOX(&dcconv::cpu::conv2d_forward));
-  m.impl("conv2d_backward", TORCH_BOX(&dcconv::cpu::conv2d_backward));
+  m.impl("conv2d_forward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::conv2d_forward>::run));
+  m.impl("conv2d_backward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::conv2d_backward>::run));
   m.impl("cpu_schemes", TORCH_BOX(&dcconv::cpu::cpu_schemes));
 }

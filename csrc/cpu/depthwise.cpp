@@ -290,7 +290,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   if ((in.needs & kRadius) != 0 && in.radius.has_value())
     grad_radius = parameter_grad<A>(*in.radius, rho, factor);
   if ((in.needs & kNormMean) != 0 && in.norm_mean.has_value())
-    grad_mean = torch::stable::fill_(empty({}, call.compute), mean_grad);
+    grad_mean = filled(empty({}, call.compute), mean_grad);
   if ((in.needs & kK) != 0 && in.k.has_value())
     grad_k = parameter_grad<A>(*in.k, kind(2), 1.0);
   return {grad_x, grad_weight, grad_bias, grad_radius, grad_mean, grad_k};

@@ -10,6 +10,23 @@ namespace dcconv {
 namespace cpu {
 namespace {
 
+Dtype argument_type(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  DCCONV_CHECK(
+      type == ScalarType::Double || type == ScalarType::Float,
+      name,
+      " must have dtype float32 or float64, got ",
+      name_of(type)
+  );
+  return dtype_of(t);
+}
+
+void check_like(const Tensor& t, const Tensor& like, const char* name) {
+  check_sizes(t, sizes_of(like), name);
+  check_dtype(t, like.scalar_type(), name);
+  DCCONV_CHECK(t.is_contiguous(), name, " must be contiguous, got strides ", list_of(t.strides()));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_grad(
     std::string magnitude,
     std::string weighting,
@@ -19,18 +36,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_grad(
     double alpha,
     double beta
 ) {
-  const Dtype dtype = dtype_of(b);
-  STD_TORCH_CHECK(
-      dtype == Dtype::f64 || dtype == Dtype::f32, "dcconv: b must be float32 or float64"
-  );
-  for (const Tensor& t : {a, b, rho})
-    STD_TORCH_CHECK(
-        t.numel() == b.numel() && t.scalar_type() == b.scalar_type() && t.is_contiguous(),
-        "dcconv: a, b and rho must be alike and contiguous"
-    );
+  const Dtype dtype = argument_type(b, "b");
+  check_like(a, b, "a");
+  check_like(b, b, "b");
+  check_like(rho, b, "rho");
   std::array<Tensor, 4> out;
   for (Tensor& t : out)
-    t = torch::stable::empty_like(b);
+    t = empty(sizes_of(b), b.scalar_type());
   FunctionParams p{};
   p.op = {magnitude_index(magnitude, weighting), 0, weighting == "linear", alpha, beta, 1.0, 1.0};
   p.count = b.numel();
@@ -47,22 +59,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_grad(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor>
 angular_grad(std::string angular, Tensor c, Tensor k, double power, double delta) {
-  const Dtype dtype = dtype_of(c);
-  STD_TORCH_CHECK(
-      dtype == Dtype::f64 || dtype == Dtype::f32, "dcconv: c must be float32 or float64"
-  );
-  STD_TORCH_CHECK(
-      k.numel() == c.numel() && k.scalar_type() == c.scalar_type() && k.is_contiguous() &&
-          c.is_contiguous(),
-      "dcconv: c and k must be alike and contiguous"
-  );
+  const Dtype dtype = argument_type(c, "c");
+  check_like(c, c, "c");
+  check_like(k, c, "k");
   std::array<Tensor, 4> out;
   for (Tensor& t : out)
-    t = torch::stable::empty_like(c);
+    t = empty(sizes_of(c), c.scalar_type());
   FunctionParams p{};
-  p.op = {
-      0, index_of(portable::Angulars{}, angular, "angular function"), false, 1.0, 1.0, power, delta
-  };
+  p.op = {0, angular_index(angular), false, 1.0, 1.0, power, delta};
   p.count = c.numel();
   p.c = c.const_data_ptr();
   p.k = k.const_data_ptr();

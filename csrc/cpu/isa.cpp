@@ -43,9 +43,7 @@ Table find(const std::string& name) {
       return isa.table;
     known += known.empty() ? isa.name : std::string(", ") + isa.name;
   }
-  STD_TORCH_CHECK(
-      false, "dcconv: the instruction set must be one of ", known, ", got '", name, "'"
-  );
+  fail("the instruction set must be one of ", known, ", got '", name, "'");
 }
 
 Table initial() {

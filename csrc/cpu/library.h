@@ -15,9 +15,7 @@ namespace dcconv {
 namespace cpu {
 
 inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last = false) {
-  return torch::stable::empty(
-      sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format_of(channels_last)
-  );
+  return empty_on(std::nullopt, sizes, dtype, channels_last);
 }
 
 // Images [first, first + count) of a batch, a view.
@@ -45,7 +43,14 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
 inline Tensor pad(const Tensor& x, const ConvShape& shape) {
   const Ints edges{shape.columns.before, shape.columns.after, shape.rows.before, shape.rows.after};
   const char* modes[] = {"constant", "reflect", "replicate", "circular"};
-  return torch::stable::pad(x, edges, modes[static_cast<int>(shape.rows.mode)]);
+  return dispatch_tensor(
+      "aten::pad",
+      "",
+      x,
+      edges,
+      std::string(modes[static_cast<int>(shape.rows.mode)]),
+      std::optional<double>()
+  );
 }
 
 struct LibraryGeometry {
@@ -145,7 +150,12 @@ inline ScalarType library_type(Dtype dtype, ScalarType storage) {
 // Threads take at least `grain` tasks each; fewer tasks than that run on the caller.
 template <class Kernel>
 void run_tasks(int64_t tasks, const Kernel& kernel, int64_t grain = 1) {
-  torch::stable::parallel_for(0, tasks, grain, kernel);
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Kernel*>(context))(begin, end);
+  };
+  void* context = const_cast<void*>(static_cast<const void*>(&kernel));
+  if (torch_parallel_for(0, tasks, grain, run, context) != TORCH_SUCCESS)
+    library_failed("parallel_for");
 }
 
 // The kernels of the chosen instruction set.

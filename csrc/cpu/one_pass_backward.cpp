@@ -300,7 +300,7 @@ void windows(const Pass& pass) {
 
 // The sum of the groups, in order, in the layout of call.weight_last.
 Tensor summed(const Call& call, const Ints& sizes, const float* weights, int64_t groups) {
-  Tensor total = torch::stable::fill_(empty(sizes, call.compute, true), 0.0);
+  Tensor total = filled(empty(sizes, call.compute, true), 0.0);
   const int64_t count = total.numel();
   float* to = static_cast<float*>(total.mutable_data_ptr());
   run_tasks((count + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {

@@ -33,7 +33,7 @@ inline Weight make_weight(const Call& call, const Tensor& weight, double eps) {
   if (fold) {
     const Ints sizes(weight.sizes().begin(), weight.sizes().end());
     result.library = empty(sizes, call.library, call.weight_last);
-    result.scale = torch::stable::fill_(empty({call.shape.o}, call.compute), call.op.alpha);
+    result.scale = filled(empty({call.shape.o}, call.compute), call.op.alpha);
     p.scaled = result.library.mutable_data_ptr();
     p.scale = result.scale.const_data_ptr();
   } else {
@@ -94,8 +94,14 @@ struct FilterVectors {
     if (!t.has_value())
       return std::vector<A>(static_cast<std::size_t>(o), otherwise);
     const Tensor dense = contiguous(*t, false);
-    STD_TORCH_CHECK(dense.numel() == 1 || dense.numel() == o, "dcconv: bad parameter size");
-    STD_TORCH_CHECK(dense.element_size() == sizeof(A), "dcconv: bad parameter dtype");
+    DCCONV_CHECK(
+        dense.numel() == 1 || dense.numel() == o,
+        "a parameter must have one value or ",
+        o,
+        ", got shape ",
+        list_of(dense.sizes())
+    );
+    check_dtype(dense, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float, "a parameter");
     const A* p = static_cast<const A*>(dense.const_data_ptr());
     if (dense.numel() == 1)
       return std::vector<A>(static_cast<std::size_t>(o), p[0]);
@@ -115,7 +121,7 @@ public:
     if constexpr (std::is_same_v<A, float>) {
       const Operator& op = call.op;
       if (op.magnitude != magnitude_index(portable::Tanh::name, "none") ||
-          op.angular != index_of(portable::Angulars{}, portable::Cosine::name, "angular function"))
+          op.angular != angular_index(portable::Cosine::name))
         return;
       constexpr int64_t whole = 4 * kScaleGroup;  // the widest panel of a product
       const int64_t o = call.shape.o, count = (o + whole - 1) / whole * whole;
@@ -169,9 +175,8 @@ inline Positions positions_of(const Call& call, int64_t images, bool radius_per_
 
 template <class A>
 double scalar_of(const Tensor& t, ScalarType compute) {
-  STD_TORCH_CHECK(
-      t.numel() == 1 && t.scalar_type() == compute, "dcconv: a mean norm must be one compute value"
-  );
+  DCCONV_CHECK(t.numel() == 1, "norm_mean must be one value, got shape ", list_of(t.sizes()));
+  check_dtype(t, compute, "norm_mean");
   return double(*static_cast<const A*>(t.const_data_ptr()));
 }
 

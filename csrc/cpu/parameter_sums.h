@@ -115,7 +115,7 @@ public:
   Tensor grad_mean(const Call& call, const BackwardInputs& in, double value) const {
     if ((in.needs & kNormMean) == 0 || !in.norm_mean.has_value())
       return empty({0}, call.compute);
-    return torch::stable::fill_(empty({}, call.compute), value);
+    return filled(empty({}, call.compute), value);
   }
   Tensor grad_k(const Call& call, const BackwardInputs& in) const {
     if (!wants_k_)

@@ -2,6 +2,7 @@
 
 #include "cpu/patch_norm.h"
 
+#include <numeric>
 #include <string>
 
 #include "problem.h"
@@ -60,14 +61,18 @@ Tensor Window::transposed(
   return out;
 }
 
-Shown::Shown(const Axis& axis) {
-  for (int64_t i = 0; i < axis.input; ++i) {
-    starts.push_back(static_cast<int64_t>(list.size()));
-    for (int64_t j = 0; j < axis.padded(); ++j)
-      if (axis.source(j) == i)
-        list.push_back(j);
-  }
-  starts.push_back(static_cast<int64_t>(list.size()));
+Shown::Shown(const Axis& axis) : starts(static_cast<std::size_t>(axis.input + 1), 0) {
+  const std::vector<int64_t> sources = axis.sources();
+  for (int64_t source : sources)
+    if (source >= 0)
+      ++starts[static_cast<std::size_t>(source + 1)];
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  list.resize(static_cast<std::size_t>(starts.back()));
+  std::vector<int64_t> next = starts;
+  for (std::size_t j = 0; j < sources.size(); ++j)
+    if (sources[j] >= 0)
+      list[static_cast<std::size_t>(next[static_cast<std::size_t>(sources[j])]++)] =
+          static_cast<int64_t>(j);
 }
 
 namespace {
@@ -82,6 +87,7 @@ Tensor patch_norm_forward(
     std::string padding_mode,
     double eps
 ) {
+  check_dimensions(x, 4, "x");
   const bool channels_last = is_channels_last(x);
   const ConvShape shape =
       conv_shape(x, groups, kernel, stride, padding, dilation, groups, padding_mode, channels_last);
@@ -106,15 +112,16 @@ Tensor patch_norm_backward(
     int64_t groups,
     std::string padding_mode
 ) {
+  check_dimensions(x, 4, "x");
   const bool channels_last = is_channels_last(x);
   const ConvShape shape =
       conv_shape(x, groups, kernel, stride, padding, dilation, groups, padding_mode, channels_last);
   const Dtype dtype = dtype_of(x);
-  STD_TORCH_CHECK(
-      b.numel() == shape.positions() * groups && grad_b.numel() == b.numel() &&
-          b.scalar_type() == compute_type(dtype) && grad_b.scalar_type() == b.scalar_type(),
-      "dcconv: b or grad_b does not fit the call"
-  );
+  const Ints sizes{shape.n, groups, shape.rows.output, shape.columns.output};
+  check_sizes(b, sizes, "b");
+  check_dtype(b, compute_type(dtype), "b");
+  check_sizes(grad_b, sizes, "grad_b");
+  check_dtype(grad_b, compute_type(dtype), "grad_b");
   const Kernels& table = kernels(dtype);
   x = contiguous(x, channels_last);
   b = contiguous(b, channels_last);
@@ -156,6 +163,8 @@ Tensor patch_norm_backward(
 }  // namespace dcconv
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
-  m.impl("patch_norm_forward", TORCH_BOX(&dcconv::cpu::patch_norm_forward));
-  m.impl("patch_norm_backward", TORCH_BOX(&dcconv::cpu::patch_norm_backward));
+  m.impl("patch_norm_forward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::patch_norm_forward>::run));
+  m.impl(
+      "patch_norm_backward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::patch_norm_backward>::run)
+  );
 }

@@ -9,6 +9,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "check.h"
+
 namespace dcconv {
 namespace cpu {
 
@@ -30,9 +32,7 @@ inline Scheme scheme_of(const std::string& name) {
     return Scheme::automatic;
   if (name == "library")
     return Scheme::library;
-  STD_TORCH_CHECK(
-      name == "own", "dcconv: the scheme must be one of auto, library, own, got '", name, "'"
-  );
+  DCCONV_CHECK(name == "own", "scheme must be one of auto, library, own, got '", name, "'");
   return Scheme::own;
 }
 

@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "check.h"
+
 namespace dcconv {
 namespace {
 
@@ -25,9 +27,12 @@ __global__ void cuda_arch_kernel(int32_t* out) {
 
 // out: [1] int32
 void cuda_arch(torch::stable::Tensor out) {
-  STD_TORCH_CHECK(
+  DCCONV_CHECK(
       out.scalar_type() == torch::headeronly::ScalarType::Int && out.numel() == 1,
-      "dcconv: out must be one int32 element"
+      "out must be one int32 element, got ",
+      out.numel(),
+      " of dtype ",
+      torch::headeronly::toString(out.scalar_type())
   );
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   void* stream = nullptr;

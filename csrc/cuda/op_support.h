@@ -46,18 +46,19 @@ private:
 // Kernels follow pointers: one of another device would fault.
 inline void check_devices(const Tensor& first, std::initializer_list<MaybeTensor> others) {
   for (const MaybeTensor& t : others)
-    STD_TORCH_CHECK(
+    DCCONV_CHECK(
         !t.has_value() ||
             (t->is_cuda() == first.is_cuda() && t->get_device_index() == first.get_device_index()),
-        "dcconv: all tensors of an op must be on one device"
+        "all tensors of an op must be on one device, got devices ",
+        first.get_device_index(),
+        " and ",
+        t->get_device_index()
     );
 }
 
 inline Tensor
 empty(const Tensor& like, const Ints& sizes, ScalarType dtype, bool channels_last = false) {
-  return torch::stable::empty(
-      sizes, dtype, std::nullopt, like.device(), std::nullopt, format_of(channels_last)
-  );
+  return empty_on(like.device(), sizes, dtype, channels_last);
 }
 
 // A result that is not wanted; outputs of an op must not alias each other.
@@ -66,41 +67,42 @@ inline Tensor absent(const Tensor& like, ScalarType dtype) {
 }
 
 inline void check_dense(const Tensor& t, const Tensor& like, bool channels_last, const char* name) {
-  STD_TORCH_CHECK(
-      t.dim() == 4 && t.scalar_type() == like.scalar_type() && is_dense(t, channels_last),
-      "dcconv: ",
+  check_dimensions(t, 4, name);
+  check_dtype(t, like.scalar_type(), name);
+  DCCONV_CHECK(
+      is_dense(t, channels_last),
       name,
-      " must be 4-d and dense in the layout of the call"
+      " must be dense in the layout of the call, ",
+      channels_last ? "channels_last" : "contiguous",
+      ", got shape ",
+      list_of(t.sizes()),
+      " with strides ",
+      list_of(t.strides())
   );
 }
 
-inline void check_sizes(const Tensor& library_grad, const Tensor& weight) {
-  STD_TORCH_CHECK(
-      std::equal(
-          library_grad.sizes().begin(),
-          library_grad.sizes().end(),
-          weight.sizes().begin(),
-          weight.sizes().end()
-      ),
-      "dcconv: library_grad must have the sizes of weight"
-  );
+// A tensor that is read in the order of its memory, whichever layout that is.
+inline void check_dense_either(const Tensor& t, const char* name) {
+  check_dense(t, t, t.dim() == 4 && is_dense(t, true), name);
 }
 
 inline void check_map(const Tensor& t, int64_t count, Dtype dtype, const char* name) {
-  STD_TORCH_CHECK(
-      t.numel() == count && t.scalar_type() == compute_type(dtype) && t.is_contiguous(),
-      "dcconv: ",
+  check_dtype(t, compute_type(dtype), name);
+  DCCONV_CHECK(
+      t.numel() == count && t.is_contiguous(),
       name,
       " must have ",
       count,
-      " values in compute dtype, got ",
-      t.numel()
+      " contiguous values, got shape ",
+      list_of(t.sizes()),
+      " with strides ",
+      list_of(t.strides())
   );
 }
 
 inline int to_int(int64_t value) {
-  STD_TORCH_CHECK(
-      value >= 0 && value < (int64_t{1} << 31), "dcconv: a size must be below 2^31, got ", value
+  DCCONV_CHECK(
+      value >= 0 && value < (int64_t{1} << 31), "a size must be below 2^31 on a GPU, got ", value
   );
   return static_cast<int>(value);
 }
@@ -137,24 +139,9 @@ struct Geometry {
 
   // x: sizes of the unpadded input.
   ConvShape shape(int64_t n, int64_t c, int64_t h, int64_t w, int64_t o, const Ints& kernel) const {
-    STD_TORCH_CHECK(
-        kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
-        "dcconv: geometry must come as 2, 2, 4 and 2 numbers"
+    return conv_shape(
+        n, c, h, w, o, kernel, stride, padding, dilation, groups, padding_mode, false
     );
-    STD_TORCH_CHECK(
-        groups > 0 && c % groups == 0 && o % groups == 0 && c > 0 && o > 0,
-        "dcconv: groups must divide channels and filters"
-    );
-    const PaddingMode mode = padding_mode_of(padding_mode);
-    return {
-        n,
-        c,
-        o,
-        groups,
-        axis_of(h, kernel[0], stride[0], padding[0], padding[1], dilation[0], mode),
-        axis_of(w, kernel[1], stride[1], padding[2], padding[3], dilation[1], mode),
-        false
-    };
   }
 };
 
@@ -169,7 +156,7 @@ inline Operator operator_of(
 ) {
   return {
       magnitude_index(magnitude, weighting),
-      index_of(portable::Angulars{}, angular, "angular function"),
+      angular_index(angular),
       weighting == "linear",
       alpha,
       beta,
@@ -186,12 +173,16 @@ inline const void* data(const MaybeTensor& t) {
 inline int parameter_stride(const MaybeTensor& t, int64_t o, Dtype dtype, const char* name) {
   if (!t.has_value())
     return 0;
-  STD_TORCH_CHECK(
-      (t->numel() == 1 || t->numel() == o) && t->scalar_type() == compute_type(dtype) &&
-          t->is_contiguous(),
-      "dcconv: ",
+  check_dtype(*t, compute_type(dtype), name);
+  DCCONV_CHECK(
+      (t->numel() == 1 || t->numel() == o) && t->is_contiguous(),
       name,
-      " must be one value or one per filter, in compute dtype"
+      " must be one value",
+      o == 1 ? "" : " or one per filter",
+      ", contiguous, got shape ",
+      list_of(t->sizes()),
+      " with strides ",
+      list_of(t->strides())
   );
   return t->numel() == 1 ? 0 : 1;
 }
@@ -210,7 +201,7 @@ inline FilterOperands filter_operands(
     Dtype dtype
 ) {
   check_map(a, o, dtype, "a");
-  STD_TORCH_CHECK(parameter_stride(mean, 1, dtype, "mean") == 0, "dcconv: mean must be one value");
+  parameter_stride(mean, 1, dtype, "mean");
   return {
       a.const_data_ptr(),
       data(radius),

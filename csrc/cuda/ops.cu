@@ -18,6 +18,11 @@ namespace {
 // Bits of `needs`, in the order of the operands (dcconv/ops.py).
 enum Needs { kX = 1, kWeight = 2, kBias = 4, kRadius = 8, kNormMean = 16, kK = 32 };
 
+void check_sums(int64_t sums) {
+  constexpr int64_t all = kSumRho | kSumA | kSumK | kSumBias;
+  DCCONV_CHECK(sums >= 0 && sums <= all, "sums must be bits of ", all, ", got ", sums);
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
     Tensor x,
     Tensor weight,
@@ -35,12 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
   const Dtype dtype = dtype_of(x);
   const ScalarType compute = compute_type(dtype);
   check_dense(x, x, channels_last, "x");
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
-          weight.size(1) * groups == x.size(1) &&
-          (is_dense(weight, false) || is_dense(weight, true)),
-      "dcconv: weight does not fit x"
-  );
+  check_weight(x, weight, groups);
+  check_dense_either(weight, "weight");
   const Geometry geometry{stride, padding, dilation, groups, padding_mode};
   const ConvShape shape = geometry.shape(
       x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), {weight.size(2), weight.size(3)}
@@ -115,22 +116,15 @@ Tensor run_epilogue(
   check_dense(u, u, channels_last, "u");
   check_dense(y, u, channels_last, "y");
   const int64_t groups = geometry.groups;
-  STD_TORCH_CHECK(input_size.size() == 2, "dcconv: input_size must be two numbers");
+  DCCONV_CHECK(input_size.size() == 2, "input_size must be 2 numbers, got ", list_of(input_size));
   // The channels of x do not matter here: one per group stands for them.
   const ConvShape shape =
       geometry.shape(u.size(0), groups, input_size[0], input_size[1], u.size(1), kernel_size);
-  STD_TORCH_CHECK(
-      shape.rows.output == u.size(2) && shape.columns.output == u.size(3),
-      "dcconv: u does not fit the geometry"
-  );
+  check_sizes(u, {shape.n, shape.o, shape.rows.output, shape.columns.output}, "u");
   const int64_t outputs = shape.positions() * groups;
   check_map(map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
   const MaybeTensor bias = dense_parameter(bias_in);
-  STD_TORCH_CHECK(
-      !bias.has_value() || (bias->numel() == shape.o && bias->scalar_type() == u.scalar_type() &&
-                            bias->is_contiguous()),
-      "dcconv: bias must be one value per filter"
-  );
+  check_bias(bias, shape.o, u.scalar_type());
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
   Tensor norm = empty(u, {map_is_norm ? 0 : outputs}, compute);
   EpilogueParams p{};
@@ -179,7 +173,7 @@ std::tuple<Tensor, Tensor> conv2d_epilogue(
     bool map_is_norm,
     bool channels_last
 ) {
-  const Ints sizes(u.sizes().begin(), u.sizes().end());
+  const Ints sizes = sizes_of(u);
   Tensor y = empty(u, sizes, u.scalar_type(), channels_last);
   Tensor norm = run_epilogue(
       u,
@@ -276,17 +270,26 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_grad_dot(
   check_dense(kept, grad_y, channels_last, "kept");
   const int64_t n = grad_y.size(0), o = grad_y.size(1);
   const int64_t pixels = grad_y.size(2) * grad_y.size(3);
-  STD_TORCH_CHECK(
-      kept.numel() == grad_y.numel() && groups > 0 && o > 0 && o % groups == 0 && pixels > 0,
-      "dcconv: kept does not fit grad_y"
+  check_sizes(kept, sizes_of(grad_y), "kept");
+  DCCONV_CHECK(
+      groups > 0 && o > 0 && o % groups == 0,
+      "groups must divide the ",
+      o,
+      " channels of grad_y, got ",
+      groups
   );
-  STD_TORCH_CHECK(
-      rows > 0 && sums >= 0 && sums <= (kSumRho | kSumA | kSumK | kSumBias),
-      "dcconv: rows must be positive and sums known bits"
+  DCCONV_CHECK(
+      pixels > 0, "grad_y must have rows and columns, got shape ", list_of(grad_y.sizes())
+  );
+  check_sums(sums);
+  DCCONV_CHECK(
+      rows > 0 && rows <= kMostPixels && is_countable({4, rows, o}),
+      "rows must be at least 1 and below 2^31, and parts at most 2^50 elements, got ",
+      rows
   );
   check_map(norm_map, n * pixels * groups, dtype, "norm_map");
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
-  const Ints sizes(grad_y.sizes().begin(), grad_y.sizes().end());
+  const Ints sizes = sizes_of(grad_y);
   Tensor grad_u = empty(grad_y, sizes, grad_y.scalar_type(), channels_last);
   Tensor t = empty(grad_y, {wants_t ? norm_map.numel() : 0}, compute);
   const int64_t kinds = sum_kinds(static_cast<int>(sums));
@@ -299,8 +302,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_grad_dot(
   p.groups = to_int(groups);
   p.channels_last = channels_last;
   p.op = operator_of(magnitude, angular, weighting, alpha, beta, power, delta);
-  STD_TORCH_CHECK(
-      kept_is == "output" || kept_is == "dot", "dcconv: unknown kept tensor '", kept_is, "'"
+  DCCONV_CHECK(
+      kept_is == "output" || kept_is == "dot",
+      "kept_is must be one of output, dot, got '",
+      kept_is,
+      "'"
   );
   p.kept_is = kept_is == "output" ? Kept::output : Kept::dot;
   p.filters = filter_operands(o, a, radius, mean, k, dtype);
@@ -333,10 +339,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
   check_devices(weight, {parts, library_grad, a, radius_in, mean, k_in});
   const Dtype dtype = dtype_of(weight);
   const ScalarType compute = compute_type(dtype);
+  check_dimensions(weight, 4, "weight");
+  check_sums(sums);
+  DCCONV_CHECK(map_count >= 0, "map_count must be at least 0, got ", map_count);
   const int64_t o = weight.size(0), kinds = sum_kinds(static_cast<int>(sums));
-  STD_TORCH_CHECK(
-      sums >= 0 && sums <= (kSumRho | kSumA | kSumK | kSumBias), "dcconv: sums must be known bits"
-  );
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
   FilterGradParams p{};
   p.o = o;
@@ -349,10 +355,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
   p.map_count = map_count;
   Tensor totals;
   if (kinds > 0) {
-    STD_TORCH_CHECK(
-        parts.dim() == 3 && parts.size(0) == kinds && parts.size(2) == o &&
-            parts.scalar_type() == compute && parts.is_contiguous(),
-        "dcconv: parts must be [kinds, rows, o]"
+    check_dtype(parts, compute, "parts");
+    DCCONV_CHECK(
+        parts.dim() == 3 && parts.size(0) == kinds && parts.size(2) == o && parts.is_contiguous(),
+        "parts must be contiguous and have shape [",
+        kinds,
+        ", rows, ",
+        o,
+        "], got ",
+        list_of(parts.sizes())
     );
     totals = empty(weight, {kinds, o}, ScalarType::Double);
     ColumnSumsParams c{};
@@ -367,13 +378,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
   const auto wanted = [&](int64_t bit, int64_t sum) {
     return (needs & bit) != 0 && (sums & sum) != 0;
   };
-  const auto sizes_of = [](const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); };
   Tensor grad_weight = absent(weight, weight.scalar_type());
   if (library_grad.has_value() && (needs & kWeight) != 0) {
     const bool last = is_channels_last(weight);
     check_dense(weight, weight, last, "weight");
     check_dense(*library_grad, weight, last, "library_grad");
-    check_sizes(*library_grad, weight);
+    check_sizes(*library_grad, sizes_of(weight), "library_grad");
     grad_weight = empty(weight, sizes_of(weight), weight.scalar_type(), last);
     p.weight = weight.const_data_ptr();
     p.library_grad = library_grad->const_data_ptr();
@@ -399,7 +409,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_grad_filters(
     p.grad_k = grad_k.mutable_data_ptr();
   }
   if (barrier) {
-    STD_TORCH_CHECK((sums & kSumRho) != 0, "dcconv: the barrier needs the sums of rho");
+    DCCONV_CHECK(
+        (sums & kSumRho) != 0, "sums must have the bit of rho behind a barrier, got ", sums
+    );
     sigma = empty(weight, {}, compute);
     p.sigma = sigma.mutable_data_ptr();
   }
@@ -424,25 +436,20 @@ void run_grad_input(
   check_devices(x, {library_grad, t, norm_map, sigma, grad_x});
   const Dtype dtype = dtype_of(x);
   const int64_t groups = geometry.groups;
+  check_dense(x, x, channels_last, "x");
   const ConvShape shape =
       geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), groups, kernel_size);
-  check_dense(x, x, channels_last, "x");
   check_dense(grad_x, x, channels_last, "grad_x");
-  STD_TORCH_CHECK(grad_x.numel() == x.numel(), "dcconv: grad_x does not fit x");
+  check_sizes(grad_x, sizes_of(x), "grad_x");
   check_map(t, shape.positions() * groups, dtype, "t");
   if (tap != Tap::plain)
     check_map(norm_map, shape.positions() * groups, dtype, "norm_map");
-  STD_TORCH_CHECK(
-      parameter_stride(sigma, 1, dtype, "sigma") == 0, "dcconv: sigma must be one value"
-  );
+  parameter_stride(sigma, 1, dtype, "sigma");
   if (library_grad.has_value()) {
     check_dense(*library_grad, x, channels_last, "library_grad");
     const int64_t rows = padded ? shape.rows.padded() : shape.rows.input;
     const int64_t columns = padded ? shape.columns.padded() : shape.columns.input;
-    STD_TORCH_CHECK(
-        library_grad->numel() == shape.n * shape.c * rows * columns,
-        "dcconv: library_grad does not fit the geometry"
-    );
+    check_sizes(*library_grad, {shape.n, shape.c, rows, columns}, "library_grad");
   }
   GradInputParams p{};
   p.n = shape.n;
@@ -480,7 +487,7 @@ Tensor conv2d_grad_input(
     bool padded,
     bool channels_last
 ) {
-  const Ints sizes(x.sizes().begin(), x.sizes().end());
+  const Ints sizes = sizes_of(x);
   Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
   run_grad_input(
       library_grad,
@@ -530,9 +537,10 @@ void conv2d_grad_input_(
 std::tuple<Tensor, Tensor> filter_scale(Tensor weight, double alpha, double eps, bool divide) {
   const OnDevice device(weight);
   const Dtype dtype = dtype_of(weight);
+  check_dimensions(weight, 4, "weight");
   const bool last = is_channels_last(weight);
   check_dense(weight, weight, last, "weight");
-  const Ints sizes(weight.sizes().begin(), weight.sizes().end());
+  const Ints sizes = sizes_of(weight);
   Tensor scaled = empty(weight, sizes, weight.scalar_type(), last);
   Tensor a = empty(weight, {weight.size(0)}, compute_type(dtype));
   FilterNormParams p{};
@@ -552,12 +560,13 @@ Tensor filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, double al
   const OnDevice device(weight);
   check_devices(weight, {library_grad, a});
   const Dtype dtype = dtype_of(weight);
+  check_dimensions(weight, 4, "weight");
   const bool last = is_channels_last(weight);
   check_dense(weight, weight, last, "weight");
   check_dense(library_grad, weight, last, "library_grad");
-  check_sizes(library_grad, weight);
+  check_sizes(library_grad, sizes_of(weight), "library_grad");
   check_map(a, weight.size(0), dtype, "a");
-  const Ints sizes(weight.sizes().begin(), weight.sizes().end());
+  const Ints sizes = sizes_of(weight);
   Tensor grad_weight = empty(weight, sizes, weight.scalar_type(), last);
   FilterGradParams p{};
   p.o = weight.size(0);
@@ -585,6 +594,7 @@ Tensor window_norm_op(
   const OnDevice device(x);
   const Dtype dtype = dtype_of(x);
   const ScalarType compute = compute_type(dtype);
+  check_dimensions(x, 4, "x");
   const bool channels_last = x.size(0) > 0 && is_channels_last(x);
   check_dense(x, x, channels_last, "x");
   const Geometry geometry{stride, padding, dilation, groups, padding_mode};
@@ -625,14 +635,13 @@ Tensor window_norm_grad(
     int64_t groups,
     std::string padding_mode
 ) {
-  const Dtype dtype = dtype_of(x);
+  check_dimensions(x, 4, "x");
   const bool channels_last = x.size(0) > 0 && is_channels_last(x);
-  STD_TORCH_CHECK(
-      is_dense(grad_b, channels_last) && is_dense(b, channels_last) &&
-          grad_b.numel() == b.numel() && grad_b.scalar_type() == compute_type(dtype),
-      "dcconv: grad_b does not fit b"
-  );
-  const Ints sizes(x.sizes().begin(), x.sizes().end());
+  check_dtype(b, compute_type(dtype_of(x)), "b");
+  check_dense(b, b, channels_last, "b");
+  check_dense(grad_b, b, channels_last, "grad_b");
+  check_sizes(grad_b, sizes_of(b), "grad_b");
+  const Ints sizes = sizes_of(x);
   Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
   const auto flat = [](const Tensor& t) {
     return dispatch_tensor(

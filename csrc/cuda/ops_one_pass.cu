@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/launch.cuh"
 #include "cuda/op_support.h"
 #include "schemas.h"
 
@@ -16,10 +17,7 @@ namespace {
 Tensor filter_norm_op(Tensor weight, double eps) {
   const OnDevice device(weight);
   const Dtype dtype = dtype_of(weight);
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && (is_dense(weight, false) || is_dense(weight, true)),
-      "dcconv: weight must be 4-d and dense"
-  );
+  check_dense_either(weight, "weight");
   Tensor a = empty(weight, {weight.size(0)}, compute_type(dtype));
   FilterNormParams p{};
   p.o = weight.size(0);
@@ -33,14 +31,27 @@ Tensor filter_norm_op(Tensor weight, double eps) {
 }
 
 ConvShape shape_of(const Tensor& x, const Tensor& weight, const Geometry& geometry) {
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
-          weight.size(1) * geometry.groups == x.size(1),
-      "dcconv: weight does not fit x"
-  );
+  check_weight(x, weight, geometry.groups);
   return geometry.shape(
       x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), {weight.size(2), weight.size(3)}
   );
+}
+
+constexpr char kImplicitGemm[] = "implicit_gemm", kDepthwise[] = "depthwise", kStem[] = "stem";
+
+// The number of a tile, -1 for the kernel's own rule; the kernel knows how many it has.
+int tile_of(int64_t tile) {
+  DCCONV_CHECK(tile >= -1 && tile <= kMostPixels, "tile must be -1 or a tile's number, got ", tile);
+  return static_cast<int>(tile);
+}
+
+// An operand as a kernel takes it: the implicit GEMM copies pieces of 16 bytes, which begin at
+// multiples of 16. Where a view begins elsewhere its elements move; allocations begin at multiples
+// of 512.
+Tensor operand_of(const std::string& kernel, const Tensor& t) {
+  if (kernel != kImplicitGemm || t.numel() == 0 || aligned16(t.const_data_ptr()))
+    return t;
+  return dispatch_tensor("aten::clone", "", t, std::optional<MemoryFormat>(MemoryFormat::Preserve));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_one_pass(
@@ -81,19 +92,17 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_one_pass(
   const Geometry geometry{stride, padding, dilation, groups, padding_mode};
   const ConvShape shape = shape_of(x, weight, geometry);
   const int64_t outputs = shape.positions() * groups;
-  STD_TORCH_CHECK(map.has_value() || !map_is_norm, "dcconv: map_is_norm must come with a map");
+  DCCONV_CHECK(map.has_value() || !map_is_norm, "map must be there with map_is_norm, got none");
   if (map.has_value())
     check_map(*map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
-  STD_TORCH_CHECK(
-      !map.has_value() || map_is_norm || kernel == "implicit_gemm",
-      "dcconv: map must be the norms for kernel ",
-      kernel
+  DCCONV_CHECK(
+      !map.has_value() || map_is_norm || kernel == kImplicitGemm,
+      "map must be the norms for kernel '",
+      kernel,
+      "', got sums of squares"
   );
   const MaybeTensor bias = dense_parameter(bias_in);
-  STD_TORCH_CHECK(
-      !bias.has_value() || (bias->numel() == shape.o && bias->scalar_type() == x.scalar_type()),
-      "dcconv: bias must be one value per filter"
-  );
+  check_bias(bias, shape.o, x.scalar_type());
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
   const Ints sizes{shape.n, shape.o, shape.rows.output, shape.columns.output};
   Tensor y = empty(x, sizes, x.scalar_type(), channels_last);
@@ -112,20 +121,23 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_one_pass(
   p.eps = eps;
   p.filters = filter_operands(shape.o, a, radius, mean, k, dtype);
   p.bias = data(bias);
-  p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
+  const Tensor x_operand = operand_of(kernel, x), weight_operand = operand_of(kernel, weight);
+  p.x = x_operand.const_data_ptr();
+  p.weight = weight_operand.const_data_ptr();
   p.map = data(map);
   p.map_is_norm = map_is_norm;
   p.y = y.mutable_data_ptr();
   p.dot = keep_dot ? dot.mutable_data_ptr() : nullptr;
   p.norm = writes_norm ? norm.mutable_data_ptr() : nullptr;
-  p.tile = static_cast<int>(tile);
-  if (kernel == "implicit_gemm") {
+  p.tile = tile_of(tile);
+  if (kernel == kImplicitGemm) {
     implicit_gemm(dtype, p, device.stream());
-  } else if (kernel == "depthwise") {
+  } else if (kernel == kDepthwise) {
     depthwise(dtype, p, device.stream());
   } else {
-    STD_TORCH_CHECK(kernel == "stem", "dcconv: unknown kernel ", kernel);
+    DCCONV_CHECK(
+        kernel == kStem, "kernel must be one of implicit_gemm, depthwise, stem, got '", kernel, "'"
+    );
     stem(dtype, p, device.stream());
   }
   return {y, norm, dot};
@@ -156,17 +168,12 @@ Tensor conv2d_one_pass_grad_input(
   const Geometry geometry{stride, padding, dilation, groups, padding_mode};
   const ConvShape shape = shape_of(x, weight, geometry);
   const int64_t outputs = shape.positions() * groups;
-  STD_TORCH_CHECK(
-      grad_u.numel() == shape.positions() * shape.o && grad_u.size(1) == shape.o,
-      "dcconv: grad_u does not fit the geometry"
-  );
+  check_sizes(grad_u, {shape.n, shape.o, shape.rows.output, shape.columns.output}, "grad_u");
   check_map(t, outputs, dtype, "t");
   if (sigma.has_value())
     check_map(norm_map, outputs, dtype, "norm_map");
-  STD_TORCH_CHECK(
-      parameter_stride(sigma, 1, dtype, "sigma") == 0, "dcconv: sigma must be one value"
-  );
-  const Ints sizes(x.sizes().begin(), x.sizes().end());
+  parameter_stride(sigma, 1, dtype, "sigma");
+  const Ints sizes = sizes_of(x);
   Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
   OnePassGradInputParams p{};
   p.n = shape.n;
@@ -175,19 +182,23 @@ Tensor conv2d_one_pass_grad_input(
   p.groups = to_int(groups);
   p.window = window_of(shape);
   p.channels_last = channels_last;
-  p.grad_u = grad_u.const_data_ptr();
-  p.weight = weight.const_data_ptr();
-  p.x = x.const_data_ptr();
+  const Tensor grad_u_operand = operand_of(kernel, grad_u), x_operand = operand_of(kernel, x);
+  const Tensor weight_operand = operand_of(kernel, weight);
+  p.grad_u = grad_u_operand.const_data_ptr();
+  p.weight = weight_operand.const_data_ptr();
+  p.x = x_operand.const_data_ptr();
   p.tap = sigma.has_value() ? Tap::with_mean : Tap::plain;
   p.t = t.const_data_ptr();
   p.norm = norm_map.const_data_ptr();
   p.sigma = data(sigma);
   p.grad_x = grad_x.mutable_data_ptr();
-  p.tile = static_cast<int>(tile);
-  if (kernel == "implicit_gemm") {
+  p.tile = tile_of(tile);
+  if (kernel == kImplicitGemm) {
     implicit_gemm_grad_input(dtype, p, device.stream());
   } else {
-    STD_TORCH_CHECK(kernel == "depthwise", "dcconv: unknown kernel ", kernel);
+    DCCONV_CHECK(
+        kernel == kDepthwise, "kernel must be one of implicit_gemm, depthwise, got '", kernel, "'"
+    );
     depthwise_grad_input(dtype, p, device.stream());
   }
   return grad_x;
@@ -211,14 +222,20 @@ Tensor depthwise_grad_weight_op(
   const Dtype dtype = dtype_of(x);
   check_dense(x, x, channels_last, "x");
   check_dense(grad_u, x, channels_last, "grad_u");
-  STD_TORCH_CHECK(
-      groups == x.size(1) && rows > 0, "dcconv: a depthwise call has one channel a group"
+  DCCONV_CHECK(
+      groups == x.size(1), "groups must be the ", x.size(1), " channels of x, got ", groups
+  );
+  DCCONV_CHECK(
+      rows > 0 && rows <= kMostPixels, "rows must be at least 1 and below 2^31, got ", rows
   );
   const Geometry geometry{stride, padding, dilation, groups, padding_mode};
   const ConvShape shape =
       geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), grad_u.size(1), kernel_size);
-  STD_TORCH_CHECK(
-      grad_u.numel() == shape.positions() * shape.o, "dcconv: grad_u does not fit the geometry"
+  check_sizes(grad_u, {shape.n, shape.o, shape.rows.output, shape.columns.output}, "grad_u");
+  DCCONV_CHECK(
+      is_countable({rows, kernel_size[0], kernel_size[1], shape.o}),
+      "rows must leave parts at most 2^50 elements, got ",
+      rows
   );
   Tensor grad_weight =
       empty(x, {shape.o, 1, kernel_size[0], kernel_size[1]}, x.scalar_type(), weight_channels_last);

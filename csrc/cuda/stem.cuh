@@ -3,7 +3,7 @@
 // are summed as the taps come by.
 #pragma once
 
-#include <stdexcept>
+#include "check.h"
 
 #include "cuda/depthwise/strip.cuh"
 #include "cuda/tensor_core.cuh"
@@ -245,8 +245,13 @@ constexpr std::size_t kStemShared = 99 << 10;
 template <class T>
 void stem_typed(const OnePassParams& p, Stream stream) {
   const int64_t depth = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.c;
-  if (p.groups != 1 || stem_shared<T>(depth) > kStemShared)
-    throw std::runtime_error("dcconv: a stem must have one group and few taps");
+  DCCONV_CHECK(
+      p.groups == 1 && stem_shared<T>(depth) <= kStemShared,
+      "a stem must have one group and few taps, got ",
+      p.groups,
+      " and ",
+      depth
+  );
   bool vectors = p.channels_last && p.o % kDirectVector == 0;
   for (const void* pointer : {static_cast<const void*>(p.y), static_cast<const void*>(p.dot)})
     vectors = vectors && aligned16(pointer);

@@ -301,7 +301,9 @@ def _measure(
     ):
         try:
             times = compare(_runs(operands, problem, kept, key, willing), stopwatch)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(ops.as_pytorch(error), torch.OutOfMemoryError):
+                raise
             warn_once(f"too little memory to measure plans for [{key.text}]: the rule decides")
             return
     _caches[key.device].add(key, times)
@@ -365,12 +367,10 @@ def choose(
         backend,
         x.shape,
         x.stride(),
-        x.storage_offset(),
         x.dtype,
         device,
         weight.shape,
         weight.stride(),
-        weight.storage_offset(),
         bias is None,
         _dimensions(radius),
         _dimensions(norm_mean),

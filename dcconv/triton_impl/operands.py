@@ -8,7 +8,6 @@ from torch import Tensor
 from dcconv.functions import magnitudes, weightings
 from dcconv.numerics import tf32_convolutions
 from dcconv.ops import is_channels_last
-from dcconv.problem import output_size
 
 
 def layout(channels_last: bool) -> torch.memory_format:
@@ -21,22 +20,6 @@ def format_of(t: Tensor) -> bool:
 
 def empty_like(t: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_like(t, memory_format=layout(channels_last))
-
-
-def windows(
-    height: int,
-    width: int,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> tuple[int, int]:
-    """Return rows and columns of the output."""
-    top, bottom, left, right = padding
-    return (
-        output_size(height, kernel_size[0], stride[0], top, bottom, dilation[0]),
-        output_size(width, kernel_size[1], stride[1], left, right, dilation[1]),
-    )
 
 
 def slots(padding: list[int], padding_mode: str) -> tuple[int, int]:

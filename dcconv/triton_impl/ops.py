@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from dcconv import fakes
+from dcconv import fakes, guards
 from dcconv.numerics import RHO_FLOOR
 from dcconv.ops import (
     NEEDS_BIAS,
@@ -28,6 +28,7 @@ from dcconv.triton_impl.grad_input import grad_input_kernel
 from dcconv.triton_impl.launch import (
     BLOCK,
     ELEMENTS,
+    GRADIENT_ELEMENTS,
     blocks,
     filter_tile,
     on_device,
@@ -43,13 +44,32 @@ from dcconv.triton_impl.operands import (
     number_of,
     per_position,
     slots,
-    windows,
 )
 
 COMPUTE = torch.float32
 
 # column_sums: rows and filters of a tile.
 SUM_ROWS, SUM_FILTERS = 32, 32
+
+
+def check_parameters(
+    filters: int,
+    a: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | None,
+    mean: Tensor | None,
+    k: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Require one value per filter, or one, of the dtypes that kernels read."""
+    if bias is not None:
+        guards.values("bias", bias, filters)
+    guards.dtype("bias", bias, dtype)
+    for name, t in (("radius", radius), ("k", k)):
+        guards.parameter(name, t, filters)
+    guards.one_value("mean", mean)
+    for name, t in (("a", a), ("radius", radius), ("mean", mean), ("k", k)):
+        guards.dtype(name, t, COMPUTE)
 
 
 def _pixel_sumsq(x: Tensor, groups: int, channels_last: bool) -> Tensor:
@@ -93,7 +113,16 @@ def _window_norm(
 ) -> Tensor:
     """Fill b; return its partial sums, [0] where they are not wanted."""
     h, w = input_size
-    p, q = windows(h, w, kernel_size, stride, padding, dilation)
+    p, q = guards.windows(
+        [images, groups, h, w],
+        groups,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+    )
     tiles = tiling(images, p * q, groups, groups, channels_last, BLOCK)
     programs = tiles.tiles * tiles.group_chunks
     partial = sums.new_empty(programs if wants_sums else 0, dtype=torch.float64)
@@ -141,16 +170,17 @@ def conv2d_norms(
     batch_mean: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    guards.filters_of(x, weight, groups)
     n, _, h, w = x.shape
     filters = weight.shape[0]
+    kernel = [weight.shape[2], weight.shape[3]]
+    p, q = guards.windows(x.shape, filters, kernel, stride, padding, dilation, groups, padding_mode)
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
     result = _pixel_sumsq(x, groups, channels_last)
     a = x.new_empty(filters, dtype=COMPUTE)
     mean = x.new_empty(() if batch_mean else (0,), dtype=COMPUTE)
     partial = result
     if batch_mean:
-        kernel = [weight.shape[2], weight.shape[3]]
-        p, q = windows(h, w, kernel, stride, padding, dilation)
         b = x.new_empty(n * groups * p * q, dtype=COMPUTE)
         partial = _window_norm(
             result,
@@ -218,6 +248,20 @@ def _epilogue(
     channels_last: bool,
 ) -> Tensor:
     """Fill y; return the norm map, [0] where ``map`` is it."""
+    fakes.check_epilogue(
+        u,
+        a,
+        map,
+        input_size,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        map_is_norm,
+    )
+    check_parameters(u.shape[1], a, bias, radius, mean, k, u.dtype)
     n, filters, p, q = u.shape
     norm_map = a.new_empty(0 if map_is_norm else n * groups * p * q)
     tiles = tiling(n, p * q, filters, groups, channels_last)
@@ -409,11 +453,17 @@ def conv2d_grad_dot(
     rows: int,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    fakes.check_grad_dot(grad_y, kept, norm_map, a, groups, sums, rows)
+    check_parameters(grad_y.shape[1], a, None, radius, mean, k, grad_y.dtype)
     n, filters, p, q = grad_y.shape
     count = norm_map.shape[0]
     kinds = bin(sums).count("1")
     # Every sum takes a register per element: more of them leave registers for smaller tiles.
     elements = ELEMENTS >> (kinds + 1) // 2
+    if grad_y.dtype == COMPUTE and not channels_last:
+        # A vector of 16 bytes for a thread. With two, mix x linear in float32 had two values more
+        # than registers (Triton 3.8, sm_90).
+        elements = min(elements, GRADIENT_ELEMENTS)
     tiles = tiling(n, p * q, filters, groups, channels_last, elements)
     grad_u = empty_like(grad_y, channels_last)
     t = a.new_empty(tiles.chunks * count if wants_t else 0)
@@ -497,6 +547,8 @@ def conv2d_grad_filters(
     barrier: bool,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fakes.check_grad_filters(parts, library_grad, weight, a, sums)
+    check_parameters(weight.shape[0], a, None, radius, mean, k, weight.dtype)
     filters = weight.shape[0]
     totals = a.new_empty((parts.shape[0], filters) if sums else 0, dtype=torch.float64)
     if sums:
@@ -594,7 +646,12 @@ def _grad_input(
     channels_last: bool,
 ) -> None:
     n, c, h, w = x.shape
-    p, q = windows(h, w, kernel_size, stride, padding, dilation)
+    p, q = guards.windows(
+        x.shape, groups, kernel_size, stride, padding, dilation, groups, padding_mode
+    )
+    guards.one_value("sigma", sigma)
+    if tap == "with_mean":
+        guards.values("norm_map", norm_map, n * groups * p * q)
     tiles = tiling(n, h * w, c, groups, channels_last)
     top, bottom, left, right = padding
     row_slots, column_slots = slots(padding, padding_mode)
@@ -656,6 +713,9 @@ def conv2d_grad_input(
     padded: bool,
     channels_last: bool,
 ) -> Tensor:
+    fakes.check_grad_input(
+        library_grad, x, t, kernel_size, stride, padding, dilation, groups, padding_mode, padded
+    )
     grad_x = empty_like(x, channels_last)
     _grad_input(
         library_grad,
@@ -692,6 +752,9 @@ def conv2d_grad_input_(
     padding_mode: str,
     channels_last: bool,
 ) -> None:
+    fakes.check_grad_input(
+        library_grad, x, t, kernel_size, stride, padding, dilation, groups, padding_mode, False
+    )
     _grad_input(
         library_grad,
         x,
@@ -713,6 +776,7 @@ def conv2d_grad_input_(
 
 @op("filter_scale", fakes._filter_scale_fake)
 def filter_scale(weight: Tensor, alpha: float, eps: float, divide: bool) -> tuple[Tensor, Tensor]:
+    guards.dimensions("weight", weight, 4)
     scaled = empty_like(weight, format_of(weight))
     a = weight.new_empty(weight.shape[0], dtype=COMPUTE)
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
@@ -743,6 +807,7 @@ def filter_scale(weight: Tensor, alpha: float, eps: float, divide: bool) -> tupl
 def filter_scale_grad(
     library_grad: Tensor, weight: Tensor, a: Tensor, alpha: float, divide: bool
 ) -> Tensor:
+    fakes.check_grad_filters(weight, library_grad, weight, a, 0)
     grad_weight = empty_like(weight, format_of(weight))
     _filter_grad(library_grad, weight, a, a, grad_weight, alpha, divide, divide, 0)
     return grad_weight
@@ -759,9 +824,11 @@ def window_norm(
     padding_mode: str,
     eps: float,
 ) -> Tensor:
+    p, q = guards.windows(
+        x.shape, groups, kernel_size, stride, padding, dilation, groups, padding_mode
+    )
     n, _, h, w = x.shape
     last = format_of(x)
-    p, q = windows(h, w, kernel_size, stride, padding, dilation)
     sums = _pixel_sumsq(x, groups, last)
     b = torch.empty((n, groups, p, q), dtype=COMPUTE, device=x.device, memory_format=layout(last))
     _window_norm(
@@ -794,6 +861,9 @@ def window_norm_grad(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
+    fakes.check_window_grad(
+        grad_b, x, b, kernel_size, stride, padding, dilation, groups, padding_mode
+    )
     last = format_of(x)
     grad_x = empty_like(x, last)
     _grad_input(

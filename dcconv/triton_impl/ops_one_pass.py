@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from dcconv import checks
+from dcconv import checks, guards
 from dcconv import fakes_one_pass as fakes
 from dcconv.fakes import no_flops
 from dcconv.numerics import RHO_FLOOR
@@ -41,14 +41,12 @@ from dcconv.triton_impl.launch import (
 from dcconv.triton_impl.norms import filter_norm_kernel
 from dcconv.triton_impl.operands import (
     dense,
-    empty_like,
     number_of,
     per_position,
     precision,
     slots,
-    windows,
 )
-from dcconv.triton_impl.ops import column_sums
+from dcconv.triton_impl.ops import check_parameters, column_sums
 from dcconv.triton_impl.tuning import tuned
 
 # depthwise_grad_weight: a program has a sum per element of its tile for so many taps at most.
@@ -57,6 +55,7 @@ TAPS = 9
 
 @op("filter_norm", fakes._filter_norm_fake)
 def filter_norm(weight: Tensor, eps: float) -> Tensor:
+    guards.dimensions("weight", weight, 4)
     filters = weight.shape[0]
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
     a = weight.new_empty(filters, dtype=torch.float32)
@@ -149,9 +148,6 @@ def conv2d_one_pass(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.choice("kernel", kernel, (DEPTHWISE, IMPLICIT_GEMM))
-    n, _, h, w = x.shape
-    filters, _, rows, columns = weight.shape
-    p, q = windows(h, w, [rows, columns], stride, padding, dilation)
     y, norm_map, dot = fakes._conv2d_one_pass_fake(
         x,
         weight,
@@ -181,6 +177,10 @@ def conv2d_one_pass(
         tile,
         channels_last,
     )
+    check_parameters(weight.shape[0], a, bias, radius, mean, k, x.dtype)
+    n, _, h, w = x.shape
+    filters, _, rows, columns = weight.shape
+    p, q = y.shape[2:]
     functions: dict[str, Any] = {
         "MAGNITUDE": twin_of(magnitude, weighting),
         "ANGULAR": angular,
@@ -377,8 +377,26 @@ def conv2d_one_pass_grad_input(
     channels_last: bool,
 ) -> Tensor:
     checks.choice("kernel", kernel, (DEPTHWISE, IMPLICIT_GEMM))
+    grad_x = fakes._conv2d_one_pass_grad_input_fake(
+        grad_u,
+        weight,
+        x,
+        t,
+        norm_map,
+        sigma,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        kernel,
+        tile,
+        channels_last,
+    )
+    guards.one_value("sigma", sigma)
+    if sigma is not None:
+        guards.values("norm_map", norm_map, t.shape[0])
     n, _, h, w = x.shape
-    grad_x = empty_like(x, channels_last)
     if x.numel() == 0:
         return grad_x
     if kernel == DEPTHWISE:
@@ -462,7 +480,6 @@ def depthwise_grad_weight(
     weight_channels_last: bool,
     channels_last: bool,
 ) -> Tensor:
-    n, filters, p, q = grad_u.shape
     grad_weight = fakes._depthwise_grad_weight_fake(
         grad_u,
         x,
@@ -476,6 +493,7 @@ def depthwise_grad_weight(
         weight_channels_last,
         channels_last,
     )
+    n, filters, p, q = grad_u.shape
     taps = kernel_size[0] * kernel_size[1]
     tap_blocks = blocks(taps, TAPS)
     tiles = gradient_tiling(n, p * q, filters, groups, channels_last, x.element_size())

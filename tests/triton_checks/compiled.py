@@ -137,7 +137,7 @@ def launches_of(
             x,
             empty(c, 1, 3, 3),
             compute(c),
-            norm,
+            compute(n * c * h * h),
             empty(c),
             compute(c),
             mean,

@@ -1,7 +1,7 @@
 // Depthwise and small groups: x and w -> u, b and y in one pass over x and y, no tensor cores.
 #pragma once
 
-#include <stdexcept>
+#include "check.h"
 
 #include "cuda/depthwise/strip.cuh"
 
@@ -167,7 +167,11 @@ std::size_t direct_shared(int64_t values_per_channel, int64_t width) {
   return SharedBytes().take<A>(values_per_channel * width).template take<A>(3 * width).total();
 }
 
-constexpr char kDirectTooLong[] = "dcconv: a depthwise filter must fit in shared memory";
+inline void check_direct(int columns, int64_t values) {
+  DCCONV_CHECK(
+      columns > 0, "a depthwise filter must fit in shared memory, got ", values, " values"
+  );
+}
 
 // Vectors side by side of which the weights fit in shared memory, 0 if not even one does.
 template <class A>
@@ -187,8 +191,7 @@ void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
     if (columns == 0)
       return launch_depthwise_channels_last<T, 1, 0>(p, stream);
   }
-  if (columns == 0)
-    throw std::runtime_error(kDirectTooLong);
+  check_direct(columns, values);
   DepthwiseArgs args{
       p,
       strip_geometry(p.window, true, p.c, p.o, p.groups),

@@ -271,8 +271,7 @@ void launch_depthwise_grad_input_channels_last(const OnePassGradInputParams& p, 
     if (columns == 0)
       return launch_depthwise_grad_input_channels_last<T, 1, 0>(p, stream);
   }
-  if (columns == 0)
-    throw std::runtime_error(kDirectTooLong);
+  check_direct(columns, values);
   DepthwiseGradInputArgs args = depthwise_grad_input_args(p, V, columns);
   const Grid grid = strip_grid(args.lanes, true, kDepthwiseGradResident);
   launch(
