@@ -65,7 +65,8 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         try:
             results = conv2d_forward(operands, problem, kept, plans)
         except RuntimeError as error:
-            raise ops.as_pytorch(error) from None
+            known = ops.as_pytorch(error)
+            raise known from None
         y, norm_map, mean, dot, *more = results
         ctx.mark_non_differentiable(norm_map, mean, dot, *more)
         ctx.set_materialize_grads(False)

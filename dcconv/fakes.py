@@ -428,8 +428,7 @@ def _conv2d_grad_input_fake(
 
 
 def _conv2d_grad_input_inplace_fake(library_grad: Tensor, *arguments: Any) -> None:
-    *operands, channels_last = arguments
-    _conv2d_grad_input_fake(library_grad, *operands, False, channels_last)
+    _conv2d_grad_input_fake(*(library_grad, *arguments[:-1], False, arguments[-1]))
 
 
 def _filter_scale_fake(

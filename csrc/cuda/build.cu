@@ -36,7 +36,8 @@ void cuda_arch(torch::stable::Tensor out) {
   );
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device_index(), &stream));
+  if (aoti_torch_get_current_cuda_stream(out.get_device_index(), &stream) != TORCH_SUCCESS)
+    fail("the question for the current stream failed");
   cuda_arch_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<int32_t*>(out.mutable_data_ptr())
   );

@@ -31,7 +31,8 @@ public:
   explicit OnDevice(const Tensor&) {}
 #else
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_) != TORCH_SUCCESS)
+      library_failed("the question for the current stream");
   }
 #endif
   Stream stream() const { return stream_; }
