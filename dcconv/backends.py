@@ -8,8 +8,8 @@ the line of ``report``. Choosing has no side effects but one warning per process
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 import dcconv.fakes
 import dcconv.fakes_one_pass  # noqa: F401  (registers them)
-from dcconv import autograd, checks, dispatch, ops, reference
+from dcconv import autograd, checks, dispatch, ops, reference, settings
 from dcconv.autograd import ONE_OP, PLAN_A, TRITON
 from dcconv.dispatch import allowed as plans
 from dcconv.dispatch import pin_table
@@ -51,8 +51,14 @@ AUTO = "auto"
 #: operator. Triton's one pass is measured, and run, with tiles that its autotuner chooses. What was
 #: measured is kept on disk, in ``$DCCONV_CACHE`` or ``dcconv`` in the user's cache folder. Nothing
 #: is measured while a CUDA graph is captured or a call is traced; in Triton's interpreter, under
-#: ``torch.use_deterministic_algorithms`` and with a pinned table the mode is off.
+#: ``torch.use_deterministic_algorithms`` and with a pinned table the mode is off. This is the
+#: process's setting; ``benchmarking`` changes that of a thread.
 benchmark: bool = False
+
+
+def _benchmarks() -> bool:
+    own = settings.benchmark.own()
+    return benchmark if own is None else own
 
 
 class Call(NamedTuple):
@@ -178,13 +184,13 @@ def _planned_conv2d_by(
     def conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
         mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
         if not _differentiated(operands):
-            chosen = dispatch.choose(backend, operands, problem, NOTHING, 0, benchmark)
+            chosen = dispatch.choose(backend, operands, problem, NOTHING, 0, _benchmarks())
             results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
             return results[0], results[2]
         backward = ops.NEEDS_X if operands.x.requires_grad else 0
         if operands.weight.requires_grad:
             backward |= ops.NEEDS_WEIGHT
-        chosen = dispatch.choose(backend, operands, problem, mode, backward, benchmark)
+        chosen = dispatch.choose(backend, operands, problem, mode, backward, _benchmarks())
         results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
         return results[0], results[2]
 
@@ -220,7 +226,14 @@ names: tuple[str, ...] = tuple(backend.name for backend in _BACKENDS)
 # are willing, such as interpreted kernels, run where they are named.
 _FAST = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
-_default = os.environ.get("DCCONV_BACKEND", AUTO)
+
+def _of_environment() -> str:
+    # An empty variable counts as none.
+    return os.environ.get("DCCONV_BACKEND") or AUTO
+
+
+# The process's setting.
+_default = _of_environment()
 
 
 def check_name(argument: str, name: object) -> None:
@@ -228,11 +241,13 @@ def check_name(argument: str, name: object) -> None:
     checks.choice(argument, name, (AUTO, *names))
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Use one backend for every call inside the context that names none itself.
 
-    The setting belongs to the process, not to a thread; ``DCCONV_BACKEND`` sets it at import.
+    The setting belongs to the thread or asyncio task that enters the context; threads started
+    inside begin with the process's setting, which ``DCCONV_BACKEND`` sets at import. Backward
+    passes called inside follow it, also where autograd runs them in threads of its own, and so does
+    what is traced inside. Compiled code is compiled anew for another setting of its thread.
 
     Args:
         name: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
@@ -246,19 +261,12 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with dcconv.use_backend("reference"):
         ...     y = dcconv.DecoupledConv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8))
     """
-    global _default
     check_name("backend", name)
-    before = _default
-    _default = name
-    try:
-        yield
-    finally:
-        _default = before
+    return settings.backend.within(name)
 
 
-@contextmanager
-def benchmarking(enabled: bool = True) -> Iterator[None]:
-    """Set ``backends.benchmark`` inside the context.
+def benchmarking(enabled: bool = True) -> AbstractContextManager[None]:
+    """Have another value than ``backends.benchmark`` inside the context, as ``use_backend`` has.
 
     Args:
         enabled: whether calls inside measure plans and take the fastest.
@@ -271,14 +279,8 @@ def benchmarking(enabled: bool = True) -> Iterator[None]:
         >>> with dcconv.backends.benchmarking():
         ...     pass
     """
-    global benchmark
     checks.boolean("enabled", enabled)
-    before = benchmark
-    benchmark = enabled
-    try:
-        yield
-    finally:
-        benchmark = before
+    return settings.benchmark.within(enabled)
 
 
 def describe(x: Tensor, problem: Problem | None = None) -> Call:
@@ -333,9 +335,10 @@ def choose(x: Tensor, requested: str | None = None, problem: Problem | None = No
         NotImplementedError: the named backend refuses; the message is its sentence.
     """
     call = describe(x, problem)
-    name = _default if requested is None else requested
+    own = settings.backend.own() if requested is None else requested
+    name = _default if own is None else own
     if name != AUTO:
-        check_name("DCCONV_BACKEND" if requested is None else "backend", name)
+        check_name("DCCONV_BACKEND" if own is None else "backend", name)
         backend = _BACKENDS[names.index(name)]
         reason = backend.why_not(call)
         if reason is not None:
@@ -430,7 +433,7 @@ def report(
         if candidate.name == "cpu" and reason is None:
             lines += _cpu_schemes(operands, problem)
         if candidate.name in dispatch.BACKENDS and reason is None:
-            planned = dispatch.describe(candidate.name, operands, problem, mode, benchmark)
+            planned = dispatch.describe(candidate.name, operands, problem, mode, _benchmarks())
             lines += [f"    {line}" for line in planned]
     if chosen.name != "reference":
         kept_names = (

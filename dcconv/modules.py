@@ -15,13 +15,9 @@ from dcconv.averages import KeptAverage, needs_digits
 from dcconv.casts import Cast
 from dcconv.functional import conv2d_and_mean, patch_norm
 from dcconv.functions import angulars, magnitudes
-from dcconv.numerics import EPS, FLOATING_DTYPES, compute_dtype
+from dcconv.numerics import EPS, FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
 from dcconv.problem import NORM_BATCH
 from dcconv.weights import weighed
-
-# The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
-RADIUS_OFFSET = 1e-4
-K_OFFSET = 0.05
 
 _STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")
 
@@ -302,7 +298,7 @@ class DecoupledConv2d(nn.Module):
         """The radius r: [o] in compute dtype if learned, else a number."""
         if self.radius_raw is None:
             return self.initial_radius
-        return self.radius_raw.to(self._compute_dtype()).square() + RADIUS_OFFSET
+        return self.radius_raw.to(self._compute_dtype()).square() + constant("RADIUS_OFFSET")
 
     @property
     def k(self) -> Tensor | float:
@@ -311,7 +307,7 @@ class DecoupledConv2d(nn.Module):
             return self.initial_k
         raw = self.k_raw.to(self._compute_dtype())
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
-        return torch.where(raw < 0.0, -raw, raw) + K_OFFSET
+        return torch.where(raw < 0.0, -raw, raw) + constant("K_OFFSET")
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""

@@ -26,6 +26,10 @@ ANGLE_DELTA = {
 # float32 products on the tensor cores keep ten bits of their factors.
 TF32_ANGLE_DELTA = 1e-3
 
+# The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
+RADIUS_OFFSET = 1e-4
+K_OFFSET = 0.05
+
 # The accuracy rule, for y and every gradient: err(kernel) <= factor * min(err(peer), cap * floor)
 # + floor, both errors against float64. Tests and benchmarks take the numbers from here.
 ACCURACY_FLOOR = {
@@ -40,6 +44,21 @@ PEER_CAP = 8.0
 # Where rounding alone moves a result by more than the rule allows, a kernel may be off by as many
 # such moves as it has roundings where a move has one: docs/accuracy.md.
 NOISE_FACTOR = 4.0
+
+
+# Numbers of a module are inputs of a graph with dynamic sizes, and an input that is first used
+# inside an autograd function cannot be used by a second one (PyTorch 2.13 and 2.14): functions that
+# are traced take theirs from here, as constants.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant(name: str) -> float:
+    """Return a number of this module by its name, also while tracing."""
+    value: float = globals()[name]
+    return value
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _angle_delta_of(dtype: torch.dtype, tf32: bool) -> float:
+    return TF32_ANGLE_DELTA if tf32 else ANGLE_DELTA[dtype]
 
 
 # Constant for tracing: a compiled graph keeps the setting it was compiled under.
@@ -57,9 +76,8 @@ def tf32_convolutions() -> bool:
 
 def angle_delta(x: torch.Tensor) -> float:
     """Return the floor of (1 - c)(1 + c) for the precision of x's dot products."""
-    if x.dtype == torch.float32 and x.device.type == "cuda" and tf32_convolutions():
-        return TF32_ANGLE_DELTA
-    return ANGLE_DELTA[x.dtype]
+    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and tf32_convolutions()
+    return _angle_delta_of(x.dtype, tf32)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dcconv import checks
 from dcconv.functions import angulars, weighted_magnitude
-from dcconv.numerics import EPS, RHO_FLOOR, compute_dtype
+from dcconv.numerics import EPS, compute_dtype, constant
 from dcconv.problem import NORM_BATCH, NORM_GIVEN, Operands, Problem
 
 
@@ -104,7 +104,8 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
             assert norm_mean is not None
             rho = radius * norm_mean
         # Slope 1 on the floor, 0 below; NaN passes.
-        rho = torch.where(rho < RHO_FLOOR, RHO_FLOOR, rho)
+        floor = constant("RHO_FLOOR")
+        rho = torch.where(rho < floor, floor, rho)
         rho = per_filter(rho, filters, groups)
 
     h = weighted_magnitude(

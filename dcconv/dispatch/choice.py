@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dcconv import ops, plan_a
+from dcconv import ops, plan_a, settings
 from dcconv.checks import value_error
 from dcconv.dispatch.key import (
     DIRECTIONS,
@@ -56,6 +56,7 @@ class Decision(NamedTuple):
 
 MEASURED = "measured here"
 
+# The process's setting.
 _allowed = Allowed(os.environ.get("DCCONV_PLANS") or Allowed().names)
 
 #: What times the plans: ``Callable[[run], milliseconds per call]``.
@@ -89,13 +90,13 @@ def checked_names(argument: str, names: object) -> tuple[str, ...]:
     return found
 
 
-@contextmanager
 def allowed(
     names: str, *, input_gradient: str | None = None, weight_gradient: str | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let the calls inside the context choose between some plans only, on every backend with plans.
 
-    The setting belongs to the process, not to a thread; ``DCCONV_PLANS`` sets it at import.
+    The setting belongs to the thread or asyncio task that enters the context, as that of
+    ``dcconv.use_backend``; ``DCCONV_PLANS`` sets the process's at import.
 
     Args:
         names: names joined by commas: ``A`` (library convolution and fused passes), ``B`` (one
@@ -113,7 +114,6 @@ def allowed(
         >>> with dcconv.backends.plans("A"):
         ...     pass
     """
-    global _allowed
     checked_names("names", names)
     for argument, value in (
         ("input_gradient", input_gradient),
@@ -121,12 +121,12 @@ def allowed(
     ):
         if value is not None:
             checked_names(argument, value)
-    before = _allowed
-    _allowed = Allowed(names, input_gradient, weight_gradient)
-    try:
-        yield
-    finally:
-        _allowed = before
+    return settings.plans.within(Allowed(names, input_gradient, weight_gradient))
+
+
+def _setting() -> Allowed:
+    own: Allowed | None = settings.plans.own()
+    return _allowed if own is None else own
 
 
 def pin_table(path: str | os.PathLike[str] | None) -> None:
@@ -347,7 +347,7 @@ def choose(
     device = x.device
     benchmark = benchmark and _measures(device.type)
     # Read once: other threads may change it meanwhile.
-    setting = _allowed
+    setting = _setting()
     if torch.compiler.is_compiling():
         wanted = _wanted(backward)
         names = [
@@ -446,7 +446,7 @@ def describe(
 ) -> list[str]:
     """Return lines for the report: by direction the choice, and each plan's time or refusal."""
     benchmark = benchmark and _measures(operands.x.device.type)
-    setting = _allowed
+    setting = _setting()
     plans = registry[backend]
     lines = []
     for direction in DIRECTIONS:
