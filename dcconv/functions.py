@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcconv.numerics import constant
+
 MagnitudeValue = Callable[[Tensor, "Tensor | None", float, float], Tensor]
 AngularValue = Callable[[Tensor, "Tensor | None", float, float], Tensor]
 
@@ -257,7 +259,7 @@ def capped_asin(c: Tensor, delta: float) -> Tensor:
 
 @angular("(2 / pi) * asin(c)", invertible=True)
 def linear_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
-    return capped_asin(c, delta) * (2.0 / torch.pi)
+    return capped_asin(c, delta) * (2.0 / constant("PI"))
 
 
 @angular("c", invertible=True)
@@ -268,7 +270,8 @@ def cosine_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Ten
 @angular("tanh(asin(c) / (2 * k)) / tanh(pi / (4 * k))", k=True)
 def sigmoid_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
     assert k is not None
-    return tanh_of(capped_asin(c, delta) / (2.0 * k)) / tanh_of(torch.pi / (4.0 * k))
+    pi: float = constant("PI")
+    return tanh_of(capped_asin(c, delta) / (2.0 * k)) / tanh_of(pi / (4.0 * k))
 
 
 @angular("sign(c) * c * c", invertible=True)

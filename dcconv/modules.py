@@ -298,7 +298,10 @@ class DecoupledConv2d(nn.Module):
         """The radius r: [o] in compute dtype if learned, else a number."""
         if self.radius_raw is None:
             return self.initial_radius
-        return self.radius_raw.to(self._compute_dtype()).square() + constant("RADIUS_OFFSET")
+        # The square keeps its argument for backward: as it is now, since another may be loaded.
+        raw = self.radius_raw.to(self._compute_dtype(), copy=torch.is_grad_enabled())
+        offset: float = constant("RADIUS_OFFSET")
+        return raw.square() + offset
 
     @property
     def k(self) -> Tensor | float:
@@ -306,8 +309,9 @@ class DecoupledConv2d(nn.Module):
         if self.k_raw is None:
             return self.initial_k
         raw = self.k_raw.to(self._compute_dtype())
+        offset: float = constant("K_OFFSET")
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
-        return torch.where(raw < 0.0, -raw, raw) + constant("K_OFFSET")
+        return torch.where(raw < 0.0, -raw, raw) + offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""

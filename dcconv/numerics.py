@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ ANGLE_DELTA = {
 
 # float32 products on the tensor cores keep ten bits of their factors.
 TF32_ANGLE_DELTA = 1e-3
+
+PI = math.pi
 
 # The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
 RADIUS_OFFSET = 1e-4
@@ -77,7 +80,8 @@ def tf32_convolutions() -> bool:
 def angle_delta(x: torch.Tensor) -> float:
     """Return the floor of (1 - c)(1 + c) for the precision of x's dot products."""
     tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and tf32_convolutions()
-    return _angle_delta_of(x.dtype, tf32)
+    delta: float = _angle_delta_of(x.dtype, tf32)
+    return delta
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

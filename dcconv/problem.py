@@ -116,11 +116,20 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[in
 
 
 def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
-    """Return a parameter as a tensor of x's device and compute dtype; None stays None."""
+    """Return a parameter as a tensor of x's device and compute dtype; None stays None.
+
+    What is not learned, statistics above all, may change in place before backward, which keeps the
+    value of its forward: a copy, but where no gradient is taken.
+    """
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return value.to(compute_dtype(x.dtype))
+        changes = torch.is_grad_enabled() and not value.requires_grad
+        if changes and value.dim() == 0 and torch.compiler.is_compiling():
+            # A sum of one. Compiled code saves the source of a copy and makes the copy in backward;
+            # sums it keeps.
+            return value.to(compute_dtype(x.dtype)).sum()
+        return value.to(compute_dtype(x.dtype), copy=changes)
     return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
 
 

@@ -27,23 +27,24 @@ OPERATORS: tuple[dict[str, Any], ...] = (
     {"weighting": "separate", "angular": "sigmoid", "norm_init": "zero"},
 )
 
-BACKENDS = (
-    pytest.param("cpu", marks=pytest.mark.backend("cpu")),
-    "reference",
-    # On plan A's and plan B's models.
-    "plan A",
-    "plan B",
+# By backend; the plans are those of the cuda backend, on models. Training takes turns.
+RUNS = (
+    *(
+        pytest.param("cpu", options, bool(i % 2), marks=pytest.mark.backend("cpu"))
+        for i, options in enumerate((*OPERATORS, OPERATORS[0]))
+    ),
+    ("reference", OPERATORS[2], True),
+    ("plan A", OPERATORS[0], True),
+    ("plan A", OPERATORS[3], False),
+    ("plan B", OPERATORS[4], True),
 )
 
 
 def network(options: dict[str, Any]) -> nn.Module:
-    """Four layers of one operator: 3x3, strided with an open padding, depthwise, 1x1."""
+    """Two layers of one operator: 3x3, and strided depthwise."""
     return nn.Sequential(
         dcconv.DecoupledConv2d(4, 8, 3, padding=1, **options),
-        nn.BatchNorm2d(8),
-        dcconv.DecoupledConv2d(8, 8, 3, 2, "same", **options),
-        dcconv.DecoupledConv2d(8, 8, 3, padding=1, groups=8, **options),
-        dcconv.DecoupledConv2d(8, 4, 1, **options),
+        dcconv.DecoupledConv2d(8, 8, 3, 2, padding=1, groups=8, **options),
     )
 
 
@@ -73,9 +74,7 @@ def running(backend: str) -> Any:
     return cuda_backend_on_cpu()
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("options", OPERATORS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize(("backend_name", "options", "training"), RUNS)
 def test_networks(backend_name: str, options: dict[str, Any], training: bool) -> None:
     """Several batch and image sizes: the results of eager execution, from one graph."""
     torch._dynamo.reset()
@@ -87,7 +86,7 @@ def test_networks(backend_name: str, options: dict[str, Any], training: bool) ->
     allowed = nullcontext() if plan is None else dcconv.backends.plans(plan + ",A")
     graphs = 0
     with running(backend_name), allowed:
-        for n, h, w in ((3, 8, 6), (5, 8, 6), (2, 10, 12)):
+        for n, h, w in ((3, 8, 6), (5, 10, 12)):
             x = torch.randn(n, 4, h, w)
             results: list[list[Tensor]] = []
             for module, run in ((eager, eager), (other, compiled)):
