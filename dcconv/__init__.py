@@ -5,7 +5,7 @@ from dcconv.backends import use_backend
 from dcconv.calibration import calibrate
 from dcconv.convert import convert
 from dcconv.functional import decoupled_conv2d, patch_norm
-from dcconv.modules import DecoupledConv2d
+from dcconv.modules import DecoupledConv2d, norm_updates
 from dcconv.optim import (
     orthogonality_penalty,
     project_weights,
@@ -22,6 +22,7 @@ __all__ = [
     "convert",
     "decoupled_conv2d",
     "functional",
+    "norm_updates",
     "orthogonality_penalty",
     "patch_norm",
     "project_weights",

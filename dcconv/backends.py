@@ -285,11 +285,15 @@ def benchmarking(enabled: bool = True) -> AbstractContextManager[None]:
 
 def describe(x: Tensor, problem: Problem | None = None) -> Call:
     """Return the facts about a call that backends decide by."""
-    transformed = not torch.compiler.is_compiling() and (
+    functions = problem and (problem.magnitude, problem.angular, problem.weighting)
+    return Call(x.device.type, x.dtype, is_transformed(), x.device.index or 0, functions)
+
+
+def is_transformed() -> bool:
+    """Return whether a torch.func transform or a forward-mode derivative is active, eagerly."""
+    return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
-    functions = problem and (problem.magnitude, problem.angular, problem.weighting)
-    return Call(x.device.type, x.dtype, transformed, x.device.index or 0, functions)
 
 
 def why_not(

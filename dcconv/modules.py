@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dcconv import backends, checks, folding
+from dcconv import backends, checks, folding, settings
 from dcconv.averages import KeptAverage, needs_digits
 from dcconv.casts import Cast
 from dcconv.functional import conv2d_and_mean, patch_norm
@@ -39,6 +40,52 @@ class _SumOverRanks(torch.autograd.Function):
         return grad_local
 
 
+def norm_updates(enabled: bool) -> AbstractContextManager[None]:
+    """Let layers in training mode update their moving average ``norm_mean``, or leave it alone.
+
+    m_avg <- (1 - t) m_avg + t m is left out inside ``norm_updates(False)``; everything else of
+    training mode stays, m of this batch above all. ``torch.func`` needs it (``vmap(grad(f))``,
+    ``jacrev``, ``hessian``: its transforms cannot write to a buffer), and so do second passes over
+    a batch that has been counted: recomputation by activation checkpointing, line searches. The
+    setting belongs to the thread or asyncio task, as that of ``dcconv.use_backend``.
+
+    Args:
+        enabled: whether the averages move inside the context.
+
+    Raises:
+        TypeError: enabled is no boolean.
+
+    Example:
+        >>> import dcconv, torch
+        >>> from torch.func import functional_call, grad, vmap
+        >>> layer = dcconv.DecoupledConv2d(3, 8, 3).train()
+        >>> def loss(parameters, image):
+        ...     return functional_call(layer, parameters, image).square().mean()
+        >>> with dcconv.norm_updates(False):
+        ...     each = vmap(grad(loss), (None, 0))(
+        ...         {name: p.detach() for name, p in layer.named_parameters()},
+        ...         torch.randn(4, 3, 8, 8),
+        ...     )
+        >>> each["weight"].shape
+        torch.Size([4, 8, 3, 3, 3])
+    """
+    checks.boolean("enabled", enabled)
+    return settings.norm_updates.within(enabled)
+
+
+def _write_transformed(buffer: Tensor, value: Tensor) -> None:
+    """Write to a buffer inside a transform of torch.func, if it is one of the transformed."""
+    try:
+        buffer[...] = value
+    except RuntimeError as error:
+        rule = (
+            "be updated outside of torch.func's transforms: put the call into "
+            "dcconv.norm_updates(False), or the layer into evaluation mode"
+        )
+        got = "a layer in training mode inside one"
+        raise NotImplementedError(f"dcconv: norm_mean must {rule}, got {got}") from error
+
+
 class DecoupledConv2d(nn.Module):
     """Decoupled convolution with the arguments of ``nn.Conv2d``.
 
@@ -52,7 +99,8 @@ class DecoupledConv2d(nn.Module):
     dict loads strictly; one of another operator is refused, where its metadata says which.
     Operators without a radius have neither radius nor norm state. Before it has been trained on,
     a layer evaluates with a guess of the mean norm: :func:`dcconv.calibrate` estimates it. A layer
-    recomputed by activation checkpointing may update its moving average twice, as BatchNorm does.
+    recomputed by activation checkpointing may update its moving average twice, as BatchNorm does;
+    :func:`dcconv.norm_updates` stops updates.
 
     Args:
         in_channels, out_channels, kernel_size, dilation, groups, bias: as ``nn.Conv2d``.
@@ -346,7 +394,7 @@ class DecoupledConv2d(nn.Module):
             backend=self.backend,
             norm_grad=self.norm_mean_grad,
         )
-        if self.uses_norm_mean and self.training:
+        if self.uses_norm_mean and self.training and settings.norm_updates.own() is not False:
             if isinstance(norm_mean, Tensor):
                 # Also with an empty batch here: the ranks' averages stay equal.
                 self._update_norm_mean(norm_mean.detach(), seen)
@@ -385,8 +433,11 @@ class DecoupledConv2d(nn.Module):
                 average = torch.where(self.norm_mean_steps == 0, mean, average)
             if seen is not None:
                 average = torch.where(seen, average, self.norm_mean)
-            # Through an index: torch.compile (2.13) drops in-place writes to 0-d float64 tensors.
-            self.norm_mean[...] = average
+            if backends.is_transformed():
+                _write_transformed(self.norm_mean, average)
+            else:
+                # Through an index: torch.compile (2.13) drops in-place writes to 0-d float64.
+                self.norm_mean[...] = average
             self.norm_mean_steps.add_(1 if seen is None else seen.to(torch.int64))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

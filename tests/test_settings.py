@@ -36,6 +36,11 @@ CASES = {
     ),
     "plans": Case(backends.plans, ("A", "A,B"), lambda: choice._setting().names),
     "benchmark": Case(backends.benchmarking, (True, False), backends._benchmarks),
+    "norm_updates": Case(
+        dcconv.norm_updates,
+        (False, True),
+        lambda: backends.settings.norm_updates.own() is not False,
+    ),
 }
 
 
