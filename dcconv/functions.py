@@ -259,7 +259,8 @@ def capped_asin(c: Tensor, delta: float) -> Tensor:
 
 @angular("(2 / pi) * asin(c)", invertible=True)
 def linear_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
-    return capped_asin(c, delta) * (2.0 / constant("PI"))
+    pi: float = constant("PI")
+    return capped_asin(c, delta) * (2.0 / pi)
 
 
 @angular("c", invertible=True)
@@ -270,6 +271,7 @@ def cosine_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Ten
 @angular("tanh(asin(c) / (2 * k)) / tanh(pi / (4 * k))", k=True)
 def sigmoid_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
     assert k is not None
+    pi: float = constant("PI")
     pi: float = constant("PI")
     return tanh_of(capped_asin(c, delta) / (2.0 * k)) / tanh_of(pi / (4.0 * k))
 

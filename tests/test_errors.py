@@ -817,6 +817,13 @@ LAYERS = [
         f"have no decoupled layer for fuse() to fold batch normalisation into ({DOES_NOT_SCALE})",
         "Block with 'conv'",
     ),
+    Refusal(
+        lambda: torch.func.vmap(DecoupledConv2d(4, 6, 3))(X[None]),
+        NotImplementedError,
+        "norm_mean must be updated outside of torch.func's transforms: put the call into "
+        "dcconv.norm_updates(False), or the layer into evaluation mode, got a layer in training "
+        "mode inside one",
+    ),
 ]
 
 
