@@ -272,7 +272,6 @@ def cosine_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Ten
 def sigmoid_angle(c: Tensor, k: Tensor | None, power: float, delta: float) -> Tensor:
     assert k is not None
     pi: float = constant("PI")
-    pi: float = constant("PI")
     return tanh_of(capped_asin(c, delta) / (2.0 * k)) / tanh_of(pi / (4.0 * k))
 
 
