@@ -470,14 +470,21 @@ def test_kernel_compiles_for_other_operands(
 
 @pytest.mark.parametrize(
     ("dtype", "last"),
-    [("float16", False), ("float32", True)],
-    ids=["float16-contiguous", "float32-channels_last"],
+    [("float16", False), ("float32", False), ("float32", True)],
+    ids=["float16-contiguous", "float32-contiguous", "float32-channels_last"],
 )
 def test_all_sums_of_the_largest_operator_stay_in_registers(
     compiler: Worker, dtype: str, last: bool
 ) -> None:
     operator = ("tanh", "separate", "sigmoid")
     built(compiler, "grad_dot_kernel", "sm_90", dtype, last, operator, sums=15)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_all_sums_without_curvature_stay_in_registers(compiler: Worker, target: str) -> None:
+    """The arcsine beside three sums of float32, where tiles span planes of pixels."""
+    operator, sums = ("tanh", "product", "linear"), plan_a.SUM_RHO | plan_a.SUM_A | plan_a.SUM_BIAS
+    built(compiler, "grad_dot_kernel", target, "float32", False, operator, sums=sums)
 
 
 GEMMS = ("implicit_gemm_kernel", "implicit_gemm_grad_input_kernel")

@@ -461,9 +461,9 @@ def conv2d_grad_dot(
     # Every sum takes a register per element: more of them leave registers for smaller tiles.
     elements = ELEMENTS >> (kinds + 1) // 2
     if grad_y.dtype == COMPUTE and not channels_last:
-        # A vector of 16 bytes for a thread. With two, mix x linear in float32 had two values more
-        # than registers (Triton 3.8, sm_90).
-        elements = min(elements, GRADIENT_ELEMENTS)
+        # A vector of 16 bytes for a thread, half of one beside three sums. With twice that mix x
+        # linear and tanh x linear had two values more than registers (Triton 3.8, sm_90).
+        elements = min(elements, GRADIENT_ELEMENTS >> kinds // 3)
     tiles = tiling(n, p * q, filters, groups, channels_last, elements)
     grad_u = empty_like(grad_y, channels_last)
     t = a.new_empty(tiles.chunks * count if wants_t else 0)
