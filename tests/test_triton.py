@@ -282,6 +282,17 @@ def test_small_products_take_small_tiles() -> None:
     assert sizes == [(128, 128), (128, 64), (128, 128), (64, 32)]
 
 
+def test_planes_take_shallow_steps_beside_many_sums() -> None:
+    """64 sums of four warps and 64 elements a step had more values than registers (sm_80)."""
+    facts = Product(8 * 28 * 28, 8, 1, 128, 64, 1, False, 2)
+    gpu = Gpu(108, 163 * 1024, 4)
+    tiles = [TILES[own_rule(facts._replace(in_planes=planes), gpu)] for planes in (False, True)]
+    assert [(tile.positions, tile.lanes, tile.depth) for tile in tiles] == [
+        (128, 64, 64),
+        (128, 64, 32),
+    ]
+
+
 def test_offsets_beyond_int32(interpreter: Worker) -> None:
     interpreter.ask("offsets_beyond_int32")
 

@@ -97,6 +97,7 @@ class Product(NamedTuple):
         taps: pixels of a window.
         shares_steps: whether taps do.
         element_size: of the operands, in bytes.
+        in_planes: whether operands lie channel by channel, in contiguous order.
     """
 
     positions: Any
@@ -107,6 +108,7 @@ class Product(NamedTuple):
     taps: int
     shares_steps: bool
     element_size: int
+    in_planes: bool = False
 
 
 def programs(tile: GemmTile, product: Product) -> Any:
@@ -128,6 +130,11 @@ def _stays_in_registers(tile: GemmTile, product: Product) -> bool:
     """Whether a tile was compiled without a stack (``tests/test_triton.py``)."""
     wide = product.element_size == 4
     if wide and (tile.positions * tile.lanes > 4096 or tile.depth > 32):
+        return False
+    # 64 sums a thread beside deep steps through planes: 8 bytes too many on sm_80 with Triton 3.6
+    # and 3.7. The same tile with shallow steps loads as much per product.
+    sums = tile.positions * tile.lanes // (32 * tile.warps)
+    if product.in_planes and sums >= 64 and tile.warps == 4 and tile.depth > 32:
         return False
     # Where taps share steps every element of a step has an address of its own.
     addresses = tile.positions * tile.depth // (32 * tile.warps)
