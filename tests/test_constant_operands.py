@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from accuracy import evaluate, judge, random_cotangent
+from accuracy import check, evaluate, judge, random_cotangent, truth_and_peer
 from cases import Case, Inputs, make_inputs
 
 from dcconv import functional
@@ -93,6 +93,33 @@ def compare(case: Case, layout: str, backend: str, device: str) -> None:
 @pytest.mark.backend("cpu")
 def test_schemes_and_instruction_sets(isa: str, scheme: str, case: Case, layout: str) -> None:
     compare(case, layout, "cpu", "cpu")
+
+
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_products_of_constants(isa: str, case: Case, layout: str) -> None:
+    """Aligned vectors, whose y, linear in the cosine, is well conditioned: sums of equal products.
+
+    The floor alone, whatever the library's own products are off by.
+    """
+    torch.ops.dcconv.set_cpu_scheme("own")
+    draw = random.Random(case.id + layout)
+    try:
+        for _ in range(8):
+            inputs = make_inputs(case, torch.float32, layout, magnitude="mix")
+            constant = {
+                name: torch.full_like(inputs.tensors[name], draw.uniform(0.1, 1.0))
+                for name in ("x", "weight")
+            }
+            inputs = Inputs(inputs.tensors | constant, inputs.options)
+            truth, _ = truth_and_peer(inputs)
+            got = evaluate(functional.decoupled_conv2d, inputs, backend="cpu")
+            scheme = torch.ops.dcconv.cpu_scheme_taken()
+            if scheme == "own":
+                check(f"{case.id} {layout}", got["y"], truth["y"], truth["y"], torch.float32)
+    finally:
+        torch.ops.dcconv.set_cpu_scheme("auto")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
