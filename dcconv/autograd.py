@@ -108,7 +108,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                 plans.input_gradient,
                 plans.weight_gradient,
             )
-            return (*planned, None, None, None)
+            return (*_in_layout(planned, x, weight), None, None, None)
         arguments = ops.conv2d_arguments(operands, problem)
         grads = torch.ops.dcconv.conv2d_backward(
             grad_y,
@@ -122,12 +122,21 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             ctx.kept,
             needs,
         )
-        return (
-            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
-            None,
-            None,
-            None,
-        )
+        found = tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return (*_in_layout(found, x, weight), None, None, None)
+
+
+def _in_layout(
+    grads: tuple[Tensor | None, ...], x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return gradients of which the weight's has the layout that either operand decides.
+
+    The ops give it in the weight's own; ``F.conv2d`` gives it in the result's.
+    """
+    grad_x, grad_weight, *others = grads
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous(memory_format=ops.memory_format(x, weight))
+    return grad_x, grad_weight, *others
 
 
 def reference_gradients(

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from dcconv import library
 from dcconv.functions import angulars, magnitudes, weightings
 from dcconv.numerics import FLOATING_DTYPES, angle_delta
 from dcconv.problem import (
@@ -393,8 +394,8 @@ def convolution(
     )
     mean = norm_mean if isinstance(norm_mean, Tensor) and uses_rho else None
     operands = Operands(
-        x=x if x.dim() == 4 else x.unsqueeze(0),
-        weight=weight,
+        x=library.batched(x),
+        weight=library.fitted(weight),
         bias=bias,
         radius=as_compute(radius, x) if uses_rho else None,
         norm_mean=as_compute(mean, x),
@@ -431,4 +432,4 @@ def patch_norm(
         padding_mode=padding_mode,
         eps=float(eps),
     )
-    return x if x.dim() == 4 else x.unsqueeze(0), kernel, problem
+    return library.batched(x), kernel, problem

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from dcconv import ops, reference
+from dcconv import library, ops, reference
 from dcconv.keep import DOT
 from dcconv.numerics import compute_dtype
 from dcconv.problem import NORM_BATCH, Operands, Problem
@@ -119,16 +119,8 @@ def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, layout: torch.memory_format
 ) -> Tensor:
     library_x, padding = _library_input(x, problem, layout)
-    u = torch.ops.aten.convolution(
-        library_x,
-        weight,
-        bias,
-        list(problem.stride),
-        padding,
-        list(problem.dilation),
-        False,
-        [0, 0],
-        problem.groups,
+    u = library.convolution(
+        library_x, weight, bias, problem.stride, padding, problem.dilation, problem.groups
     )
     return _dense(u, layout)
 
@@ -145,22 +137,20 @@ def _convolution_backward(
     if not any(wanted):
         return None, None, None
     library_x, padding = _library_input(x, problem, layout)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+    weight_layout = ops.memory_format(weight)
+    grad_x, grad_weight, grad_bias = library.convolution_backward(
         grad_u,
         library_x,
         weight,
-        [weight.shape[0]] if wanted[2] else None,
-        list(problem.stride),
+        problem.stride,
         padding,
-        list(problem.dilation),
-        False,
-        [0, 0],
+        problem.dilation,
         problem.groups,
         wanted,
     )
     return (
-        _dense(grad_x, layout) if wanted[0] else None,
-        _dense(grad_weight, ops.memory_format(weight)) if wanted[1] else None,
+        None if grad_x is None or not wanted[0] else _dense(grad_x, layout),
+        None if grad_weight is None or not wanted[1] else _dense(grad_weight, weight_layout),
         grad_bias,
     )
 

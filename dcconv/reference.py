@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconv import checks
+from dcconv import checks, library
 from dcconv.functions import angulars, weighted_magnitude
 from dcconv.numerics import EPS, compute_dtype, constant
 from dcconv.problem import NORM_BATCH, NORM_GIVEN, Operands, Problem
@@ -42,7 +42,7 @@ def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
     per_pixel = squares.unflatten(1, (problem.groups, -1)).sum(dim=2)
     per_pixel, padding = padded(per_pixel, problem)
     ones = per_pixel.new_ones(problem.groups, 1, *kernel)
-    sums = F.conv2d(
+    sums = library.convolution(
         per_pixel, ones, None, problem.stride, padding, problem.dilation, problem.groups
     )
     # A library may form the sums by an algorithm whose rounding dips below zero. They count as zero
@@ -85,7 +85,9 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     # so of the last operation here.
     b_map = b = window_norm(x, (weight.shape[2], weight.shape[3]), problem)
     library_x, padding = padded(x, problem)
-    dot = F.conv2d(library_x, weight, None, problem.stride, padding, problem.dilation, groups)
+    dot = library.convolution(
+        library_x, weight, None, problem.stride, padding, problem.dilation, groups
+    )
     u = dot.to(compute)
     if groups > 1:
         u = u.unflatten(1, (groups, filters // groups))

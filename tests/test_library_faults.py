@@ -1,4 +1,4 @@
-"""Convolutions that PyTorch's CPU library gets wrong and the cpu backend does not."""
+"""Convolutions that PyTorch's CPU library gets wrong and the backends do not."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def gradients(function: Any, x: Tensor, weight: Tensor, grad_y: Tensor, **option
     return torch.autograd.grad(y, (x, weight), grad_y)
 
 
-@pytest.mark.skipif(ops.missing is not None, reason=str(ops.missing))
+@pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("groups", [2, 16])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_bfloat16_gradient_of_dilated_groups(operator: str, groups: int) -> None:
+def test_bfloat16_gradient_of_dilated_groups(operator: str, groups: int, name: str) -> None:
+    if name == "cpu" and ops.missing is not None:
+        pytest.skip(ops.missing)
     options = {"groups": groups, **OPERATORS[operator]}
     generator = torch.Generator().manual_seed(1)
     x, weight, grad_y = (
@@ -44,12 +46,15 @@ def test_bfloat16_gradient_of_dilated_groups(operator: str, groups: int) -> None
     )
     layout = torch.channels_last
     got = gradients(
-        decoupled_conv2d, *(t.to(memory_format=layout) for t in (x, weight, grad_y)), **options
+        decoupled_conv2d,
+        *(t.to(memory_format=layout) for t in (x, weight, grad_y)),
+        backend=name,
+        **options,
     )
     # The library is wrong in channels_last alone.
     peer = gradients(reference.decoupled_conv2d, x, weight, grad_y, **options)
     doubles = {n: v.double() if isinstance(v, Tensor) else v for n, v in options.items()}
     wide = (t.double() for t in (x, weight, grad_y))
     truth = gradients(reference.decoupled_conv2d, *wide, **doubles)
-    for name, a, b, c in zip(("grad_x", "grad_weight"), got, truth, peer, strict=True):
-        check(name, a, b, c, torch.bfloat16)
+    for tensor, a, b, c in zip(("grad_x", "grad_weight"), got, truth, peer, strict=True):
+        check(tensor, a, b, c, torch.bfloat16)

@@ -13,6 +13,7 @@ from dcconv import DecoupledConv2d
 from dcconv.checks import value_error
 from dcconv.problem import same_padding
 from train.networks.operators import Operator
+from train.networks.plain import plain_convolution
 
 # The official code's moving averages: x_avg <- 0.999 x_avg + 0.001 x, from 0, without correction.
 OFFICIAL_MOMENTUM = 1e-3
@@ -51,7 +52,7 @@ class SameConv2d(nn.Conv2d):
         if top != bottom or left != right:
             x = F.pad(x, (left, right, top, bottom))
             top = left = 0
-        return F.conv2d(x, self.weight, None, stride, (top, left))
+        return plain_convolution(x, self.weight, stride, (top, left))
 
 
 class SameMaxPool2d(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from dcconv import DecoupledConv2d
 from dcconv.checks import type_error, value_error
 from dcconv.functions import angulars, magnitudes, weightings
+from train.networks.plain import PlainConv2d
 
 _NO_ACTIVATION = "_no_activation"
 
@@ -58,7 +59,9 @@ class Operator:
     ) -> nn.Module:
         """Return a convolution without bias; for ``nn.Conv2d``, ``same`` needs stride 1."""
         if self.magnitude is None:
-            return nn.Conv2d(channels, filters, kernel, stride, padding, bias=False)
+            if isinstance(padding, str):
+                return nn.Conv2d(channels, filters, kernel, stride, padding, bias=False)
+            return PlainConv2d(channels, filters, kernel, stride, padding)
         return DecoupledConv2d(
             channels,
             filters,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from train.networks.layers import Layers, SameMaxPool2d, filters_of
 from train.networks.operators import Operator
+from train.networks.plain import PlainConv2d
 
 
 class ResidualUnit(nn.Module):
@@ -111,7 +112,7 @@ class BasicBlock(nn.Module):
         self.downsample: nn.Module | None = None
         if stride != 1 or channels != filters:
             self.downsample = nn.Sequential(
-                nn.Conv2d(channels, filters, 1, stride, bias=False), layers.batch_norm(filters)
+                PlainConv2d(channels, filters, 1, stride), layers.batch_norm(filters)
             )
 
     def forward(self, x: Tensor) -> Tensor:
