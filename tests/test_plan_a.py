@@ -19,6 +19,7 @@ import torch._dynamo.testing
 from accuracy import check, evaluate, judge, random_cotangent
 from cases import ANGULARS, CASES, DTYPES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
 from plan_a_model import implementations
+from random_problems import ALIGNED, SATURATED, problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,6 +113,20 @@ def compare(name: str, inputs: Inputs, **extra: Any) -> None:
     cotangent = random_cotangent(inputs)
     got = evaluate(functional.decoupled_conv2d, inputs, cotangent, **extra)
     judge(name, inputs, cotangent, got)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_problems(part: int) -> None:
+    """Few products, aligned vectors, constant and broadcast operands, saturated magnitudes."""
+    for number in range(25 * part, 25 * (part + 1)):
+        drawn = problem(number)
+        compare(drawn.name, drawn.inputs)
+
+
+@pytest.mark.parametrize("number", [*ALIGNED, *SATURATED])
+def test_random_problems_that_magnify_rounding(number: int) -> None:
+    drawn = problem(number)
+    compare(drawn.name, drawn.inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)

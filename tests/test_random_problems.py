@@ -6,17 +6,12 @@ import pytest
 import torch
 from accuracy import evaluate, judge, random_cotangent
 from cases import Inputs, by_id, make_inputs
-from random_problems import RandomProblem, problem
+from random_problems import ALIGNED, SATURATED, RandomProblem, problem
 
 from dcconv import functional
 
 # A bounded number, in parts that can run in several processes.
 PARTS, PER_PART = 8, 50
-
-# Found among 1,500: groups of few products whose cosine is 1 up to rounding; float64 gradients of
-# radius and norm_mean of a saturated tanh; the same in float32 and 16 bits.
-ALIGNED = (466, 651, 766, 807, 908, 936, 1006, 1101, 1170, 1214, 1286, 1320, 1373, 1467, 1484)
-SATURATED = (131, 497, 516, 564, 902, 1259, 1378)
 
 
 def compare(backend: str, drawn: RandomProblem, device: str) -> None:
