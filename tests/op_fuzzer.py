@@ -85,11 +85,12 @@ def _work(function: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> None
             radius = torch.ones(filters, requires_grad=True)
             if dtype == torch.float64:
                 radius = radius.detach().double().requires_grad_()
-            for options in ({"angular": "sigmoid"}, {"magnitude": "linear"}):
+            for options in ({}, {"angular": "sigmoid"}, {"magnitude": "linear"}):
                 y = function(
                     x,
                     weight.to(dtype).requires_grad_(),
-                    bias,
+                    # Without a bias and with an invertible function backward keeps y.
+                    bias if options else None,
                     padding=0 if window == 1 else 1,
                     groups=groups,
                     radius=radius,

@@ -350,7 +350,7 @@ def test_refusals_name_the_rule(simt: Any, rule: str) -> None:
     size = (5 + 2 - 3) // stride + 1
     grad_u = arrange(torch.zeros(1, 8, size, size, dtype=dtype))
     sums = torch.zeros(25) if "map" not in options else None
-    message = f"^dcconv: kernel implicit_gemm needs {rule}"
+    message = f"^dcconv: kernel implicit_gemm must have {rule}"
     if "map" in options:
         t = torch.zeros(25)
     if stride == 1:

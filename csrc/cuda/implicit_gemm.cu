@@ -8,7 +8,7 @@ namespace dcconv {
 namespace cuda {
 namespace {
 
-#define DCCONV_NEEDS(holds, ...) DCCONV_CHECK(holds, "kernel implicit_gemm needs ", __VA_ARGS__)
+#define DCCONV_NEEDS(holds, ...) DCCONV_CHECK(holds, "kernel implicit_gemm must have ", __VA_ARGS__)
 
 // What forward and gradient have in common.
 template <class Params>
