@@ -24,6 +24,7 @@ from dcconv.dispatch import allowed as plans
 from dcconv.dispatch import pin_table
 from dcconv.keep import NOTHING, kept
 from dcconv.problem import Operands, Problem
+from dcconv.tracing import recording
 from dcconv.triton_impl import features
 from dcconv.warn import warn_once
 
@@ -70,6 +71,7 @@ class Call(NamedTuple):
         gpu: index of x's GPU.
         functions: magnitude, angular function and weighting; None for a patch norm, or where the
             question is about plain tensors.
+        recorded: whether torch.jit.trace records the call, with gradients on.
     """
 
     device: str
@@ -77,6 +79,7 @@ class Call(NamedTuple):
     transformed: bool
     gpu: int = 0
     functions: tuple[str, str, str] | None = None
+    recorded: bool = False
 
 
 class Backend(NamedTuple):
@@ -91,6 +94,11 @@ class Backend(NamedTuple):
 def _why_not_transformed(call: Call) -> str | None:
     if call.transformed:
         return "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
+    if call.recorded:
+        return (
+            "torch.jit.trace records its op under torch.no_grad() alone, since recorded ops have "
+            "no gradient"
+        )
     return None
 
 
@@ -286,7 +294,9 @@ def benchmarking(enabled: bool = True) -> AbstractContextManager[None]:
 def describe(x: Tensor, problem: Problem | None = None) -> Call:
     """Return the facts about a call that backends decide by."""
     functions = problem and (problem.magnitude, problem.angular, problem.weighting)
-    return Call(x.device.type, x.dtype, is_transformed(), x.device.index or 0, functions)
+    recorded = recording() and torch.is_grad_enabled()
+    index = x.device.index or 0
+    return Call(x.device.type, x.dtype, is_transformed(), index, functions, recorded)
 
 
 def is_transformed() -> bool:
@@ -348,6 +358,13 @@ def choose(x: Tensor, requested: str | None = None, problem: Problem | None = No
         if reason is not None:
             raise NotImplementedError(f"dcconv: backend '{name}' cannot run this call: {reason}")
         return backend
+    if recording():
+        # The same operations with gradients and without: the tracer compares the two.
+        warn_once(
+            "torch.jit.trace records plain PyTorch operations; a backend that is named records its "
+            "op, under torch.no_grad()"
+        )
+        return _BACKENDS[names.index("reference")]
     meant = (*_FAST.get(call.device, ()), "reference")
     for backend in _BACKENDS:
         if backend.name in meant and backend.why_not(call) is None:

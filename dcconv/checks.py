@@ -30,6 +30,8 @@ from dcconv.problem import (
     output_size,
     same_padding,
 )
+from dcconv.tracing import recording
+from dcconv.warn import warn_once
 
 KEEPS = ("auto", "output", "dot")
 
@@ -305,6 +307,14 @@ def geometry(
     dilation = pair("dilation", dilation, 1)
     padding = padding_argument(padding)
     h, w = x.shape[-2], x.shape[-1]
+    if recording():  # sizes are tensors then
+        h, w = int(h), int(w)
+        kernel = int(kernel[0]), int(kernel[1])
+        if padding == "same" and max(stride) > 1:
+            warn_once(
+                f"torch.jit.trace records padding='same' at stride {list(stride)} for images of "
+                f"{h} x {w}: others may need another padding"
+            )
     if padding == "same":
         edges = (
             *same_padding(h, kernel[0], stride[0], dilation[0]),
@@ -317,8 +327,8 @@ def geometry(
     for edge in edges:
         if _above(edge, MOST_PIXELS):
             raise value_error("padding", f"be at most {MOST_PIXELS} pixels for 'same'", edge)
-    for size, before, after, axis in ((h, *edges[:2], "height"), (w, *edges[2:], "width")):
-        largest = max(before, after)
+    # The padding at the end is never the smaller one.
+    for size, largest, axis in ((h, edges[1], "height"), (w, edges[3], "width")):
         if padding_mode == "reflect" and largest and largest >= size:
             raise value_error("padding", f"be below the {axis} {size} for 'reflect'", largest)
         if padding_mode == "circular" and largest > size:
@@ -327,7 +337,8 @@ def geometry(
             raise value_error("x", f"have a {axis} of at least 1 for 'replicate'", size)
     p = output_size(h, kernel[0], stride[0], edges[0], edges[1], dilation[0])
     q = output_size(w, kernel[1], stride[1], edges[2], edges[3], dilation[1])
-    if p < 1 or q < 1:
+    # With 'same' there is a window for every stride.
+    if padding != "same" and (p < 1 or q < 1):
         extent = [dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1]
         padded = [h + edges[0] + edges[1], w + edges[2] + edges[3]]
         raise value_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dcconv import backends, checks
 from dcconv.numerics import EPS
 from dcconv.problem import Operands, Problem, knows_autocast, without_autocast
+from dcconv.tracing import quietly, recording
 
 
 def _autocast(
@@ -90,9 +92,10 @@ def conv2d_and_mean(
     The mean is a scalar in compute dtype where ``norm_mean="batch"`` and the magnitude has a
     radius, else None or an empty tensor. The module keeps its moving average from it.
     """
-    operands, problem, backend = check_call(
-        *_autocast(x, weight, bias), *geometry, keep=keep, **operator
-    )
+    with quietly() if recording() else nullcontext():
+        operands, problem, backend = check_call(
+            *_autocast(x, weight, bias), *geometry, keep=keep, **operator
+        )
     with without_autocast(operands.x):
         y, mean = backend.conv2d(operands, problem, keep)
     return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()
@@ -231,9 +234,10 @@ def patch_norm(
         >>> patch_norm(torch.ones(1, 4, 3, 3), 3).shape
         torch.Size([1, 1, 1, 1])
     """
-    batched, kernel, problem = checks.patch_norm(
-        x, kernel_size, stride, padding, dilation, groups, eps, padding_mode
-    )
+    with quietly() if recording() else nullcontext():
+        batched, kernel, problem = checks.patch_norm(
+            x, kernel_size, stride, padding, dilation, groups, eps, padding_mode
+        )
     if backend is not None:
         backends.check_name("backend", backend)
     with without_autocast(x):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dcconv import backends, checks, folding, settings
+from dcconv import backends, checks, folding, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
 from dcconv.casts import Cast
 from dcconv.functional import conv2d_and_mean, patch_norm
@@ -347,7 +347,8 @@ class DecoupledConv2d(nn.Module):
         if self.radius_raw is None:
             return self.initial_radius
         # The square keeps its argument for backward: as it is now, since another may be loaded.
-        raw = self.radius_raw.to(self._compute_dtype(), copy=torch.is_grad_enabled())
+        copy = torch.is_grad_enabled() or tracing.recording()
+        raw = self.radius_raw.to(self._compute_dtype(), copy=copy)
         offset: float = constant("RADIUS_OFFSET")
         return raw.square() + offset
 
@@ -361,8 +362,23 @@ class DecoupledConv2d(nn.Module):
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
         return torch.where(raw < 0.0, -raw, raw) + offset
 
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call forward and hooks; ``torch.fx`` records the call of a leaf, hooks and all."""
+        proxy = tracing.proxy_in(arguments, options)
+        if proxy is not None:
+            return tracing.leaf(self, proxy, arguments, options)
+        return super().__call__(*arguments, **options)
+
+    @property
+    def itself(self) -> DecoupledConv2d:
+        """The layer, for graphs of ``torch.fx`` whose root it is."""
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""
+        if isinstance(x, fx.Proxy):
+            result: Tensor = tracing.leaf(self, x, (x,), {})
+            return result
         norm_mean: Tensor | str | None = None
         seen: Tensor | None = None  # whether any rank had a patch
         if self.uses_norm_mean:
@@ -398,7 +414,7 @@ class DecoupledConv2d(nn.Module):
             if isinstance(norm_mean, Tensor):
                 # Also with an empty batch here: the ranks' averages stay equal.
                 self._update_norm_mean(norm_mean.detach(), seen)
-            elif y.numel() and mean is not None:
+            elif mean is not None and (tracing.recording() or y.numel()):
                 self._update_norm_mean(mean)
         return y
 

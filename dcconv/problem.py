@@ -8,13 +8,15 @@ r/s filter rows and columns, g groups.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dcconv.functions import angulars, weightings
 from dcconv.numerics import ANGLE_DELTA, EPS, compute_dtype
+from dcconv.tracing import recording
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -75,6 +77,10 @@ class Problem(NamedTuple):
     def symmetric_zeros(self) -> bool:
         """Whether a library convolution takes this padding as it is."""
         top, bottom, left, right = self.padding
+        if torch.compiler.is_compiling() and not (
+            has_static_value(top + left) and has_static_value(bottom + right)
+        ):
+            return False  # a guard on the answer would bind sizes that are left open
         return self.padding_mode == "zeros" and top == bottom and left == right
 
 
@@ -106,13 +112,28 @@ def output_size(size: int, kernel: int, stride: int, before: int, after: int, di
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Return TensorFlow's SAME padding of one axis: ceil(size / stride) outputs, extra at the end.
 
-    At stride 1 this is PyTorch's ``same``.
+    At stride 1 this is PyTorch's ``same``, whatever the size. Other sizes may be symbols of a
+    compiler: nothing is asked of them.
     """
-    outputs = (size + stride - 1) // stride
-    missing = (outputs - 1) * stride + dilation * (kernel - 1) + 1 - size
-    total = max(missing, 0)
+    extent = dilation * (kernel - 1) + 1
+    if extent == 1:
+        return 0, 0
+    # The last window begins with the last 1 to ``stride`` pixels.
+    begun = 1 if stride == 1 else (size - 1) % stride + 1
+    total = extent - begun
+    if extent < stride:
+        total = cast(int, torch.sym_max(total, 0))
     before = total // 2
     return before, total - before
+
+
+def may_change(value: Tensor) -> bool:
+    """Return whether a tensor that backward keeps may be written to before, without an error.
+
+    Learned ones raise PyTorch's error then. ``torch.jit.trace`` compares what it records with and
+    without gradients: there the answer is the same.
+    """
+    return recording() or (torch.is_grad_enabled() and not value.requires_grad)
 
 
 def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
@@ -124,7 +145,7 @@ def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        changes = torch.is_grad_enabled() and not value.requires_grad
+        changes = may_change(value)
         if changes and value.dim() == 0 and torch.compiler.is_compiling():
             # A sum of one. Compiled code saves the source of a copy and makes the copy in backward;
             # sums it keeps.

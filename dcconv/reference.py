@@ -25,6 +25,7 @@ from dcconv import checks, library
 from dcconv.functions import angulars, weighted_magnitude
 from dcconv.numerics import EPS, compute_dtype, constant
 from dcconv.problem import NORM_BATCH, NORM_GIVEN, Operands, Problem
+from dcconv.tracing import recording
 
 
 def padded(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[int, int]]:
@@ -59,6 +60,8 @@ def filter_norm(weight: Tensor, eps: float) -> Tensor:
 
 def mean_norm(b: Tensor) -> Tensor:
     """Return the mean of the norm map, a scalar; 0 for an empty batch."""
+    if recording():  # their number stays open
+        return b.mean()
     return b.sum() / max(b.numel(), 1)
 
 

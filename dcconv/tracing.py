@@ -1,0 +1,51 @@
+"""How ``torch.fx`` and ``torch.jit.trace`` see a layer: as a leaf, and as plain operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# Under this name a layer has itself, for graphs whose root it is.
+ITSELF = "itself"
+
+
+def proxy_in(arguments: tuple[Any, ...], options: dict[str, Any]) -> fx.Proxy | None:
+    """Return the value that a tracer of ``torch.fx`` gives in the place of x, if it does."""
+    x = arguments[0] if arguments else options.get("x")
+    return x if isinstance(x, fx.Proxy) else None
+
+
+def leaf(layer: nn.Module, x: fx.Proxy, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Record a layer as one call of a module, as tracers do with layers of ``torch.nn``.
+
+    Tracers look into every module from elsewhere; the layer's checks and choices need real tensors,
+    and its moving average a module to belong to.
+    """
+    tracer: Any = x.tracer
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        path = tracer.path_of_module(layer) or ITSELF
+        return tracer.create_proxy("call_module", path, args, kwargs)
+
+    if layer is getattr(tracer, "root", None):
+        return record(*arguments, **options)
+    # With the tracer's own bookkeeping: some name nodes after the modules that they enter.
+    return tracer.call_module(layer, record, arguments, options)
+
+
+def recording() -> bool:
+    """Return whether ``torch.jit.trace`` records what runs."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Leave out the warnings of ``torch.jit.trace`` about sizes that checks look at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
