@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dcconv import backends, checks, folding, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
@@ -376,9 +376,10 @@ class DecoupledConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""
-        if isinstance(x, fx.Proxy):
-            result: Tensor = tracing.leaf(self, x, (x,), {})
-            return result
+        proxy = tracing.proxy_in((x,), {})
+        if proxy is not None:
+            recorded: Tensor = tracing.leaf(self, proxy, (x,), {})
+            return recorded
         norm_mean: Tensor | str | None = None
         seen: Tensor | None = None  # whether any rank had a patch
         if self.uses_norm_mean:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.jit._trace import TracerWarning
 
 # Under this name a layer has itself, for graphs whose root it is.
 ITSELF = "itself"
@@ -40,12 +41,12 @@ def leaf(layer: nn.Module, x: fx.Proxy, arguments: tuple[Any, ...], options: dic
 
 def recording() -> bool:
     """Return whether ``torch.jit.trace`` records what runs."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
     """Leave out the warnings of ``torch.jit.trace`` about sizes that checks look at."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         yield

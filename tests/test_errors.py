@@ -320,7 +320,13 @@ SIZES = [
     refusal(conv(x=X[:, :, :2]), "v", "x", fit(3), "[2, 6]"),
     refusal(conv(dilation=3), "v", "x", fit(7), "[5, 6]"),
     refusal(conv(x=X[..., :0], padding=(0, 1)), "v", "x", fit(3), "[5, 2]"),
-    refusal(conv(x=X[:, :, :0], padding="same"), "v", "x", fit(3), "[2, 8]"),
+    refusal(
+        conv(x=X[:, :, :0], padding="same"),
+        "v",
+        "x",
+        "have a height and width of at least 1",
+        "[0, 6]",
+    ),
     refusal(norm(X, 9), "v", "x", fit(9), "[5, 6]"),
     refusal(
         norm(X[:, :, :0], 3, padding=2),
