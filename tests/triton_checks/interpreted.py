@@ -720,7 +720,10 @@ def compiles() -> None:
     )
     for layout, (options, batches) in zip(FORMATS, variants, strict=True):
         torch._dynamo.reset()
-        eager = dcconv.DecoupledConv2d(4, 6, 3, **options).to(memory_format=layout)
+        # Two layers: a number of a module that both use must be no input of the graph.
+        eager = torch.nn.Sequential(
+            dcconv.DecoupledConv2d(4, 6, 3, **options), dcconv.DecoupledConv2d(6, 4, 1, **options)
+        ).to(memory_format=layout)
         other = copy.deepcopy(eager)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         dynamic = True if len(batches) > 1 else None
