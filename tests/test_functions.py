@@ -379,3 +379,9 @@ def test_angular_functions_propagate_nan(name: str) -> None:
     assert bool(slope(lambda c: angular_of(name)(c, fine) * c, nan).isnan())
     if angulars[name].uses_k:
         assert bool(angular_of(name)(fine, nan).isnan())
+
+
+def test_weighting_without_a_formula_is_refused() -> None:
+    one = column(1.0)
+    with pytest.raises(NotImplementedError, match=r"weighting must be one of none, .*, got 'half'"):
+        magnitude_of("tanh", "half")(one, one, one)
