@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcconv import ops
+from dcconv.tracing import sizes
 
 # bfloat16 results of at most so many columns, with a stride along them and a window above 1x1, are
 # computed in float32. The library is wrong for one column and, rarely, for two.
@@ -29,7 +30,7 @@ def fitted(t: Tensor) -> Tensor:
     Args:
         t: [n, c, h, w].
     """
-    if all(size != 1 for size in t.shape) or ops.is_channels_last(t):
+    if all(size != 1 for size in sizes(t)) or ops.is_channels_last(t):
         return t
     return t.contiguous()
 
@@ -41,11 +42,7 @@ def batched(x: Tensor) -> Tensor:
 
 def _single_pixels(weight: Tensor, stride: Any, padding: Any) -> bool:
     """Whether windows are single pixels with others between them."""
-    return (
-        weight.shape[2] == weight.shape[3] == 1
-        and tuple(stride) != (1, 1)
-        and tuple(padding) == (0, 0)
-    )
+    return sizes(weight)[2:] == (1, 1) and tuple(stride) != (1, 1) and tuple(padding) == (0, 0)
 
 
 def _strided_pixels(x: Tensor, stride: Any) -> Tensor:
@@ -76,9 +73,10 @@ def _takes_float(
         return False
     if groups > 1 and dilation[0] > 1:
         return True
-    if stride[1] == 1 or weight.shape[2] == weight.shape[3] == 1:
+    rows, columns = sizes(weight)[2:]
+    if stride[1] == 1 or rows == columns == 1:
         return False
-    extent = dilation[1] * (weight.shape[3] - 1) + 1
+    extent = dilation[1] * (columns - 1) + 1
     return _is_narrow((x.shape[3] + 2 * padding[1] - extent) // stride[1] + 1)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dcconv.problem import Operands, Problem
+from dcconv.tracing import sizes
 
 # Bits of the ``needs`` argument of conv2d_backward, in the order of its results.
 NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RADIUS, NEEDS_NORM_MEAN, NEEDS_K = (
@@ -112,9 +113,9 @@ def as_pytorch(error: RuntimeError) -> RuntimeError:
 
 def is_channels_last(t: Tensor) -> bool:
     """Whether a 4-d tensor suggests channels_last, by PyTorch's own rule on strides."""
-    smallest = 0
+    smallest, shape = 0, sizes(t)
     for axis in (1, 3, 2, 0):
-        size, stride = t.shape[axis], t.stride(axis)
+        size, stride = shape[axis], t.stride(axis)
         if size == 0 or stride < smallest:
             return False
         if axis == 0 and smallest == t.stride(1):

@@ -50,3 +50,11 @@ def quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
         yield
+
+
+def sizes(t: torch.Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape to decide by: numbers also where ``torch.jit.trace`` has tensors."""
+    if not recording():
+        return t.shape
+    with quietly():
+        return tuple([int(size) for size in t.shape])

@@ -174,6 +174,17 @@ def test_jit_says_what_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{"kernel_size": 1, "stride": 2}, {"kernel_size": 3}], ids=str)
+def test_jit_asks_no_size_of_one_image(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Traced with one image, in one layout and the other; it runs with more."""
+    layer = dcconv.DecoupledConv2d(3, 4, dtype=dtype, **options).eval()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        traced = jit_trace(layer, images(1).to(dtype, memory_format=layout))
+        x = images(3, 9, 10).to(dtype, memory_format=layout)
+        check_equal("y", traced(x), dcconv.DecoupledConv2d.forward(layer, x))
+
+
 @pytest.mark.backend("cpu")
 def test_jit_records_the_op_of_a_named_backend() -> None:
     layer = dcconv.DecoupledConv2d(3, 4, 3, padding="same", backend="cpu").eval()
