@@ -23,7 +23,8 @@ def expanded(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=dtype).expand(*sizes)
 
 
-# Each wants 2^39 elements or more, which no machine has.
+# Each wants 2^39 elements or more, which no machine has, inside an op: a batch of one image with
+# such strides would be copied by PyTorch before.
 CALLS: dict[str, Callable[[], object]] = {
     "one pass": lambda: decoupled_conv2d(torch.zeros(1, 1, 2**10, 2**10), expanded(2**20, 1, 1, 1)),
     "passes": lambda: decoupled_conv2d(
@@ -35,9 +36,9 @@ CALLS: dict[str, Callable[[], object]] = {
         torch.zeros(1, 1, 2**10, 2**10), expanded(2**20, 1, 1, 1), magnitude="linear"
     ),
     "depthwise": lambda: decoupled_conv2d(
-        expanded(1, 2**10, 2**15, 2**15), torch.zeros(2**10, 1, 1, 1), groups=2**10
+        expanded(2, 2**10, 2**15, 2**15), torch.zeros(2**10, 1, 1, 1), groups=2**10
     ),
-    "norms": lambda: patch_norm(expanded(1, 1, 2**20, 2**20), 1),
+    "norms": lambda: patch_norm(expanded(2, 2, 2**20, 2**20), 1),
     "padding": lambda: decoupled_conv2d(
         torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1), padding=(2**20, 2**17)
     ),
