@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconv import functions, reference
+from dcconv import functions, library, reference
 from dcconv.numerics import compute_dtype
 
 
@@ -59,10 +59,10 @@ class Noise:
             return lambda *args: self(function(*args))
 
         def window_norm(*args: Any) -> Tensor:
-            with mock.patch.object(reference, "F", F):
+            with mock.patch.object(reference, "library", library):
                 return self(original(*args))
 
-        def conv2d(x: Tensor, weight: Tensor, bias: None, *geometry: Any) -> Tensor:
+        def convolution(x: Tensor, weight: Tensor, bias: None, *geometry: Any) -> Tensor:
             rounded: Tensor = _RoundingConvolution.apply(x, weight, geometry, self)
             return rounded
 
@@ -73,11 +73,11 @@ class Noise:
             return replace(entry, value=value)
 
         original = reference.window_norm
-        library = mock.Mock(wraps=F)
-        library.conv2d = conv2d
+        rounding = mock.Mock(wraps=library)
+        rounding.convolution = convolution
         noisy = {name: angular(entry) for name, entry in functions.angulars.items()}
         changed = {
-            "F": library,
+            "library": rounding,
             "window_norm": window_norm,
             "filter_norm": norm(reference.filter_norm),
             "mean_norm": norm(reference.mean_norm),
