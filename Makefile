@@ -17,7 +17,7 @@ TEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
 BIN := $(VENV)/bin
 GATE_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SOURCES := $(sort $(shell find csrc -type f))
-FORMATTED := $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES) $(sort $(shell find tests -type f)))
+FORMATTED := $(filter %.h %.inl %.c %.cpp %.cuh %.cu,$(SOURCES) $(sort $(shell find tests -type f)))
 OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
 .PHONY: help demo test lint docs build bench findings gpu-gate clean FORCE

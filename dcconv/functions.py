@@ -237,11 +237,8 @@ def weighted_magnitude(
     if weighting == "separate":
         assert rho is not None
         return h * tanh_of(a / rho)
-    if weighting != "none":
-        # A name in the table alone would be taken for no weighting.
-        raise NotImplementedError(
-            f"dcconv: weighting must be one of none, linear, product, separate, got {weighting!r}"
-        )
+    # A name in the table alone would be taken for no weighting.
+    assert weighting == "none", weighting
     return h
 
 

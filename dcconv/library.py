@@ -47,12 +47,13 @@ def _single_pixels(weight: Tensor, stride: Any, padding: Any) -> bool:
 
 def _strided_pixels(x: Tensor, stride: Any) -> Tensor:
     """Return the pixels that windows of one pixel start at, a copy in x's layout."""
-    pixels = x[:, :, :: stride[0], :: stride[1]]
     # Not memory_format=torch.channels_last, which vmap does not know; nor are views left, whose
-    # strides may suggest another layout than x's.
+    # strides may suggest another layout than x's. The gradient of a slice is contiguous: sliced is
+    # what is contiguous in x's layout.
     if ops.is_channels_last(x):
-        last = pixels.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return last.permute(0, 3, 1, 2)
+        last = x.permute(0, 2, 3, 1)[:, :: stride[0], :: stride[1]]
+        return last.clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+    pixels = x[:, :, :: stride[0], :: stride[1]]
     return pixels.clone(memory_format=torch.contiguous_format)
 
 
