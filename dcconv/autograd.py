@@ -27,14 +27,21 @@ def conv2d_forward(
 
     Args:
         plans: what computes each direction; None for one compiled op per direction.
+
+    Raises:
+        RuntimeError, torch.OutOfMemoryError: as PyTorch's own operations of the device do.
     """
-    if plans is not None:
-        return plans.forward(operands, problem, kept)
-    arguments = ops.conv2d_arguments(operands, problem)
-    results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(
-        *arguments, kept == DOT, kept != NOTHING
-    )
-    return results
+    try:
+        if plans is not None:
+            return plans.forward(operands, problem, kept)
+        arguments = ops.conv2d_arguments(operands, problem)
+        results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(
+            *arguments, kept == DOT, kept != NOTHING
+        )
+        return results
+    except RuntimeError as error:
+        known = ops.as_pytorch(error)
+        raise known from None
 
 
 class DecoupledConv2dFunction(torch.autograd.Function):
@@ -62,11 +69,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         plans: Plans | None,
     ) -> tuple[Tensor, ...]:
         operands = Operands(x, weight, bias, radius, norm_mean, k)
-        try:
-            results = conv2d_forward(operands, problem, kept, plans)
-        except RuntimeError as error:
-            known = ops.as_pytorch(error)
-            raise known from None
+        results = conv2d_forward(operands, problem, kept, plans)
         y, norm_map, mean, dot, *more = results
         ctx.mark_non_differentiable(norm_map, mean, dot, *more)
         ctx.set_materialize_grads(False)
@@ -90,40 +93,44 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             operands = Operands(x, weight, bias, radius, norm_mean, k)
             return (*reference_gradients(operands, problem, grad_y, wanted), None, None, None)
         operands = Operands(x, weight, None, radius, norm_mean, k)
-        needs = sum(1 << i for i, want in enumerate(wanted) if want)
-        plans: Plans | None = ctx.plans
-        if plans is not None:
-            (a,) = more
-            planned = plan_a.backward(
+        try:
+            needs = sum(1 << i for i, want in enumerate(wanted) if want)
+            plans: Plans | None = ctx.plans
+            if plans is not None:
+                (a,) = more
+                planned = plan_a.backward(
+                    grad_y,
+                    kept_tensor,
+                    norm_map,
+                    mean,
+                    a,
+                    operands,
+                    problem,
+                    ctx.kept,
+                    needs,
+                    plans.namespace,
+                    plans.input_gradient,
+                    plans.weight_gradient,
+                )
+                return (*_in_layout(planned, x, weight), None, None, None)
+            arguments = ops.conv2d_arguments(operands, problem)
+            grads = torch.ops.dcconv.conv2d_backward(
                 grad_y,
+                x,
+                weight,
                 kept_tensor,
                 norm_map,
                 mean,
-                a,
-                operands,
-                problem,
+                *arguments[3:],
+                problem.norm_grad,
                 ctx.kept,
                 needs,
-                plans.namespace,
-                plans.input_gradient,
-                plans.weight_gradient,
             )
-            return (*_in_layout(planned, x, weight), None, None, None)
-        arguments = ops.conv2d_arguments(operands, problem)
-        grads = torch.ops.dcconv.conv2d_backward(
-            grad_y,
-            x,
-            weight,
-            kept_tensor,
-            norm_map,
-            mean,
-            *arguments[3:],
-            problem.norm_grad,
-            ctx.kept,
-            needs,
-        )
-        found = tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return (*_in_layout(found, x, weight), None, None, None)
+            found = tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+            return (*_in_layout(found, x, weight), None, None, None)
+        except RuntimeError as error:
+            known = ops.as_pytorch(error)
+            raise known from None
 
 
 def _in_layout(

@@ -140,6 +140,18 @@ def device(request: pytest.FixtureRequest) -> str:
     return device_of(request.getfixturevalue("backend"))
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the CPU kernels that this processor has."""
+    known = torch.ops.dcconv.cpu_isas()
+    if request.param not in known:
+        pytest.skip(f"this processor has no {request.param}, only {', '.join(known)}")
+    before = torch.ops.dcconv.cpu_isa()
+    torch.ops.dcconv.set_cpu_isa(request.param)
+    yield request.param
+    torch.ops.dcconv.set_cpu_isa(before)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """The seed of PyTorch's generators, set before every test."""

@@ -36,18 +36,6 @@ OPERATORS = (
 )
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor has: running sums are as many as lanes."""
-    known = torch.ops.dcconv.cpu_isas()
-    if request.param not in known:
-        pytest.skip(f"this processor has no {request.param}, only {', '.join(known)}")
-    before = torch.ops.dcconv.cpu_isa()
-    torch.ops.dcconv.set_cpu_isa(request.param)
-    yield request.param
-    torch.ops.dcconv.set_cpu_isa(before)
-
-
 @pytest.fixture(params=["own", "auto"])
 def scheme(request: pytest.FixtureRequest) -> Iterator[str]:
     """Our own products, and what the rule takes."""

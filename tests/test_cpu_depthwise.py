@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,18 +61,6 @@ GEOMETRIES = (
     Case("in-place-reflect", 1, 16, 7, 8, 16, (5, 5), padding=2, groups=16, padding_mode="reflect"),
     Case("n0", 0, 3, 6, 5, 3, (3, 3), padding=1, groups=3),
 )
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor has."""
-    known = torch.ops.dcconv.cpu_isas()
-    if request.param not in known:
-        pytest.skip(f"this processor has no {request.param}, only {', '.join(known)}")
-    before = torch.ops.dcconv.cpu_isa()
-    torch.ops.dcconv.set_cpu_isa(request.param)
-    yield request.param
-    torch.ops.dcconv.set_cpu_isa(before)
 
 
 def by_scheme(inputs: Inputs, scheme: str, cotangent: torch.Tensor, **options: object) -> Results:

@@ -16,18 +16,6 @@ from dcconv.keep import NOTHING, OUTPUT
 pytestmark = pytest.mark.backend("cpu")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor has."""
-    known = torch.ops.dcconv.cpu_isas()
-    if request.param not in known:
-        pytest.skip(f"this processor has no {request.param}, only {', '.join(known)}")
-    before = torch.ops.dcconv.cpu_isa()
-    torch.ops.dcconv.set_cpu_isa(request.param)
-    yield request.param
-    torch.ops.dcconv.set_cpu_isa(before)
-
-
 @pytest.fixture(autouse=True)
 def rule_afterwards() -> Iterator[None]:
     """Leave the choice to the rule when a test is done."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,18 +16,6 @@ from dcconv.functions import angulars, magnitudes, weighted_magnitude
 from dcconv.numerics import ANGLE_DELTA
 
 pytestmark = pytest.mark.backend("cpu")
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor has."""
-    known = torch.ops.dcconv.cpu_isas()
-    if request.param not in known:
-        pytest.skip(f"this processor has no {request.param}, only {', '.join(known)}")
-    before = torch.ops.dcconv.cpu_isa()
-    torch.ops.dcconv.set_cpu_isa(request.param)
-    yield request.param
-    torch.ops.dcconv.set_cpu_isa(before)
 
 
 def test_function_lists_agree_with_python() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dcconv import autograd, backends, ops
 from dcconv.functional import decoupled_conv2d, patch_norm
+from dcconv.problem import Operands, Problem
 
 needs_library = pytest.mark.skipif(ops.missing is not None, reason=str(ops.missing))
 
@@ -63,16 +66,25 @@ def test_it_is_one_sentence(name: str, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_gpu_has_a_class_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What passes through C++ loses its class."""
+    """What passes through C++ loses its class: forward, with gradients or without, and backward."""
     text = "dcconv: CUDA out of memory. Tried to allocate 2.00 GiB."
 
     def full(*arguments: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(autograd, "conv2d_forward", full)
-    x = torch.zeros(1, 2, 3, 3, requires_grad=True)
-    with pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(text)}$"):
-        autograd.DecoupledConv2dFunction.apply(x, *[None] * 8)
+    x = torch.zeros(1, 2, 5, 5, requires_grad=True)
+    weight = torch.ones(3, 2, 3, 3)
+    y = None if ops.missing else decoupled_conv2d(x, weight, backend="cpu")
+    plans: Any = SimpleNamespace(forward=full)
+    out_of_memory = pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(text)}$")
+    with out_of_memory:
+        autograd.DecoupledConv2dFunction.apply(x, *[None] * 7, plans)
+    with out_of_memory:
+        autograd.conv2d_forward(Operands(x, weight, *[None] * 4), Problem(), "nothing", plans)
+    if y is not None:
+        monkeypatch.setattr(ops, "conv2d_arguments", full)
+        with out_of_memory:
+            y.sum().backward()
     other = RuntimeError("dcconv: groups must divide the 4 channels of x, got 3")
     assert ops.as_pytorch(other) is other
 
