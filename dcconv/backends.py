@@ -294,7 +294,7 @@ def benchmarking(enabled: bool = True) -> AbstractContextManager[None]:
 def describe(x: Tensor, problem: Problem | None = None) -> Call:
     """Return the facts about a call that backends decide by."""
     functions = problem and (problem.magnitude, problem.angular, problem.weighting)
-    recorded = recording() and torch.is_grad_enabled()
+    recorded = torch.is_grad_enabled() and recording()
     index = x.device.index or 0
     return Call(x.device.type, x.dtype, is_transformed(), index, functions, recorded)
 

@@ -30,7 +30,6 @@ from dcconv.problem import (
     output_size,
     same_padding,
 )
-from dcconv.tracing import recording
 from dcconv.warn import warn_once
 
 KEEPS = ("auto", "output", "dot")
@@ -95,11 +94,6 @@ def integer(argument: str, value: object, low: int) -> None:
         raise value_error(argument, rule, value)
 
 
-def _above(value: int, most: int) -> bool:
-    # Symbolic numbers are made of sizes of tensors: a guard on each would tie a program to them.
-    return isinstance(value, int) and value > most
-
-
 def size(argument: str, value: Any, low: int) -> int:
     """Return an integer from ``low`` to ``MOST_PIXELS``, or what stands for one, as NumPy's do."""
     # Not a tensor, whose value may be on a device.
@@ -110,7 +104,8 @@ def size(argument: str, value: Any, low: int) -> int:
             # Not an integer: refused below, by its type.
             pass
     integer(argument, value, low)
-    if _above(value, MOST_PIXELS):
+    # Symbolic numbers are made of sizes of tensors: a guard on each would tie a program to them.
+    if isinstance(value, int) and value > MOST_PIXELS:
         raise value_error(argument, f"be an integer of at most {MOST_PIXELS}", value)
     result: int = value
     return result
@@ -183,16 +178,11 @@ def is_dtensor(value: object) -> bool:
     return type(value).__name__ == "DTensor"
 
 
-def not_distributed(argument: str, value: Tensor) -> None:
-    """Refuse a DTensor: the ops have no sharding rules."""
-    if is_dtensor(value):
-        rule = "be a plain tensor, as fully_shard's forward has it (a DTensor has to_local())"
-        raise type_error(argument, rule, "a DTensor")
-
-
 def dense(argument: str, value: Tensor) -> None:
     """Require a tensor that is one array: not in parts, sparse or in a library's own layout."""
-    not_distributed(argument, value)
+    if is_dtensor(value):  # the ops have no sharding rules
+        rule = "be a plain tensor, as fully_shard's forward has it (a DTensor has to_local())"
+        raise type_error(argument, rule, "a DTensor")
     if value.is_nested:
         raise type_error(argument, "be a strided tensor", "a nested one")
     if value.layout != torch.strided:
@@ -307,7 +297,7 @@ def geometry(
     dilation = pair("dilation", dilation, 1)
     padding = padding_argument(padding)
     h, w = x.shape[-2], x.shape[-1]
-    if recording():  # sizes are tensors then
+    if isinstance(h, Tensor):  # recorded by torch.jit.trace
         h, w = int(h), int(w)
         kernel = int(kernel[0]), int(kernel[1])
         if padding == "same" and max(stride) > 1:
@@ -324,11 +314,11 @@ def geometry(
         edges = (0, 0, 0, 0)
     else:
         edges = (padding[0], padding[0], padding[1], padding[1])
-    for edge in edges:
-        if _above(edge, MOST_PIXELS):
-            raise value_error("padding", f"be at most {MOST_PIXELS} pixels for 'same'", edge)
     # The padding at the end is never the smaller one.
     for size, largest, axis in ((h, edges[1], "height"), (w, edges[3], "width")):
+        # Asked of numbers alone, as of all sizes: others are symbols of a compiler.
+        if isinstance(largest, int) and largest > MOST_PIXELS:
+            raise value_error("padding", f"be at most {MOST_PIXELS} pixels for 'same'", largest)
         if padding_mode == "reflect" and largest and largest >= size:
             raise value_error("padding", f"be below the {axis} {size} for 'reflect'", largest)
         if padding_mode == "circular" and largest > size:
@@ -344,9 +334,9 @@ def geometry(
         raise value_error(
             "x", f"be at least as large as the dilated kernel {extent} after padding", padded
         )
-    # Asked of large paddings alone: other sizes may be symbols of a compiler.
-    if any(_above(edge, LARGEST_PADDING) for edge in edges) and p * q > LARGEST_OUTPUT:
-        raise value_error("padding", f"leave at most {LARGEST_OUTPUT} pixels", [p, q])
+    for largest in (edges[1], edges[3]):
+        if isinstance(largest, int) and largest > LARGEST_PADDING and p * q > LARGEST_OUTPUT:
+            raise value_error("padding", f"leave at most {LARGEST_OUTPUT} pixels", [p, q])
     if h == 0 or w == 0:
         raise value_error("x", "have a height and width of at least 1", [h, w])
     return stride, edges, dilation

@@ -30,7 +30,7 @@ def fitted(t: Tensor) -> Tensor:
     Args:
         t: [n, c, h, w].
     """
-    if all(size != 1 for size in sizes(t)) or ops.is_channels_last(t):
+    if 1 not in sizes(t) or ops.is_channels_last(t):
         return t
     return t.contiguous()
 

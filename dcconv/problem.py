@@ -133,7 +133,7 @@ def may_change(value: Tensor) -> bool:
     Learned ones raise PyTorch's error then. ``torch.jit.trace`` compares what it records with and
     without gradients: there the answer is the same.
     """
-    return recording() or (torch.is_grad_enabled() and not value.requires_grad)
+    return (torch.is_grad_enabled() and not value.requires_grad) or recording()
 
 
 def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:

@@ -54,7 +54,8 @@ def quietly() -> Iterator[None]:
 
 def sizes(t: torch.Tensor) -> tuple[int, ...]:
     """Return a tensor's shape to decide by: numbers also where ``torch.jit.trace`` has tensors."""
-    if not recording():
-        return t.shape
+    shape = t.shape
+    if not shape or not isinstance(shape[0], torch.Tensor):
+        return shape
     with quietly():
-        return tuple([int(size) for size in t.shape])
+        return tuple([int(size) for size in shape])
