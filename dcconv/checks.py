@@ -296,7 +296,8 @@ def geometry(
     stride = pair("stride", stride, 1)
     dilation = pair("dilation", dilation, 1)
     padding = padding_argument(padding)
-    h, w = x.shape[-2], x.shape[-1]
+    h: Any = x.shape[-2]
+    w: Any = x.shape[-1]
     if isinstance(h, Tensor):  # recorded by torch.jit.trace
         h, w = int(h), int(w)
         kernel = int(kernel[0]), int(kernel[1])

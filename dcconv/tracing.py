@@ -54,8 +54,9 @@ def quietly() -> Iterator[None]:
 
 def sizes(t: torch.Tensor) -> tuple[int, ...]:
     """Return a tensor's shape to decide by: numbers also where ``torch.jit.trace`` has tensors."""
-    shape = t.shape
+    shape: Any = t.shape
     if not shape or not isinstance(shape[0], torch.Tensor):
-        return shape
+        known: tuple[int, ...] = shape
+        return known
     with quietly():
         return tuple([int(size) for size in shape])

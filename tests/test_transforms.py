@@ -149,7 +149,7 @@ def test_ensembles_update_their_own_averages() -> None:
     for i, module in enumerate(modules):
         check_equal("y", y[i], module(x))
         for name, buffer in module.named_buffers():
-            assert torch.allclose(buffers[name][i].double(), buffer.double(), rtol=1e-12), name
+            check_equal(name, buffers[name][i].double(), buffer.double())
 
 
 def test_switch_in_eager_training(backend: str, device: str) -> None:
