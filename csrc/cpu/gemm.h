@@ -1,5 +1,4 @@
-// Matrix products in float32 that stay in cache: register tiles over panels of
-// a packed matrix.
+// Matrix products in float32 that stay in cache: register tiles over panels of a packed matrix.
 #pragma once
 
 #include <algorithm>
@@ -12,32 +11,28 @@ namespace dcconv {
 namespace cpu {
 namespace DCCONV_ISA {
 
-// Vectors beside each other in a tile, of which a panel is as wide, and rows of
-// a tile that is `vectors` wide: accumulators, one row of b and a broadcast fit
-// 32 registers with AVX-512 and 16 elsewhere. Measured with AVX-512 on one core
-// of 118 GFLOP/s: tiles of 6 x 4 vectors reach 93 to 112, tiles of 12 x 2 only
-// 80 to 100, and 8 x 1 reach 111 where 24 x 1 reach 82.
+// Vectors beside each other in a tile, of which a panel is as wide, and rows of a tile that is
+// `vectors` wide: accumulators, one row of b and a broadcast fit 32 registers with AVX-512 and 16
+// elsewhere. Measured with AVX-512 on one core of 118 GFLOP/s: tiles of 6 x 4 vectors reach 93 to
+// 112, tiles of 12 x 2 only 80 to 100, and 8 x 1 reach 111 where 24 x 1 reach 82.
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int tile_height(int vectors) {
   return vectors == 4 ? 6 : kLanes == 16 || vectors == 1 ? 8 : 6;
 }
 
-// Longest sum over which a panel's part of b is used tile by tile, while it is
-// in cache.
+// Longest sum over which a panel's part of b is used tile by tile, while it is in cache.
 constexpr int64_t kDepth = 384;
 
-// Longest sum in one accumulator; longer ones are sums of such sums. Equal
-// terms, those of constant operands, round one way: n of them are wrong by n /
-// 8 units on average, n / 4 at worst.
+// Longest sum in one accumulator; longer ones are sums of such sums. Equal terms, those of constant
+// operands, round one way: n of them are wrong by n / 8 units on average, n / 4 at worst.
 constexpr int64_t kChain = 64;
 
 // One register tile of a product.
 struct ProductTile {
   const float *a, *b;
   float* c;
-  const float* norm;       // of the first row; null unless these are the last sums of
-                           // tanh x cosine
+  const float* norm;       // of the first row; null unless these are the last sums of tanh x cosine
   int64_t column;          // the first one
   int64_t columns;         // of c that exist
   int64_t segments, k;     // sums of `segments` times k products
@@ -184,8 +179,7 @@ DC_HD ProductFunction pick_product(int64_t rows, int64_t vectors) {
   }
 }
 
-// All tiles of one part of the sums: rows split evenly, so that no tile is much
-// lower than others.
+// All tiles of one part of the sums: rows split evenly, so that no tile is much lower than others.
 inline void product_part(const GemmParams& p, ProductTile tile) {
   const float *a = tile.a, *b = tile.b, *norm = tile.norm;
   for (int64_t column = 0; column < p.n; column += kPanel) {
@@ -226,13 +220,11 @@ inline void gemm(const GemmParams& p) {
     }
 }
 
-// Rows of a and b in a tile of inner products: as many sums as a vector has
-// lanes.
+// Rows of a and b in a tile of inner products: as many sums as a vector has lanes.
 constexpr int64_t kInnerRows = kLanes == 16 ? 4 : 2;
 constexpr int64_t kInnerColumns = kLanes / kInnerRows;
 
-// One tile of inner products. Rows behind the last repeat it and are not
-// stored.
+// One tile of inner products. Rows behind the last repeat it and are not stored.
 inline void inner_tile(const InnerParams& p, int64_t row, int64_t column) {
   const float *a[kInnerRows], *b[kInnerColumns];
   for (int64_t i = 0; i < kInnerRows; ++i)
@@ -286,16 +278,14 @@ inline void inner_products(const InnerParams& p) {
       inner_tile(p, row, column);
 }
 
-// Panels [begin, end) of a matrix: kPanel columns beside each other, zeros
-// behind the last one.
+// Panels [begin, end) of a matrix: kPanel columns beside each other, zeros behind the last one.
 inline void pack_panels(const PanelParams& p, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t columns = std::min(kPanel, p.n - panel * kPanel);
     const float* from = p.from + panel * kPanel * p.from_n;
     float* to = p.to + panel * p.to_panel;
     int64_t k = 0;
-    // A cache line of a column at once: lines of all columns together may not
-    // stay in cache.
+    // A cache line of a column at once: lines of all columns together may not stay in cache.
     constexpr int64_t kLine = 16;
     if (p.from_k == 1)
       for (; k + kLine <= p.k; k += kLine) {
