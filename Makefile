@@ -4,7 +4,7 @@
 #   TORCH         the PyTorch to install, a pip requirement: make test TORCH=torch==2.13.0
 #   PYTHON, VENV  the interpreter and the folder of the virtual environment made from it
 #   GATE_PYTHON   the interpreter of gpu-gate, which makes no environment: the one in VENV if it is
-#                 there, else PYTHON; GATE_OPTIONS are passed on (tests/gpu_gate.py)
+#                 there, else PYTHON; GATE_OPTIONS are passed on (tests/cuda/gate/gpu_gate.py)
 #   TEST_OPTIONS  of pytest; as given below, it runs in a process per processor, at most eight
 #   DCCONV_BUILD  see setup.py; local for demo, auto for everything else
 #   DCCONV_DEBUG, DCCONV_VERBOSE, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS  see setup.py
@@ -57,7 +57,7 @@ findings: ## run findings/*.sh: what surprises about libraries of this field
 	@failed=0; for file in findings/*.sh; do echo "$$file"; bash $$file || failed=1; done; exit $$failed
 
 gpu-gate: ## everything that needs a GPU, on a machine that has one
-	$(GATE_PYTHON) tests/gpu_gate.py $(GATE_OPTIONS)
+	$(GATE_PYTHON) tests/cuda/gate/gpu_gate.py $(GATE_OPTIONS)
 
 build: $(VENV)/built ## the environment and the compiled library
 	@$(BIN)/python -c "from dcconv import ops; print('dcconv:', ops.missing or ops.cuda_missing() or 'the compiled library has CUDA code')"

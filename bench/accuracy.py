@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.cases import Case, Inputs
 from bench.options import BOTH, DTYPES, FORWARD
 from bench.providers import ours, run
-from dcconv.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR
+from dcconv.operator.numerics import ACCURACY_FLOOR, PEER_CAP, PEER_FACTOR
 
 
 def error(found: Tensor, truth: Tensor) -> float:

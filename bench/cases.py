@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.layers import Layer
 from bench.options import DTYPES, LAYOUTS
-from dcconv import reference
-from dcconv.checks import choice, value_error
-from dcconv.functions import angulars, magnitudes
+from dcconv.operator import reference
+from dcconv.operator.checks import choice, value_error
+from dcconv.operator.functions import angulars, magnitudes
 
 
 class Operator(NamedTuple):

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench.records import Record, geometric_mean, latest, read
 from bench.tables import milliseconds
-from dcconv.checks import number, value_error
+from dcconv.operator.checks import number, value_error
 
 THRESHOLD = 0.10
 

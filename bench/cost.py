@@ -12,8 +12,8 @@ from bench.cases import Case
 from bench.layers import Layer
 from bench.options import BACKWARD, BOTH, DTYPES, FORWARD
 from bench.timing import Protocol, Stopwatch
-from dcconv.numerics import compute_dtype
-from dcconv.problem import Problem
+from dcconv.operator.numerics import compute_dtype
+from dcconv.operator.records import Problem
 
 
 class Cost(NamedTuple):

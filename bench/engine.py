@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bench.environment import environment
 from bench.memory import peak_bytes
-from dcconv.checks import integer
+from dcconv.operator.checks import integer
 
 # The other sub-commands do without the packages that training needs: imported where they are used.
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import dcconv
-from dcconv import ops
+from dcconv import native
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,7 +92,7 @@ def _revision() -> str | None:
 def environment(device: str = "cpu") -> Environment:
     """Describe this machine and process."""
     affinity = getattr(os, "sched_getaffinity", None)
-    isa = str(torch.ops.dcconv.cpu_isa()) if ops.missing is None else None
+    isa = str(torch.ops.dcconv.cpu_isa()) if native.missing is None else None
     on_gpu = device == "cuda"
     return Environment(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -50,8 +50,14 @@ from bench.tables import Grid, badness, first_own, notes, number, print_grid
 from bench.timing import Protocol, Stopwatch
 from dcconv import backends
 from dcconv.functional import decoupled_conv2d
-from dcconv.functions import angulars, magnitudes, weighted_magnitude, weightings
-from dcconv.numerics import ACCURACY_FLOOR, ANGLE_DELTA, PEER_CAP, PEER_FACTOR, compute_dtype
+from dcconv.operator.functions import angulars, magnitudes, weighted_magnitude, weightings
+from dcconv.operator.numerics import (
+    ACCURACY_FLOOR,
+    ANGLE_DELTA,
+    PEER_CAP,
+    PEER_FACTOR,
+    compute_dtype,
+)
 
 KIND = "functions"
 
@@ -91,7 +97,7 @@ class Function(NamedTuple):
 
     Attributes:
         letter: ``h`` or ``g``.
-        of: key of ``dcconv.functions.magnitudes`` or ``angulars``.
+        of: key of ``dcconv.operator.functions.magnitudes`` or ``angulars``.
         weighting: of a magnitude; ``none`` for an angular function.
     """
 

@@ -1,8 +1,9 @@
 """The error of every gradient with y kept for backward against u kept.
 
-The table in ``dcconv/keep.py`` comes from here: [4, 32, 14, 14] -> 32, 3x3, tanh, the mean norm of
-the batch, random normal operands, error against the float64 reference by the accuracy rule. Where
-``keep="output"`` is refused for accuracy, the refusal is switched off to measure what it prevents.
+The table in ``dcconv/call/saved.py`` comes from here: [4, 32, 14, 14] -> 32, 3x3, tanh, the mean
+norm of the batch, random normal operands, error against the float64 reference by the accuracy rule.
+Where ``keep="output"`` is refused for accuracy, the refusal is switched off to measure what it
+prevents.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.accuracy import error
-from dcconv import functional, keep, reference
-from dcconv.functions import angulars
-from dcconv.numerics import ANGLE_DELTA, FLOATING_DTYPES
-from dcconv.problem import Problem
+from dcconv import functional
+from dcconv.call import saved
+from dcconv.operator import reference
+from dcconv.operator.functions import angulars
+from dcconv.operator.numerics import ANGLE_DELTA, FLOATING_DTYPES
+from dcconv.operator.records import Problem
 
 
 def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, Tensor]:
@@ -45,7 +48,7 @@ def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, T
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take none: the problem is fixed, since its figures stand in ``dcconv/keep.py``."""
+    """Take none: the problem is fixed, since its figures stand in ``dcconv/call/saved.py``."""
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -55,14 +58,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
         for dtype in FLOATING_DTYPES[::-1]:
             truth = gradients(dtype, angular, None)
             cells = []
-            with mock.patch.object(keep, "why_not_output", return_value=None):
+            with mock.patch.object(saved, "why_not_output", return_value=None):
                 dot = gradients(dtype, angular, "dot")
                 output = gradients(dtype, angular, "output") if record.invertible else None
             for name, exact in truth.items():
                 by_output = f"{error(output[name], exact):.1e}" if output else "no inverse"
                 cells.append(f"{by_output} / {error(dot[name], exact):.1e}")
             problem = Problem(angular=angular)
-            auto = keep.kept(problem, dtype, bias=False, keep="auto")
+            auto = saved.kept(problem, dtype, bias=False, keep="auto")
             table.add_row(angular, str(dtype).removeprefix("torch."), auto, *cells)
     console.print(table)
     return 0

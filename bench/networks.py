@@ -44,8 +44,8 @@ from bench.records import Record
 from bench.tables import Grid, badness, first_own, notes, number, print_grid, time_cell
 from bench.timing import NOISY, Protocol, Stopwatch, uncertainty
 from dcconv import backends
-from dcconv.checks import integer, value_error
-from dcconv.numerics import ACCURACY_FLOOR, PEER_FACTOR
+from dcconv.operator.checks import integer, value_error
+from dcconv.operator.numerics import ACCURACY_FLOOR, PEER_FACTOR
 from dcconv.optim import decoupled_layers
 
 KIND = "networks"

@@ -56,10 +56,10 @@ from bench.records import Record
 from bench.tables import first_own, show
 from bench.timing import Candidate, Protocol, Staged, Stopwatch, Timing
 from dcconv import backends
-from dcconv.checks import integer, value_error
-from dcconv.dispatch.plans import registry
-from dcconv.dispatch.rule import PLANS
-from dcconv.numerics import compute_dtype
+from dcconv.call.implementations import registry
+from dcconv.call.rule import PLANS
+from dcconv.operator.checks import integer, value_error
+from dcconv.operator.numerics import compute_dtype
 
 KIND = "ops"
 

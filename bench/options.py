@@ -21,7 +21,7 @@ from bench.environment import RESULTS, Environment, environment, folder_name
 from bench.records import Record, append
 from bench.timing import Protocol, Stopwatch
 from dcconv import backends
-from dcconv.checks import choice, integer, number, value_error
+from dcconv.operator.checks import choice, integer, number, value_error
 from train.engine.terminal import SpellingConsole
 
 #: Exit status of an interrupted run, whose finished rows are kept.

@@ -14,10 +14,10 @@ from torch import Tensor
 from bench.cases import BATCH, Case, Inputs
 from bench.options import FORWARD
 from dcconv import backends
-from dcconv.dispatch.plans import registry
+from dcconv.call.implementations import registry
 from dcconv.functional import decoupled_conv2d
-from dcconv.functions import angulars, capped_asin, magnitudes
-from dcconv.numerics import EPS, angle_delta, compute_dtype
+from dcconv.operator.functions import angulars, capped_asin, magnitudes
+from dcconv.operator.numerics import EPS, angle_delta, compute_dtype
 
 #: x, weight, radius, norm_mean -> y.
 Function = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]

@@ -33,7 +33,7 @@ from bench.tables import (
     time_cell,
 )
 from bench.timing import NOISY as UNCERTAIN
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 
 #: Latest records of a device, by kind.
 Results = Mapping[str, Sequence[Record]]

@@ -18,7 +18,7 @@ from rich.console import Console
 from bench.environment import RESULTS
 from bench.readme import TABLES, Results, device_name, machine, markers, refresh, write
 from bench.records import Record, latest, read
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 
 ROOT = RESULTS.parent.parent
 #: The files with markers.

@@ -35,7 +35,7 @@ from bench.providers import run as run_pass
 from bench.records import Record
 from bench.tables import Grid, first_own, notes, number, print_grid, time_cell
 from bench.timing import Protocol, Stopwatch
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 
 KIND = "scaling"
 

@@ -1,5 +1,5 @@
 // Every magnitude and angular function: value and hand-written derivatives, for host and device.
-// dcconv/functions.py holds the same lists in PyTorch; a test compares names and numbers.
+// dcconv/operator/functions.py holds the same lists in PyTorch; a test compares names and numbers.
 #pragma once
 
 #include <cstddef>

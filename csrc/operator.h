@@ -3,7 +3,7 @@
 
 namespace dcconv {
 
-// rho never falls below this (dcconv/numerics.py has the same constant).
+// rho never falls below this (dcconv/operator/numerics.py has the same constant).
 constexpr double kRhoFloor = 1e-12;
 
 enum class Dtype { f64, f32, bf16, f16 };

@@ -5,7 +5,7 @@
 
 namespace dcconv {
 
-// The passes between the library convolutions, composed in dcconv/plan_a.py. Tensors are dense in
+// The passes between the library convolutions, composed in dcconv/passes/library.py. Tensors are dense in
 // the layout channels_last says; maps are 1-d, [n, pixels, groups] or, in contiguous layout,
 // [n, groups, pixels]. mean is the factor of the radius, absent for 1.
 template <class Library>
@@ -72,7 +72,7 @@ void define_passes(Library& library) {
   );
 }
 
-// The kernels of plan B, composed in dcconv/plan_b.py: the whole forward, or the whole gradient of
+// The kernels of plan B, composed in dcconv/passes/fused.py: the whole forward, or the whole gradient of
 // the input, in one pass. kernel: "implicit_gemm", "depthwise" or "stem" (forward only). tile:
 // which of the kernel's tile configurations, -1 for its own rule.
 template <class Library>

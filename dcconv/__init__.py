@@ -1,19 +1,25 @@
 """Decoupled convolution (Liu et al., CVPR 2018) as fused kernels for PyTorch."""
 
-from dcconv import backends, functional, reference
+import sys
+
+from dcconv import backends, functional
 from dcconv.backends import use_backend
 from dcconv.calibration import calibrate
 from dcconv.convert import convert
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.modules import DecoupledConv2d, norm_updates
+from dcconv.operator import functions, reference
 from dcconv.optim import (
     orthogonality_penalty,
     project_weights,
     register_projection,
     register_weighted_gradients,
 )
+from dcconv.version import __version__ as __version__
 
-__version__ = "0.1.0"
+# Their names as modules, beside those as attributes.
+for _module in (functions, reference):
+    sys.modules[f"dcconv.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
     "DecoupledConv2d",
@@ -22,6 +28,7 @@ __all__ = [
     "convert",
     "decoupled_conv2d",
     "functional",
+    "functions",
     "norm_updates",
     "orthogonality_penalty",
     "patch_norm",

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import dcconv.fakes
-import dcconv.fakes_one_pass  # noqa: F401  (registers them)
-from dcconv import autograd, checks, dispatch, ops, reference, settings
-from dcconv.autograd import ONE_OP, PLAN_A, TRITON
-from dcconv.dispatch import allowed as plans
-from dcconv.dispatch import pin_table
-from dcconv.keep import NOTHING, kept
-from dcconv.problem import Operands, Problem
+import dcconv.passes.fakes
+import dcconv.passes.fakes_fused  # noqa: F401  (registers them)
+from dcconv import native, settings
+from dcconv.call import autograd, key, strategy
+from dcconv.call.autograd import ONE_OP, PLAN_A, TRITON
+from dcconv.call.saved import NOTHING, kept
+from dcconv.call.strategy import allowed as plans
+from dcconv.call.strategy import pin_table
+from dcconv.operator import checks, reference
+from dcconv.operator.records import Operands, Problem
 from dcconv.tracing import recording
-from dcconv.triton_impl import features
+from dcconv.triton import environment
 from dcconv.warn import warn_once
 
 __all__ = [
@@ -105,7 +107,7 @@ def _why_not_transformed(call: Call) -> str | None:
 def _why_not_functions(call: Call) -> str | None:
     if call.functions is None:
         return None
-    return ops.why_not_functions(call.functions[0], call.functions[1])
+    return native.why_not_functions(call.functions[0], call.functions[1])
 
 
 _gpus: dict[int, str | None] = {}
@@ -116,7 +118,7 @@ _gpus: dict[int, str | None] = {}
 def _why_not_gpu(index: int) -> str | None:
     if index not in _gpus:
         if index < torch.cuda.device_count():
-            _gpus[index] = ops.why_not_gpu(torch.cuda.get_device_capability(index))
+            _gpus[index] = native.why_not_gpu(torch.cuda.get_device_capability(index))
         else:
             _gpus[index] = f"this machine has no GPU {index}"
     return _gpus[index]
@@ -125,7 +127,7 @@ def _why_not_gpu(index: int) -> str | None:
 def _why_not_cuda(call: Call) -> str | None:
     if call.device != "cuda":
         return f"it runs on CUDA tensors, got a {call.device} tensor"
-    reason = ops.cuda_missing()
+    reason = native.cuda_missing()
     if reason is not None:
         return reason
     return _why_not_gpu(call.gpu) or _why_not_functions(call) or _why_not_transformed(call)
@@ -138,20 +140,20 @@ _kernels: dict[int, str | None] = {}
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not_kernels(index: int) -> str | None:
     if index not in _kernels:
-        _kernels[index] = features.why_not(index)
+        _kernels[index] = environment.why_not(index)
     return _kernels[index]
 
 
 # Constant for tracing: it reads a module's lists.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not_twins(magnitude: str, angular: str, weighting: str) -> str | None:
-    return features.twinless(magnitude, angular, weighting)
+    return environment.twinless(magnitude, angular, weighting)
 
 
 def _why_not_triton(call: Call) -> str | None:
-    device = "cpu" if features.INTERPRETED else "cuda"
+    device = "cpu" if environment.INTERPRETED else "cuda"
     if call.device != device:
-        suffix = " in Triton's interpreter" if features.INTERPRETED else ""
+        suffix = " in Triton's interpreter" if environment.INTERPRETED else ""
         return f"it runs on {device.upper()} tensors{suffix}, got a {call.device} tensor"
     if call.dtype == torch.float64:
         return "its functions are float32 polynomials, got a float64 tensor"
@@ -164,8 +166,8 @@ def _why_not_triton(call: Call) -> str | None:
 def _why_not_cpu(call: Call) -> str | None:
     if call.device != "cpu":
         return f"it runs on CPU tensors, got a {call.device} tensor"
-    if ops.missing is not None:
-        return ops.missing
+    if native.missing is not None:
+        return native.missing
     return _why_not_functions(call) or _why_not_transformed(call)
 
 
@@ -192,13 +194,13 @@ def _planned_conv2d_by(
     def conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
         mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
         if not _differentiated(operands):
-            chosen = dispatch.choose(backend, operands, problem, NOTHING, 0, _benchmarks())
+            chosen = strategy.choose(backend, operands, problem, NOTHING, 0, _benchmarks())
             results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
             return results[0], results[2]
-        backward = ops.NEEDS_X if operands.x.requires_grad else 0
+        backward = native.NEEDS_X if operands.x.requires_grad else 0
         if operands.weight.requires_grad:
-            backward |= ops.NEEDS_WEIGHT
-        chosen = dispatch.choose(backend, operands, problem, mode, backward, _benchmarks())
+            backward |= native.NEEDS_WEIGHT
+        chosen = strategy.choose(backend, operands, problem, mode, backward, _benchmarks())
         results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
         return results[0], results[2]
 
@@ -392,7 +394,7 @@ _SCHEMES = {"own": "one pass", "library": "passes around the library convolution
 
 def _cpu_schemes(operands: Operands, problem: Problem) -> list[str]:
     x, weight, *_ = operands
-    geometry = ops.conv2d_arguments(operands, problem)[6:14]
+    geometry = native.conv2d_arguments(operands, problem)[6:14]
     taken = torch.ops.dcconv.cpu_schemes(x, weight, *geometry)
     return [
         f"    {direction}: {_SCHEMES[scheme]}"
@@ -453,8 +455,8 @@ def report(
         lines.append(f"  {candidate.name:<10}{state}")
         if candidate.name == "cpu" and reason is None:
             lines += _cpu_schemes(operands, problem)
-        if candidate.name in dispatch.BACKENDS and reason is None:
-            planned = dispatch.describe(candidate.name, operands, problem, mode, _benchmarks())
+        if candidate.name in key.BACKENDS and reason is None:
+            planned = strategy.describe(candidate.name, operands, problem, mode, _benchmarks())
             lines += [f"    {line}" for line in planned]
     if chosen.name != "reference":
         kept_names = (

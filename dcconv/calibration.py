@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from dcconv import checks
 from dcconv.modules import DecoupledConv2d
+from dcconv.operator import checks
 from dcconv.warn import name_some, warn_user
 
 Averaging = DecoupledConv2d | _BatchNorm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dcconv import checks
-from dcconv.numerics import FLOATING_DTYPES
+from dcconv.operator import checks
+from dcconv.operator.numerics import FLOATING_DTYPES
 
 
 class Cast:

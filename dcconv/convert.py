@@ -14,10 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from dcconv import checks, weights
 from dcconv import heads as special
+from dcconv import weights
 from dcconv.folding import guard, is_plain
 from dcconv.modules import DecoupledConv2d
+from dcconv.operator import checks
 from dcconv.warn import name_some, warn_user
 
 # What a caller of a module registers on it; the handles go on working with the same dictionaries.

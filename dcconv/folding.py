@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dcconv import checks
+from dcconv.operator import checks
 
 if TYPE_CHECKING:
     from dcconv.modules import DecoupledConv2d

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcconv import backends, checks
-from dcconv.numerics import EPS
-from dcconv.problem import Operands, Problem, knows_autocast, without_autocast
+from dcconv import backends
+from dcconv.operator import checks
+from dcconv.operator.numerics import EPS
+from dcconv.operator.records import Operands, Problem, knows_autocast, without_autocast
 from dcconv.tracing import quietly, recording
 
 
@@ -128,7 +129,7 @@ def decoupled_conv2d(
 
     With u = <w_o, x_p>, a = sqrt(||w_o||^2 + eps), b = sqrt(||x_p||^2 + eps), c = u / (a b):
     y[p, o] = h(a, b; alpha, beta, rho_o) g(c; k, power) + bias_o (Liu et al., Decoupled Networks,
-    CVPR 2018; h and g are listed in ``dcconv.functions``).
+    CVPR 2018; h and g are listed in ``dcconv.operator.functions``).
 
     Args:
         x: input, [n, c, h, w] or [c, h, w]; float16, bfloat16, float32 or float64.
@@ -155,7 +156,7 @@ def decoupled_conv2d(
             the same padded input as the dot product.
         keep: what backward keeps besides x, weight and one number per patch: ``output`` keeps y,
             ``dot`` keeps u and so allows in-place operations on y, ``auto`` chooses
-            (``dcconv.keep``).
+            (``dcconv.call.saved``).
         backend: ``auto``, ``cuda``, ``triton``, ``cpu``, ``reference``; None for the process's
             setting (``dcconv.use_backend``, ``DCCONV_BACKEND``).
 

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dcconv import backends, checks, folding, settings, tracing
+from dcconv import backends, folding, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
 from dcconv.casts import Cast
 from dcconv.functional import conv2d_and_mean, patch_norm
-from dcconv.functions import angulars, magnitudes
-from dcconv.numerics import EPS, FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
-from dcconv.problem import NORM_BATCH
+from dcconv.operator import checks
+from dcconv.operator.functions import angulars, magnitudes
+from dcconv.operator.numerics import EPS, FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
+from dcconv.operator.records import NORM_BATCH
 from dcconv.weights import weighed
 
 _STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")

@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dcconv import checks, weights
+from dcconv import weights
 from dcconv.modules import DecoupledConv2d
-from dcconv.numerics import compute_dtype
-from dcconv.reference import filter_norm
+from dcconv.operator import checks
+from dcconv.operator.numerics import compute_dtype
+from dcconv.operator.reference import filter_norm
 
 
 def decoupled_layers(model: nn.Module) -> Iterator[DecoupledConv2d]:

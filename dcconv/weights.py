@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from dcconv import checks
-from dcconv.reference import filter_norm
+from dcconv.operator import checks
+from dcconv.operator.reference import filter_norm
 
 OWN = "own its weight: remove weight norm, spectral norm, pruning or the like first"
 BEFORE_WRAPPING = "be converted before it is wrapped for distributed training"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from willing import device_of, why_not
 
 from dcconv import backends
 
@@ -42,26 +43,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "backend(name): a test of one backend, skipped with the backend's own sentence"
     )
-
-
-def device_of(name: str) -> str:
-    """Return the device to test a backend on; without a GPU the CUDA backends say so themselves."""
-    return "cuda" if name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-
-
-def why_not(name: str) -> str | None:
-    """Return a backend's sentence for a plain float32 call on this machine, None if it is willing.
-
-    Args:
-        name: a name in ``dcconv.backends.names``.
-    """
-    record = backends._BACKENDS[backends.names.index(name)]
-    return record.why_not(backends.Call(device_of(name), torch.float32, transformed=False))
-
-
-def willing() -> list[str]:
-    """Return the names of the backends that run here."""
-    return [name for name in backends.names if why_not(name) is None]
 
 
 def _require(name: str, config: pytest.Config) -> None:

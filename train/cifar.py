@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from rich.table import Table
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.data.augment import Augment
 from train.data.cifar import Cifar, load_cifar
 from train.data.stream import TensorBatches, TensorStream

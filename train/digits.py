@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import dcconv
-from dcconv import checks
+from dcconv.operator import checks
 from train.data.digits import CLASSES, IMAGE_SIZE, IMAGES, DigitsStream, Split, load_split
 from train.data.stream import Stream
 from train.digits_report import Epoch, Row, accuracy_text, draw_curves, make_row, table

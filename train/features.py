@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from dcconv import DecoupledConv2d
-from dcconv.checks import number, value_error
+from dcconv.operator.checks import number, value_error
 from train.data.digits import CLASSES, IMAGE_SIZE, load_split
 from train.digits import Config, Run, launch
 from train.engine.checkpoint import Checkpoints

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.data.augment import OfficialTransform, Transform, modern_transform
 from train.data.images import ImageBatches, ImageStream, find_splits
 from train.data.shards import ShardBatches, ShardStream, find_shards

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.engine.config import read_yaml
 from train.engine.files import ContentError, read_json, reason_of
 from train.engine.folder import CONFIG, METRICS, RESULTS, write_file

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.data.stream import Stream
 from train.engine import distributed
 from train.engine.checkpoint import Checkpoints

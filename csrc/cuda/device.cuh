@@ -1,5 +1,5 @@
 // The CUDA constructs that kernels are written in: nvcc's own, or those of the SIMT model of
-// tests/simt under a host compiler (DCCONV_SIMT). Nothing here knows about convolution.
+// tests/cuda/simt under a host compiler (DCCONV_SIMT). Nothing here knows about convolution.
 #pragma once
 
 #if defined(DCCONV_SIMT)

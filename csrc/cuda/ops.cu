@@ -1,5 +1,5 @@
 // The passes of plan A as ops: tensors in, tensors out. Python composes them with the library's
-// convolutions (dcconv/plan_a.py), has checked what the user typed and made tensors dense; the
+// convolutions (dcconv/passes/library.py), has checked what the user typed and made tensors dense; the
 // checks here guard memory. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace dcconv {
 namespace cuda {
 namespace {
 
-// Bits of `needs`, in the order of the operands (dcconv/ops.py).
+// Bits of `needs`, in the order of the operands (dcconv/native.py).
 enum Needs { kX = 1, kWeight = 2, kBias = 4, kRadius = 8, kNormMean = 16, kK = 32 };
 
 void check_sums(int64_t sums) {

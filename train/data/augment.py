@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from dcconv import checks
+from dcconv.operator import checks
 
 PADDINGS = ("symmetric", "reflect", "zeros")
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.engine.files import (
     MIB,
     TAR_ERRORS,

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 
-from dcconv import checks
-from dcconv.checks import value_error
+from dcconv.operator import checks
+from dcconv.operator.checks import value_error
 from train.data.augment import Transform
 from train.data.stream import (
     AUGMENT,

@@ -31,8 +31,8 @@ from webdataset.tariterators import (  # type: ignore[import-untyped]
     group_by_keys,
 )
 
-from dcconv import checks
-from dcconv.checks import value_error
+from dcconv.operator import checks
+from dcconv.operator.checks import value_error
 from train.data.augment import Transform
 from train.data.images import (
     Chunk,

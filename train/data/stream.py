@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconv import checks
+from dcconv.operator import checks
 
 # First numbers of derived seeds, so that no two purposes share a sequence.
 ORDER, AUGMENT = 1, 2

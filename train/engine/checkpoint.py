@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.engine.files import (
     MOST_TENSORS,
     MOST_TEXT,

@@ -20,7 +20,7 @@ from typing import get_type_hints as type_hints
 
 import yaml  # type: ignore[import-untyped]
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.engine import distributed
 from train.engine.files import ContentError, parse_yaml, read_text
 from train.engine.folder import CONFIG

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from dcconv.checks import choice, value_error
+from dcconv.operator.checks import choice, value_error
 
 DEVICES = ("auto", "cpu", "cuda")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import dcconv
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.engine.files import MOST_JSON, MOST_TEXT, ContentError, read_file, read_text
 
 _ROOT = Path(__file__).resolve().parent.parent.parent

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.engine.files import MOST_LOG, ContentError, open_file, parse_json, read_lines
 from train.engine.folder import METRICS, TENSORBOARD, json_line, write_file
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.data.stream import Stream
 from train.engine import distributed, histograms
 from train.engine.checkpoint import Checkpoints, Entry, tidy_run

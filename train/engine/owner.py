@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dcconv.checks import value_error
+from dcconv.operator.checks import value_error
 from train.engine import distributed
 from train.engine.files import MOST_TEXT, ContentError, read_json
 

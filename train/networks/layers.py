@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcconv import DecoupledConv2d
-from dcconv.checks import value_error
-from dcconv.problem import same_padding
+from dcconv.operator.checks import value_error
+from dcconv.operator.records import same_padding
 from train.networks.operators import Operator
 from train.networks.plain import plain_convolution
 

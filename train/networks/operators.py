@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from dcconv import DecoupledConv2d
-from dcconv.checks import type_error, value_error
-from dcconv.functions import angulars, magnitudes, weightings
+from dcconv.operator.checks import type_error, value_error
+from dcconv.operator.functions import angulars, magnitudes, weightings
 from train.networks.plain import PlainConv2d
 
 _NO_ACTIVATION = "_no_activation"

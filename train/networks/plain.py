@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from dcconv import library
-from dcconv.problem import without_autocast
+from dcconv.operator import convolution
+from dcconv.operator.records import without_autocast
 
 
 def plain_convolution(
@@ -29,8 +29,8 @@ def plain_convolution(
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
     with without_autocast(x) if x.device.type == "cpu" else nullcontext():
-        x, weight = library.fitted(x), library.fitted(weight)
-        return library.convolution(x, weight, None, stride, padding, (1, 1), 1)
+        x, weight = convolution.fitted(x), convolution.fitted(weight)
+        return convolution.conv2d(x, weight, None, stride, padding, (1, 1), 1)
 
 
 class PlainConv2d(nn.Conv2d):

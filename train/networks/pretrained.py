@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dcconv import DecoupledConv2d, project_weights
-from dcconv.checks import type_error, value_error
+from dcconv.operator.checks import type_error, value_error
 from dcconv.optim import decoupled_layers
 from train.engine.files import MOST_TENSORS, ContentError, load_tensors, read_file, reason_of
 from train.networks.statistics import estimate_statistics

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dcconv.checks import choice, integer, value_error
+from dcconv.operator.checks import choice, integer, value_error
 from train.networks.cnn9 import CNN9
 from train.networks.operators import Operator, find_operator
 from train.networks.resnet18 import ModifiedResNet18, ResNet18

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from dcconv.checks import type_error, value_error
+from dcconv.operator.checks import type_error, value_error
 from train.recipes.losses import Loss, cross_entropy, l2_tensors, loss_terms, total
 from train.recipes.modern import modern_cifar_recipes, modern_imagenet_recipes
 from train.recipes.official import official_cifar, official_cifar_recipes, official_imagenet

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dcconv import checks, orthogonality_penalty
+from dcconv import orthogonality_penalty
+from dcconv.operator import checks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dcconv
-from dcconv import checks
+from dcconv.operator import checks
 from train.networks import build_network, find_operator, networks
 from train.networks.operators import Operator
 from train.recipes.losses import Loss

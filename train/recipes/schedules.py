@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcconv import checks
+from dcconv.operator import checks
 
 _FINITE = "be a finite number of at least 0"
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcconv import checks
+from dcconv.operator import checks
 
 #: Every attack by its name, with what it is called in a table.
 labels = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD"}

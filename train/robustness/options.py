@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.engine.config import EngineOptions, close_match, option
 from train.networks import find_operator
 from train.recipes import Optimizer, Schedule

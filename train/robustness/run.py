@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.data.cifar import Cifar, load_cifar
 from train.data.stream import derive_seed
 from train.engine import distributed

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcconv import checks
+from dcconv.operator import checks
 from train.data.augment import Augment
 from train.data.cifar import Cifar
 from train.data.digits import CLASSES, IMAGE_SIZE, DigitsStream, Split, load_split

@@ -1,0 +1,1 @@
+"""Times of strategies: how they are taken, and where they are kept."""

@@ -1,0 +1,1 @@
+"""Convolutions whose epilogue is an expression, as graphs that cuDNN compiles."""

@@ -1,0 +1,148 @@
+"""Plan G: cuDNN's graph compiler runs the convolution with the whole epilogue in it.
+
+Forward: norms, one graph. Input gradient: the map of summed taps, one graph. What is saved and
+returned is plan A's, in its layouts, so that the plans of forward and backward mix. Products with
+filters, gradients of filters and the pass over dy are plan A's.
+
+cuDNN may refuse a graph that the static rules below let pass; the op then says so once and
+computes by plan A's kernels (``dcconv.cudnn.ops``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcconv.call.saved import DOT
+from dcconv.cudnn import epilogue
+from dcconv.cudnn import ops as cudnn_ops
+from dcconv.operator.layout import memory_format
+from dcconv.operator.numerics import TF32_ANGLE_DELTA
+from dcconv.operator.records import NORM_BATCH, Operands, Problem
+
+# Channels and filters come in multiples of this: 16 bytes of half precision.
+CHANNELS = 8
+
+# The first GPUs that cuDNN compiles fused convolutions for at full speed.
+OLDEST_GPU = (8, 0)
+
+_gpus: dict[int, str | None] = {}
+
+
+# Constant for tracing, and asked once per GPU.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_gpu(index: int) -> str | None:
+    if index not in _gpus:
+        major, minor = torch.cuda.get_device_capability(index)
+        _gpus[index] = None
+        if (major, minor) < OLDEST_GPU:
+            _gpus[index] = f"this GPU is sm_{major}{minor}: sm_80 or later is needed"
+    return _gpus[index]
+
+
+def why_not(operands: Operands, problem: Problem) -> str | None:
+    """Return one sentence why forward cannot run as a graph, None if it may; static facts only."""
+    x, weight = operands.x, operands.weight
+    if x.device.type != "cuda":
+        return f"it runs on CUDA tensors, got a {x.device.type} tensor"
+    reason = cudnn_ops.why_not_installed() or _why_not_gpu(x.device.index or 0)
+    reason = reason or epilogue.why_not(problem)
+    if reason is not None:
+        return reason
+    if x.dtype == torch.float64:
+        return "it fuses no float64 convolutions"
+    if x.dtype == torch.float32 and problem.delta != TF32_ANGLE_DELTA:
+        return "its float32 convolutions are TF32, which PyTorch's settings forbid"
+    if memory_format(x, weight) != torch.channels_last:
+        return "it reads channels_last tensors only"
+    for name, count in (("channels", weight.shape[1]), ("filters", weight.shape[0])):
+        if count % CHANNELS:
+            return f"it takes {name} in multiples of {CHANNELS}, got {count}"
+    return None
+
+
+def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return one sentence why the input gradient cannot run as a graph, None if it may."""
+    if problem.stride != (1, 1):
+        return f"its epilogue on a strided data gradient is slow, got stride {problem.stride}"
+    return why_not(operands, problem)
+
+
+def _geometry(problem: Problem) -> tuple[list[int], list[int], list[int]]:
+    return list(problem.stride), list(problem.padding), list(problem.dilation)
+
+
+def forward(
+    operands: Operands, problem: Problem, kept: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate an operator that :func:`why_not` accepts.
+
+    Returns:
+        y, the norm map, the mean norm, u and the filter norms, as ``plan_a.forward``.
+    """
+    x, weight, bias, radius, norm_mean, k = operands
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    # With the mean: that variant returns the norm map itself, not the sums of squares.
+    a, norms, mean = torch.ops.dcconv.conv2d_norms(
+        x,
+        weight,
+        *_geometry(problem),
+        problem.groups,
+        problem.padding_mode,
+        problem.eps,
+        True,
+        True,
+    )
+    batch_mean = problem.norm == NORM_BATCH
+    y, dot = torch.ops.dcconv.cudnn_conv2d_forward(
+        x,
+        weight,
+        a,
+        norms,
+        bias,
+        radius,
+        mean if batch_mean else norm_mean,
+        k,
+        *_geometry(problem),
+        problem.magnitude,
+        problem.angular,
+        problem.weighting,
+        problem.alpha,
+        problem.beta,
+        problem.power,
+        problem.delta,
+        problem.eps,
+        kept == DOT,
+    )
+    return y, norms, mean if batch_mean else mean.new_empty(0), dot, a
+
+
+def input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """Return grad_x of a call that :func:`why_not_input_gradient` accepts.
+
+    Args:
+        grad_u: gradient of the convolution's result.
+        x, weight: as in forward.
+        t, norm_map, sigma: what ``conv2d_grad_dot`` and ``conv2d_grad_filters`` give; the tap of a
+            position is t + sigma / b, and t without sigma.
+        problem: the call.
+    """
+    grad_x: Tensor = torch.ops.dcconv.cudnn_conv2d_grad_input(
+        grad_u.contiguous(memory_format=torch.channels_last),
+        x.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(memory_format=torch.channels_last),
+        t,
+        norm_map,
+        sigma,
+        *_geometry(problem),
+    )
+    return grad_x

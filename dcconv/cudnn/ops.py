@@ -1,0 +1,596 @@
+"""Convolutions whose epilogue is an expression, as two ops that cuDNN's graph compiler runs.
+
+``cudnn_conv2d_forward`` is plan A's library convolution and epilogue in one,
+``cudnn_conv2d_grad_input`` its data gradient and last pass. Graphs are built by the package
+nvidia-cudnn-frontend, once for every ``Key``, which takes from a tenth of a second to some seconds;
+the last ``MAX_GRAPHS`` are kept.
+
+Where a graph cannot run, the op computes by plan A's kernels and warns once per reason: cuDNN
+refuses to build it, or it is not there yet while a CUDA graph is captured, when nothing may be
+built. Layers that ran once before the capture run their graphs in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from dcconv.cudnn import epilogue
+from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Operator
+from dcconv.operator.records import output_size
+from dcconv.warn import warn_once
+
+# cuDNN plans without a device from 9.11 on; nothing older was tried.
+OLDEST_CUDNN = 91100
+
+# Engines whose results differ from run to run, or that round more than sums in float32 do.
+UNWANTED_NOTES = ("NONDETERMINISTIC", "DOWN_CONVERT_INPUTS", "REDUCED_PRECISION_REDUCTION")
+
+# Kernels read 16 bytes at a time.
+ALIGNMENT = 16
+
+#: The primitives of ``dcconv.cudnn.epilogue`` as cuDNN's pointwise nodes: method and operands.
+NODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "add": ("add", ("a", "b")),
+    "mul": ("mul", ("a", "b")),
+    "pow": ("pow", ("input0", "input1")),
+    "abs": ("abs", ("input",)),
+    "sqrt": ("sqrt", ("input",)),
+    "tanh": ("tanh", ("input",)),
+    "min": ("min", ("input0", "input1")),
+    "max": ("max", ("input0", "input1")),
+    "greater": ("cmp_gt", ("input", "comparison")),
+    "less": ("cmp_lt", ("input", "comparison")),
+    "select": ("binary_select", ("mask", "input0", "input1")),
+}
+COMPARISONS = ("greater", "less")
+
+
+class Key(NamedTuple):
+    """What a graph depends on. All its tensors are dense channels_last: no strides.
+
+    Attributes:
+        device: index of the GPU.
+        dtype: of x, the weight and the results.
+        x, weight: shapes.
+        stride, padding, dilation: rows and columns; padding is the same before and after.
+        operator: the forward epilogue's; None for the input gradient.
+        keep_dot: whether u is a result beside y.
+    """
+
+    device: int
+    dtype: torch.dtype
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    operator: Operator | None
+    keep_dot: bool = False
+
+    @property
+    def expression(self) -> Expression:
+        """The epilogue."""
+        if self.operator is None:
+            return epilogue.input_gradient
+        return epilogue.forward(self.operator)
+
+    @property
+    def u(self) -> tuple[int, ...]:
+        """Shape of the forward convolution's result."""
+        p, q = (
+            output_size(size, kernel, stride, padding, padding, dilation)
+            for size, kernel, stride, padding, dilation in zip(
+                self.x[2:], self.weight[2:], self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return (self.x[0], self.weight[0], p, q)
+
+
+class Plan(NamedTuple):
+    """A graph that cuDNN compiled.
+
+    Attributes:
+        graph: the frontend's graph.
+        tensors: its tensors by the name of what they hold.
+        constants: its host scalars; a graph reads them at every execution.
+        workspace: bytes of scratch memory.
+    """
+
+    graph: Any
+    tensors: dict[str, Any]
+    constants: dict[Any, Tensor]
+    workspace: int
+
+
+_frontend: Any = None
+_missing: str | None = None
+_looked = False
+
+
+# Constant for tracing, and looked for once.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_installed() -> str | None:
+    """Return None when cuDNN graphs can be built in this process, else one sentence."""
+    global _frontend, _missing, _looked
+    if not _looked:
+        _frontend, _missing = _load()
+        _looked = True
+    return _missing
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        frontend = importlib.import_module("cudnn")
+    except ModuleNotFoundError:
+        return None, "the package nvidia-cudnn-frontend is missing: pip install 'dcconv[cudnn]'"
+    except (ImportError, OSError) as error:
+        return None, f"the package nvidia-cudnn-frontend does not load: {error}"
+    try:
+        version = int(frontend.backend_version())
+    except RuntimeError as error:
+        return None, f"the package nvidia-cudnn-frontend finds no cuDNN library: {error}"
+    if version < OLDEST_CUDNN:
+        # 8.9.5 is 8905, 9.1.0 is 90100.
+        major, minor = divmod(version // 100, 100 if version >= 90000 else 10)
+        found = f"{major}.{minor}"
+        return None, f"cuDNN {found} is too old: 9.11 or later is needed"
+    return frontend, None
+
+
+def _data_type(frontend: Any, dtype: torch.dtype) -> Any:
+    types = frontend.data_type
+    return {
+        torch.bfloat16: types.BFLOAT16,
+        torch.float16: types.HALF,
+        torch.float32: types.FLOAT,
+    }[dtype]
+
+
+def _channels_last_strides(shape: tuple[int, ...]) -> list[int]:
+    _, c, h, w = shape
+    return [c * h * w, 1, c * w, c]
+
+
+def compose(key: Key, frontend: Any, **device: Any) -> tuple[Any, dict[str, Any], dict[Any, float]]:
+    """Write a key's graph.
+
+    Args:
+        key: what to write.
+        frontend: the module ``cudnn``.
+        device: the graph's ``handle``, or its ``device_property`` to plan without a device.
+
+    Returns:
+        The graph, its tensors by name, and its host scalars with their values.
+    """
+    types = frontend.data_type
+    storage = _data_type(frontend, key.dtype)
+    graph = frontend.pygraph(
+        io_data_type=storage,
+        intermediate_data_type=types.FLOAT,
+        compute_data_type=types.FLOAT,
+        **device,
+    )
+
+    def tensor(name: str, shape: tuple[int, ...], data_type: Any) -> Any:
+        strides = _channels_last_strides(shape)
+        return graph.tensor(name=name, dim=list(shape), stride=strides, data_type=data_type)
+
+    forward = key.operator is not None
+    result = key.u if forward else key.x
+    geometry: dict[str, Any] = {
+        "padding": list(key.padding),
+        "stride": list(key.stride),
+        "dilation": list(key.dilation),
+    }
+    tensors = {"weight": tensor("weight", key.weight, storage)}
+    if forward:
+        tensors["x"] = tensor("x", key.x, storage)
+        u = graph.conv_fprop(tensors["x"], tensors["weight"], **geometry)
+    else:
+        tensors["grad_u"] = tensor("grad_u", key.u, storage)
+        u = graph.conv_dgrad(tensors["grad_u"], tensors["weight"], **geometry)
+        u.set_dim(list(result)).set_stride(_channels_last_strides(result))
+    u.set_data_type(types.FLOAT)
+
+    n, o, p, q = result
+    shapes = {SCALAR: (1, 1, 1, 1), MAP: (n, 1, p, q), VECTOR: (1, o, 1, 1), FULL: result}
+    values = {"u": u}
+    for name, varies in key.expression.feeds:
+        data_type = storage if varies == FULL else types.FLOAT
+        values[name] = tensors[name] = tensor(name, shapes[varies], data_type)
+
+    scalars: dict[float, Any] = {}
+
+    def value_of(operand: str | float) -> Any:
+        if isinstance(operand, str):
+            return values[operand]
+        if operand not in scalars:
+            scalars[operand] = graph.tensor(
+                name=f"constant{len(scalars)}",
+                dim=[1, 1, 1, 1],
+                stride=[1, 1, 1, 1],
+                data_type=types.FLOAT,
+                is_pass_by_value=True,
+            )
+        return scalars[operand]
+
+    for step in key.expression.steps:
+        method, names = NODES[step.op]
+        operands = {
+            name: value_of(operand) for name, operand in zip(names, step.operands, strict=True)
+        }
+        values[step.name] = getattr(graph, method)(**operands)
+        kind = types.BOOLEAN if step.op in COMPARISONS else types.FLOAT
+        values[step.name].set_data_type(kind)
+
+    outputs = {"y": values[key.expression.result]}
+    if key.keep_dot:
+        outputs["dot"] = u
+    for name, output in outputs.items():
+        output.set_output(True).set_data_type(storage)
+        output.set_dim(list(result)).set_stride(_channels_last_strides(result))
+        tensors[name] = output
+    return graph, tensors, {tensor: value for value, tensor in scalars.items()}
+
+
+def plan(graph: Any, frontend: Any) -> None:
+    """Have cuDNN list the engines for a valid graph."""
+    graph.create_execution_plans([frontend.heur_mode.A, frontend.heur_mode.FALLBACK])
+    notes = frontend.numerical_note
+    graph.deselect_numeric_notes([getattr(notes, name) for name in UNWANTED_NOTES])
+    graph.check_support()
+
+
+def build(key: Key, frontend: Any, **device: Any) -> Plan:
+    """Write, plan and compile a key's graph; arguments as for :func:`compose`.
+
+    Raises:
+        cudnn.cudnnGraphNotSupportedError, RuntimeError: cuDNN cannot.
+    """
+    graph, tensors, scalars = compose(key, frontend, **device)
+    graph.validate()
+    graph.build_operation_graph()
+    plan(graph, frontend)
+    graph.build_plans()
+    constants = {
+        tensor: torch.full((1, 1, 1, 1), value, dtype=torch.float32)
+        for tensor, value in scalars.items()
+    }
+    return Plan(graph, tensors, constants, int(graph.get_workspace_size()))
+
+
+#: How many graphs are kept, the least recently used one giving way: several networks at several
+#: sizes. Each takes 11 MB of host memory and half a second to build (cuDNN 9.26, 64 channels).
+MAX_GRAPHS = 256
+
+# Graphs, or the sentence why there is none, the last used one last; and graphs that captured CUDA
+# graphs launch, which stay for good. Threads build and enqueue one at a time.
+_plans: dict[Key, Plan | str] = {}
+_captured: dict[Key, Plan] = {}
+_lock = threading.Lock()
+# A handle belongs to one thread and one GPU.
+_handles = threading.local()
+
+CAPTURING = "a CUDA graph is being captured, and the layer has not run before"
+
+
+def _handle(device: int) -> Any:
+    """Return this thread's handle for a GPU, or None while nothing may be made."""
+    known: dict[int, Any] = _handles.__dict__.setdefault("known", {})
+    if device not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        known[device] = _frontend.create_handle()
+    return known[device]
+
+
+def _make_room() -> None:
+    """Drop the least recently used graph where there is no room for another."""
+    while len(_plans) >= MAX_GRAPHS:
+        oldest = next(iter(_plans))
+        if isinstance(_plans[oldest], Plan):
+            # It may still be running, and its kernels are unloaded with it.
+            torch.cuda.synchronize(oldest.device)
+        del _plans[oldest]
+
+
+def _graph(key: Key, handle: Any) -> Plan | str:
+    """Return a key's graph, building it if it is new, or one sentence why there is none."""
+    if key in _captured:
+        return _captured[key]
+    capturing = torch.cuda.is_current_stream_capturing()
+    if key in _plans:
+        # Moves to the end.
+        built = _plans[key] = _plans.pop(key)
+        if capturing and isinstance(built, Plan):
+            _captured[key] = built
+            del _plans[key]
+        return built
+    if capturing:
+        return CAPTURING
+    _make_room()
+    try:
+        _plans[key] = build(key, _frontend, handle=handle)
+    except (_frontend.cudnnGraphNotSupportedError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        _plans[key] = f"cuDNN cannot build it: {first}"
+    return _plans[key]
+
+
+def execute(key: Key, tensors: dict[str, Tensor]) -> str | None:
+    """Run a key's graph on the current stream.
+
+    Args:
+        key: which graph.
+        tensors: what it reads and writes by name: ``x``, ``weight``, ``y`` and the expression's
+            feeds, with ``keep_dot`` also ``dot``; for the input gradient ``grad_u`` in place of
+            ``x``. Dense, aligned, the feeds of maps and vectors in float32.
+
+    Returns:
+        None, or one sentence why it did not run.
+    """
+    if why_not_installed() is not None:
+        return _missing
+    with torch.cuda.device(key.device), _lock:
+        handle = _handle(key.device)
+        if handle is None:
+            return CAPTURING
+        stream = torch.cuda.current_stream(key.device)
+        _frontend.set_stream(handle=handle, stream=stream.cuda_stream)
+        built = _graph(key, handle)
+        if isinstance(built, str):
+            return built
+        addresses = {place: tensors[name].data_ptr() for name, place in built.tensors.items()}
+        addresses |= {place: constant.data_ptr() for place, constant in built.constants.items()}
+        device = tensors["weight"].device
+        workspace = torch.empty(max(built.workspace, 1), dtype=torch.uint8, device=device)
+        built.graph.execute(addresses, workspace.data_ptr(), handle=handle)
+    return None
+
+
+def _warn(reason: str) -> None:
+    warn_once(f"plan A runs in place of a cuDNN graph: {reason}")
+
+
+def _dense(t: Tensor, layout: torch.memory_format = torch.channels_last) -> Tensor:
+    """Return a tensor without gaps in a layout, at an aligned address."""
+    t = t.contiguous(memory_format=layout)
+    return t.clone(memory_format=layout) if t.data_ptr() % ALIGNMENT else t
+
+
+def _key(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    operator: Operator | None,
+    keep_dot: bool = False,
+) -> Key:
+    return Key(
+        x.device.index or 0,
+        x.dtype,
+        tuple(x.shape),
+        tuple(weight.shape),
+        (stride[0], stride[1]),
+        (padding[0], padding[2]),
+        (dilation[0], dilation[1]),
+        operator,
+        keep_dot,
+    )
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    norms: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | None,
+    mean: Tensor | None,
+    k: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    magnitude: str,
+    angular: str,
+    weighting: str,
+    alpha: float,
+    beta: float,
+    power: float,
+    delta: float,
+    eps: float,
+    keep_dot: bool,
+) -> tuple[Tensor, Tensor]:
+    x, weight = _dense(x), _dense(weight)
+    operator = Operator(
+        magnitude,
+        angular,
+        weighting,
+        alpha,
+        beta,
+        power,
+        scalar_radius=radius is not None and radius.dim() == 0,
+        scalar_k=k is not None and k.dim() == 0,
+        scaled_radius=radius is not None and mean is not None,
+        bias=bias is not None,
+    )
+    key = _key(x, weight, stride, padding, dilation, operator, keep_dot)
+    n, _, p, q = key.u
+    y = torch.empty(key.u, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dot = torch.empty_like(y) if keep_dot else x.new_empty(0)
+    leaves = {"b": norms.view(n, 1, p, q)}
+    for name, leaf in (("a", a), ("radius", radius), ("mean", mean), ("k", k), ("bias", bias)):
+        if leaf is not None:
+            leaves[name] = leaf.to(a.dtype).reshape(1, -1, 1, 1)
+    ready = epilogue.evaluate(key.expression.prepared, leaves)
+    tensors = {"x": x, "weight": weight, "y": y, "dot": dot}
+    for name, _ in key.expression.feeds:
+        tensors[name] = _dense(ready[name], torch.contiguous_format)
+    reason = execute(key, tensors)
+    if reason is None:
+        return y, dot
+    _warn(reason)
+    u = torch.ops.aten.convolution(
+        x, weight, None, stride, key.padding, dilation, False, [0, 0], 1
+    ).contiguous(memory_format=torch.channels_last)
+    if keep_dot:
+        dot.copy_(u)
+    y, _ = torch.ops.dcconv.conv2d_epilogue(
+        u,
+        a,
+        norms,
+        bias,
+        radius,
+        mean,
+        k,
+        list(x.shape[2:]),
+        list(weight.shape[2:]),
+        stride,
+        padding,
+        dilation,
+        1,
+        "zeros",
+        magnitude,
+        angular,
+        weighting,
+        alpha,
+        beta,
+        power,
+        delta,
+        eps,
+        True,
+        True,
+    )
+    return y, dot
+
+
+def _grad_input(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    grad_u, x, weight = _dense(grad_u), _dense(x), _dense(weight)
+    key = _key(x, weight, stride, padding, dilation, None)
+    n, _, h, w = x.shape
+    geometry = (list(weight.shape[2:]), stride, padding, dilation, 1, "zeros", True)
+    # The pass of plan A, on one channel of ones: 0 + 1 * sum of the taps.
+    ones = torch.ones((n, 1, h, w), dtype=t.dtype, device=x.device)
+    taps = torch.zeros_like(ones)
+    torch.ops.dcconv.conv2d_grad_input_(taps, ones, t, norm_map, sigma, *geometry)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    tensors = {"grad_u": grad_u, "weight": weight, "x": x, "t": taps, "y": grad_x}
+    reason = execute(key, tensors)
+    if reason is None:
+        return grad_x
+    _warn(reason)
+    library_grad, _, _ = torch.ops.aten.convolution_backward(
+        grad_u,
+        x,
+        weight,
+        None,
+        stride,
+        key.padding,
+        dilation,
+        False,
+        [0, 0],
+        1,
+        [True, False, False],
+    )
+    grad_x.copy_(library_grad)
+    torch.ops.dcconv.conv2d_grad_input_(grad_x, x, t, norm_map, sigma, *geometry)
+    return grad_x
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    norms: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | None,
+    mean: Tensor | None,
+    k: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    *operator: Any,
+) -> tuple[Tensor, Tensor]:
+    keep_dot = operator[-1]
+    p = output_size(x.shape[2], weight.shape[2], stride[0], padding[0], padding[1], dilation[0])
+    q = output_size(x.shape[3], weight.shape[3], stride[1], padding[2], padding[3], dilation[1])
+    shape = (x.shape[0], weight.shape[0], p, q)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, torch.empty_like(y) if keep_dot else x.new_empty(0)
+
+
+def _grad_input_fake(grad_u: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _forward_flops(
+    x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return conv_flop_count(x_shape, w_shape, out_shape[0])
+
+
+def _grad_input_flops(
+    grad_u_shape: Any, x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return conv_flop_count(x_shape, w_shape, grad_u_shape)
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+
+#: Schemas, after the name of the op: what csrc/schemas.h has for ``conv2d_epilogue`` and
+#: ``conv2d_grad_input``, with x and weight or grad_u in place of the convolution's result.
+SCHEMAS = {
+    "cudnn_conv2d_forward": (
+        "(Tensor x, Tensor weight, Tensor a, Tensor norms, Tensor? bias, Tensor? radius, "
+        f"Tensor? mean, Tensor? k, {_GEOMETRY}, str magnitude, str angular, str weighting, "
+        "float alpha, float beta, float power, float delta, float eps, bool keep_dot) "
+        "-> (Tensor, Tensor)"
+    ),
+    "cudnn_conv2d_grad_input": (
+        "(Tensor grad_u, Tensor x, Tensor weight, Tensor t, Tensor norm_map, Tensor? sigma, "
+        f"{_GEOMETRY}) -> Tensor"
+    ),
+}
+implementations: dict[str, Callable[..., Any]] = {
+    "cudnn_conv2d_forward": _forward,
+    "cudnn_conv2d_grad_input": _grad_input,
+}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "cudnn_conv2d_forward": _forward_fake,
+    "cudnn_conv2d_grad_input": _grad_input_fake,
+}
+_FLOPS: dict[str, Callable[..., int]] = {
+    "cudnn_conv2d_forward": _forward_flops,
+    "cudnn_conv2d_grad_input": _grad_input_flops,
+}
+
+_library = torch.library.Library("dcconv", "FRAGMENT")
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, implementations[name], "CUDA")
+        torch.library.register_fake(f"dcconv::{name}", _FAKES[name])
+        register_flop_formula(getattr(torch.ops.dcconv, name))(_FLOPS[name])
+
+
+_register()

@@ -1,0 +1,1 @@
+"""What is computed: functions, records and their checks, constants, and the reference."""

@@ -1,0 +1,1 @@
+"""The ops of every backend, what tracing knows of them, and their composition."""

@@ -1,0 +1,279 @@
+"""Plan B: forward, and the gradient of the input, in one pass each; the rest is plan A's.
+
+Three kernels share the work (schemas in ``csrc/schemas.h``): a depthwise one, which takes small
+groups too, one for stems, and an implicit GEMM. A predicate here says None or one sentence per
+direction; ``dcconv.dispatch`` reads it before it chooses. It asks for sizes, dtypes and the layout,
+which a traced tensor has, and for no address: an op that needs an aligned one copies what lies
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcconv.call.saved import DOT, NOTHING
+from dcconv.operator.layout import memory_format
+from dcconv.operator.numerics import compute_dtype
+from dcconv.operator.records import NORM_BATCH, Operands, Problem
+from dcconv.passes import library
+
+DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"
+
+# Groups of fewer channels are the depthwise kernel's.
+SMALL_GROUP = 8
+# Most channels of a stem, and the longest filter, c r s: the taps of a tile of positions and the
+# filters of a block stand in shared memory side by side.
+STEM_CHANNELS = 4
+STEM_TAPS = {torch.bfloat16: 304, torch.float16: 304, torch.float32: 160, torch.float64: 62}
+# Most values, in compute dtype, that the depthwise kernel keeps in shared memory in channels_last:
+# of a filter, or for the gradient of the input of what a group's filters have for a channel.
+DEPTHWISE_VALUES = {torch.float32: 12284, torch.float64: 6140}
+# Channels and filters of a group come in vectors of 16 bytes.
+VECTOR_BYTES = 16
+# The implicit GEMM multiplies with the tensor cores' bfloat16 and float16 instructions.
+GEMM_DTYPES = (torch.bfloat16, torch.float16)
+# Tensor cores for both 16-bit types, asynchronous copies, shared memory beyond 96 KiB.
+CAPABILITY = (8, 0)
+# Let each kernel choose its tile.
+OWN_RULE = -1
+
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int) -> tuple[int, int]:
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
+
+
+def kernel_of(weight: Tensor, problem: Problem) -> str:
+    """Return the kernel that is made for a call's channels."""
+    channels = weight.shape[1]
+    if channels < SMALL_GROUP and problem.groups > 1:
+        return DEPTHWISE
+    return STEM if problem.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
+
+
+def _why_not_any(x: Tensor, problem: Problem) -> str | None:
+    if x.device.type == "cuda" and _capability(x.device.index) < CAPABILITY:
+        return "its kernels are for GPUs from sm_80 on"
+    if problem.norm_free:
+        return "norm-free operators are one library convolution"
+    if problem.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
+    return None
+
+
+def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
+    if x.dtype not in GEMM_DTYPES:
+        return f"the implicit GEMM takes bfloat16 and float16, got {x.dtype}"
+    if memory_format(x, weight) != torch.channels_last:
+        return "the implicit GEMM takes channels_last tensors"
+    channels, filters = weight.shape[1], weight.shape[0] // problem.groups
+    vector = VECTOR_BYTES // x.element_size()
+    if channels % vector or filters % vector:
+        return (
+            f"the implicit GEMM takes multiples of {vector} channels and filters per group, "
+            f"got {channels} and {filters}"
+        )
+    return None
+
+
+def _why_not_depthwise(x: Tensor, weight: Tensor, summed: int) -> str | None:
+    values = summed * weight.shape[2] * weight.shape[3]
+    most = DEPTHWISE_VALUES[compute_dtype(x.dtype)]
+    if values > most and memory_format(x, weight) == torch.channels_last:
+        return (
+            f"the depthwise kernel takes sums over at most {most} products in channels_last, "
+            f"got {values}"
+        )
+    return None
+
+
+def _why_not_stem(weight: Tensor) -> str | None:
+    taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    most = STEM_TAPS[weight.dtype]
+    if taps > most:
+        return f"the stem kernel takes filters of at most {most} {weight.dtype} values, got {taps}"
+    return None
+
+
+def why_not(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the forward pass of a call can run, else one sentence why not."""
+    reason = _why_not_any(operands.x, problem)
+    if reason is not None:
+        return reason
+    kernel = kernel_of(operands.weight, problem)
+    if kernel == DEPTHWISE:
+        return _why_not_depthwise(operands.x, operands.weight, operands.weight.shape[1])
+    if kernel == STEM:
+        return _why_not_stem(operands.weight)
+    return _why_not_gemm(operands.x, operands.weight, problem)
+
+
+def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of x can be computed, else one sentence why not."""
+    reason = _why_not_any(operands.x, problem)
+    if reason is not None:
+        return reason
+    kernel = kernel_of(operands.weight, problem)
+    if kernel == DEPTHWISE:
+        filters = operands.weight.shape[0] // problem.groups
+        return _why_not_depthwise(operands.x, operands.weight, filters)
+    if kernel == STEM:
+        return "the stem kernel has no gradient of the input"
+    if problem.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {problem.stride}"
+    return _why_not_gemm(operands.x, operands.weight, problem)
+
+
+def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
+    reason = _why_not_any(operands.x, problem)
+    if reason is not None:
+        return reason
+    if operands.weight.shape[1] > 1 or problem.groups == 1:
+        return "the gradient of the weight is the library's, but for depthwise layers"
+    return None
+
+
+def forward(
+    operands: Operands, problem: Problem, kept: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator; results as of ``library.forward``.
+
+    Without backward (``kept="nothing"``) the norm map is [0], unless ``norm="batch"`` made it.
+    """
+    kernel = kernel_of(operands.weight, problem)
+    # Where windows overlap the implicit GEMM would take each square once per window and column
+    # tile, and takes sums per pixel instead.
+    finds_norms = kernel != IMPLICIT_GEMM or single_pixels(operands.weight, problem)
+    return compose(operands, problem, kept, kernel, finds_norms)
+
+
+def single_pixels(weight: Tensor, problem: Problem) -> bool:
+    """Return whether windows are single pixels of x."""
+    return weight.shape[2] == weight.shape[3] == 1 and not any(problem.padding)
+
+
+def compose(
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    kernel: str,
+    finds_norms: bool,
+    tile: int = OWN_RULE,
+    namespace: str = library.COMPILED,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator by a kernel and tile of a namespace's ops.
+
+    ``finds_norms``: on the way; the mean of the norms must be there before the first h.
+    """
+    passes = getattr(torch.ops, namespace)
+    x, weight, bias, radius, norm_mean, k = operands
+    layout = memory_format(x, weight)
+    channels_last = layout == torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    weight = weight.contiguous(memory_format=layout)
+    geometry = library.geometry(problem)
+    batch_mean = problem.norm == NORM_BATCH
+    norms: Tensor | None = None
+    if batch_mean or not finds_norms:
+        a, norms, mean = passes.conv2d_norms(
+            x, weight, *geometry, problem.eps, batch_mean, channels_last
+        )
+    else:
+        a = passes.filter_norm(weight, problem.eps)
+        mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    y, norm_map, dot = passes.conv2d_one_pass(
+        x,
+        weight,
+        a,
+        norms,
+        bias,
+        radius,
+        mean if batch_mean else norm_mean,
+        k,
+        *geometry,
+        *library.operator(problem),
+        problem.eps,
+        batch_mean,
+        kept != NOTHING,
+        kept == DOT,
+        kernel,
+        tile,
+        channels_last,
+    )
+    return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
+
+
+def input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
+    kernel = kernel_of(weight, problem)
+    return compose_input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, kernel)
+
+
+def compose_input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+    kernel: str,
+    tile: int = OWN_RULE,
+    namespace: str = library.COMPILED,
+) -> Tensor:
+    """Return the gradient of x by a kernel and tile of a namespace's ops."""
+    layout = memory_format(x, weight)
+    grad_x: Tensor = getattr(torch.ops, namespace).conv2d_one_pass_grad_input(
+        grad_u,
+        weight.contiguous(memory_format=layout),
+        x,
+        t,
+        norm_map,
+        sigma,
+        *library.geometry(problem),
+        kernel,
+        tile,
+        layout == torch.channels_last,
+    )
+    return grad_x
+
+
+def weight_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    namespace: str = library.COMPILED,
+) -> Tensor:
+    """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
+    channels_last = memory_format(x, weight) == torch.channels_last
+    positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
+    # Triton's programs span channels in both layouts.
+    spans = channels_last or namespace != library.COMPILED
+    rows = library.partial_rows(x, positions, problem.groups, spans)
+    # The partial sums of long filters take no more elements than grad_u.
+    most = torch.sym_max(1, positions // (weight.shape[2] * weight.shape[3]))
+    grad_weight: Tensor = getattr(torch.ops, namespace).depthwise_grad_weight(
+        grad_u,
+        x,
+        [weight.shape[2], weight.shape[3]],
+        *library.geometry(problem),
+        torch.sym_min(rows, most),
+        memory_format(weight) == torch.channels_last,
+        channels_last,
+    )
+    return grad_weight

@@ -1,0 +1,102 @@
+"""Plan B of the Triton backend: one pass in depthwise layers and, as an implicit GEMM, in others.
+
+The composition is that of :mod:`dcconv.passes.fused`, on Triton's ops.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dcconv.operator.records import Operands, Problem
+from dcconv.passes import fused
+from dcconv.passes.fused import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
+
+NAMESPACE = "dcconv_triton"
+
+# The tile that Triton's autotuner finds to be the fastest, in the place of a tile's number.
+AUTOTUNED = -2
+
+# Windows of at most so many elements have their squares summed in the loop of the product, where
+# no more than one tile of filters repeats them: 256 additions per window against a pass over x.
+SHORT_WINDOW, FILTER_TILE = 256, 128
+
+
+def kernel_of(weight: Tensor, problem: Problem) -> str:
+    """Return the kernel that is made for a call's channels."""
+    return DEPTHWISE if problem.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
+
+
+def _why_not_any(problem: Problem) -> str | None:
+    return "norm-free operators are one library convolution" if problem.norm_free else None
+
+
+def why_not(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the forward pass of a call can run, else one sentence why not."""
+    return _why_not_any(problem)
+
+
+def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of x can be computed, else one sentence why not."""
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    if kernel_of(operands.weight, problem) == DEPTHWISE:
+        return None
+    if problem.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
+    if problem.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {problem.stride}"
+    return None
+
+
+def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
+    """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
+    reason = _why_not_any(problem)
+    if reason is not None:
+        return reason
+    if kernel_of(operands.weight, problem) != DEPTHWISE:
+        return "the gradient of the weight is the library's, but for depthwise layers"
+    return None
+
+
+def _finds_norms(weight: Tensor, problem: Problem) -> bool:
+    """Whether the kernel finds the norms itself: every square is taken once per tile of filters.
+
+    So it is where windows do not overlap, and where they are so short that a pass over x for sums
+    per pixel takes longer.
+    """
+    if kernel_of(weight, problem) == DEPTHWISE or fused.single_pixels(weight, problem):
+        return True
+    size = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    return size <= SHORT_WINDOW and weight.shape[0] // problem.groups <= FILTER_TILE
+
+
+def forward(
+    operands: Operands, problem: Problem, kept: str, tile: int = OWN_RULE
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate the operator; results as of ``fused.forward``."""
+    weight = operands.weight
+    kernel, finds_norms = kernel_of(weight, problem), _finds_norms(weight, problem)
+    return fused.compose(operands, problem, kept, kernel, finds_norms, tile, NAMESPACE)
+
+
+def input_gradient(
+    grad_u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    norm_map: Tensor,
+    sigma: Tensor | None,
+    problem: Problem,
+    tile: int = OWN_RULE,
+) -> Tensor:
+    """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
+    kernel = kernel_of(weight, problem)
+    return fused.compose_input_gradient(
+        grad_u, x, weight, t, norm_map, sigma, problem, kernel, tile, NAMESPACE
+    )
+
+
+def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
+    return fused.weight_gradient(grad_u, x, weight, problem, NAMESPACE)

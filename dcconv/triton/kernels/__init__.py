@@ -1,0 +1,1 @@
+"""The Triton kernels and the functions inside them; importing one needs Triton."""

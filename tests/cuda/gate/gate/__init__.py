@@ -1,0 +1,1 @@
+"""The parts of ``gpu_gate.py``: rows, reports, builds, workers, checks, measurements."""

@@ -1,1 +1,0 @@
-"""The parts of ``tests/gpu_gate.py``: rows, reports, builds, workers, checks, measurements."""

@@ -1,0 +1,38 @@
+"""The operator by plan B of the triton backend, with a tile of the tester's choice."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from dcconv import functional
+from dcconv.call import autograd
+from dcconv.call.saved import kept
+from dcconv.call.strategy import Plans
+from dcconv.passes.fused import OWN_RULE
+from dcconv.triton import fused as triton_fused
+
+
+def planned(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep: str = "auto",
+    tile: int = OWN_RULE,
+    **options: Any,
+) -> Tensor:
+    """Run the operator by plan B with a tile, in every direction that plan B goes."""
+    operands, problem, _ = functional.check_call(x, weight, bias, keep=keep, **options)
+    takes_x = triton_fused.why_not_input_gradient(operands, problem) is None
+    takes_weight = triton_fused.why_not_weight_gradient(operands, problem) is None
+    plans = Plans(
+        partial(triton_fused.forward, tile=tile),
+        triton_fused.NAMESPACE,
+        partial(triton_fused.input_gradient, tile=tile) if takes_x else None,
+        triton_fused.weight_gradient if takes_weight else None,
+    )
+    mode = kept(problem, x.dtype, bias is not None, keep)
+    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plans)[0]
