@@ -13,7 +13,7 @@ from bench.layers import Layer
 from bench.options import BACKWARD, BOTH, DTYPES, FORWARD
 from bench.timing import Protocol, Stopwatch
 from dcconv.operator.numerics import compute_dtype
-from dcconv.operator.records import Problem
+from dcconv.operator.records import is_norm_free
 
 
 class Cost(NamedTuple):
@@ -46,7 +46,7 @@ def cost(case: Case, which: str) -> Cost:
     read = n * layer.c * rows_read(layer) ** 2
     convolution = 2 * y * layer.patch_size
     squares, norm_map, kept = 2 * read, n * layer.groups * p * q * compute_dtype(dtype).itemsize, y
-    if Problem(magnitude=case.operator.magnitude, angular=case.operator.angular).norm_free:
+    if is_norm_free(case.operator.magnitude, case.operator.angular, "none"):
         squares = norm_map = kept = 0
     size = dtype.itemsize
     forward = Cost(convolution + squares, (read + weight + y) * size)

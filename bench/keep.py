@@ -19,10 +19,10 @@ from torch import Tensor
 from bench.accuracy import error
 from dcconv import functional
 from dcconv.call import saved
-from dcconv.operator import reference
+from dcconv.operator import arguments, reference
 from dcconv.operator.functions import angulars
 from dcconv.operator.numerics import ANGLE_DELTA, FLOATING_DTYPES
-from dcconv.operator.records import Problem
+from dcconv.operator.records import CURVATURE, RADIUS, Geometry, Operator, Problem
 
 
 def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, Tensor]:
@@ -39,8 +39,15 @@ def gradients(dtype: torch.dtype, angular: str, kept: str | None) -> dict[str, T
             x, weight, padding=1, angular=angular, norm_mean="batch", keep=kept, backend="cpu"
         )
     else:
-        operands, problem, _ = functional.check_call(
-            x, weight, padding=1, angular=angular, norm_mean="batch"
+        operands, problem = arguments.convolution(
+            x,
+            weight,
+            None,
+            RADIUS,
+            "batch",
+            CURVATURE,
+            Operator(angular=angular),
+            Geometry(padding=1),
         )
         y, _ = reference.forward(operands, problem._replace(delta=ANGLE_DELTA[dtype]))
     grad_x, grad_weight = torch.autograd.grad(y, (x, weight), cotangent.detach())
@@ -64,7 +71,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             for name, exact in truth.items():
                 by_output = f"{error(output[name], exact):.1e}" if output else "no inverse"
                 cells.append(f"{by_output} / {error(dot[name], exact):.1e}")
-            problem = Problem(angular=angular)
+            problem = Problem(Operator(angular=angular))
             auto = saved.kept(problem, dtype, bias=False, keep="auto")
             table.add_row(angular, str(dtype).removeprefix("torch."), auto, *cells)
     console.print(table)

@@ -9,6 +9,7 @@ from dcconv.convert import convert
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.modules import DecoupledConv2d, norm_updates
 from dcconv.operator import functions, reference
+from dcconv.operator.records import Operator
 from dcconv.optim import (
     orthogonality_penalty,
     project_weights,
@@ -23,6 +24,7 @@ for _module in (functions, reference):
 
 __all__ = [
     "DecoupledConv2d",
+    "Operator",
     "backends",
     "calibrate",
     "convert",

@@ -24,8 +24,8 @@ from dcconv.call.autograd import ONE_OP, PLAN_A, TRITON
 from dcconv.call.saved import NOTHING, kept
 from dcconv.call.strategy import allowed as plans
 from dcconv.call.strategy import pin_table
-from dcconv.operator import checks, reference
-from dcconv.operator.records import Operands, Problem
+from dcconv.operator import arguments, checks, reference
+from dcconv.operator.records import CURVATURE, RADIUS, Geometry, Operands, Operator, Problem
 from dcconv.tracing import recording
 from dcconv.triton import environment
 from dcconv.warn import warn_once
@@ -293,9 +293,9 @@ def benchmarking(enabled: bool = True) -> AbstractContextManager[None]:
     return settings.benchmark.within(enabled)
 
 
-def describe(x: Tensor, problem: Problem | None = None) -> Call:
+def describe(x: Tensor, operator: Operator | None = None) -> Call:
     """Return the facts about a call that backends decide by."""
-    functions = problem and (problem.magnitude, problem.angular, problem.weighting)
+    functions = None if operator is None else operator.constants[:3]
     recorded = torch.is_grad_enabled() and recording()
     index = x.device.index or 0
     return Call(x.device.type, x.dtype, is_transformed(), index, functions, recorded)
@@ -311,9 +311,9 @@ def is_transformed() -> bool:
 def why_not(
     name: str,
     x: Tensor,
-    magnitude: str = "tanh",
-    angular: str = "cosine",
-    weighting: str = "none",
+    magnitude: str = Operator.magnitude,
+    angular: str = Operator.angular,
+    weighting: str = Operator.weighting,
 ) -> str | None:
     """Return None if a backend can run calls on a tensor like x, else one sentence why not.
 
@@ -333,24 +333,23 @@ def why_not(
         'it runs on CUDA tensors, got a cpu tensor'
     """
     checks.choice("name", name, names)
-    checks.functions(magnitude, angular, weighting)
-    problem = Problem(magnitude=magnitude, angular=angular, weighting=weighting)
-    return _BACKENDS[names.index(name)].why_not(describe(x, problem))
+    operator = Operator(magnitude, angular, weighting)
+    return _BACKENDS[names.index(name)].why_not(describe(x, operator))
 
 
-def choose(x: Tensor, requested: str | None = None, problem: Problem | None = None) -> Backend:
+def choose(x: Tensor, requested: str | None = None, operator: Operator | None = None) -> Backend:
     """Return the backend for a call: the requested one, or the first willing one.
 
     Args:
         x: the input tensor.
         requested: a backend's name, ``auto``, or None for the process's setting.
-        problem: the call; None for a patch norm, which has no functions to be asked about.
+        operator: the call's; None for a patch norm, which has no functions to be asked about.
 
     Raises:
         ValueError: the name is unknown.
         NotImplementedError: the named backend refuses; the message is its sentence.
     """
-    call = describe(x, problem)
+    call = describe(x, operator)
     own = settings.backend.own() if requested is None else requested
     name = _default if own is None else own
     if name != AUTO:
@@ -413,7 +412,7 @@ def report(
     *,
     backend: str | None = None,
     keep: str = "auto",
-    **operator: Any,
+    **options: Any,
 ) -> str:
     """Return which backend would run a call, one line per backend, and what backward would keep.
 
@@ -423,7 +422,7 @@ def report(
     measured for the report.
 
     Args:
-        x, weight, bias, stride, padding, dilation, groups, operator: as in
+        x, weight, bias, stride, padding, dilation, groups, options: as in
             :func:`dcconv.functional.decoupled_conv2d`.
 
     Raises:
@@ -435,15 +434,16 @@ def report(
         >>> "reference" in text
         True
     """
-    from dcconv.functional import check_call
-
-    operands, problem, chosen = check_call(
-        x, weight, bias, stride, padding, dilation, groups, backend=backend, keep=keep, **operator
-    )
-    call = describe(x, problem)
+    radius, k = options.pop("radius", RADIUS), options.pop("k", CURVATURE)
+    mean, mode = options.pop("norm_mean", None), options.pop("padding_mode", "zeros")
+    operator, geometry = Operator(**options), Geometry(stride, padding, dilation, groups, mode)
+    operands, problem = arguments.convolution(x, weight, bias, radius, mean, k, operator, geometry)
+    checks.choice("keep", keep, checks.KEEPS)
+    chosen = choose(operands.x, backend, operator)
+    call = describe(operands.x, operator)
     mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
     lines = [
-        f"{problem.magnitude} x {problem.angular}, weighting {problem.weighting}, "
+        f"{operator.magnitude} x {operator.angular}, weighting {operator.weighting}, "
         f"norm {problem.norm}; x {list(x.shape)} {x.dtype} {x.device}; "
         f"weight {list(weight.shape)}"
     ]

@@ -2,104 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dcconv import backends
-from dcconv.operator import checks
-from dcconv.operator.numerics import EPS
-from dcconv.operator.records import Operands, Problem, knows_autocast, without_autocast
-from dcconv.tracing import quietly, recording
-
-
-def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast x, weight and bias to the autocast dtype, where autocast is on for x's device."""
-    if not isinstance(x, Tensor) or not knows_autocast(x):
-        return x, weight, bias
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(t: Any) -> Any:
-        # float64 stays, as in PyTorch's own autocast.
-        wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if wanted else t
-
-    return cast(x), cast(weight), cast(bias)
-
-
-def check_call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    magnitude: str = "tanh",
-    angular: str = "cosine",
-    weighting: str = "none",
-    alpha: float = 1.0,
-    beta: float = 0.5,
-    radius: Tensor | float = 1.0,
-    norm_mean: Tensor | str | None = None,
-    k: Tensor | float = 0.3,
-    power: float = 2.0,
-    eps: float = EPS,
-    padding_mode: str = "zeros",
-    keep: str = "auto",
-    backend: str | None = None,
-    norm_grad: bool = True,
-) -> tuple[Operands, Problem, backends.Backend]:
-    """Check a call of :func:`decoupled_conv2d` and return its operands, problem and backend."""
-    operands, problem = checks.convolution(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        magnitude=magnitude,
-        angular=angular,
-        weighting=weighting,
-        alpha=alpha,
-        beta=beta,
-        radius=radius,
-        norm_mean=norm_mean,
-        k=k,
-        power=power,
-        eps=eps,
-        padding_mode=padding_mode,
-        norm_grad=norm_grad,
-    )
-    checks.choice("keep", keep, checks.KEEPS)
-    if backend is not None:
-        backends.check_name("backend", backend)
-    return operands, problem, backends.choose(operands.x, backend, problem)
-
-
-def conv2d_and_mean(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, keep: str, **operator: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Run :func:`decoupled_conv2d` and also return the batch's mean norm, detached.
-
-    The mean is a scalar in compute dtype where ``norm_mean="batch"`` and the magnitude has a
-    radius, else None or an empty tensor. The module keeps its moving average from it.
-    """
-    with quietly() if recording() else nullcontext():
-        operands, problem, backend = check_call(
-            *_autocast(x, weight, bias), *geometry, keep=keep, **operator
-        )
-    with without_autocast(operands.x):
-        y, mean = backend.conv2d(operands, problem, keep)
-    return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()
+from dcconv.call import run
+from dcconv.operator.records import CURVATURE, RADIUS, Geometry, Operator
 
 
 def decoupled_conv2d(
@@ -111,16 +19,16 @@ def decoupled_conv2d(
     dilation: Any = 1,
     groups: int = 1,
     *,
-    magnitude: str = "tanh",
-    angular: str = "cosine",
-    weighting: str = "none",
-    alpha: float = 1.0,
-    beta: float = 0.5,
-    radius: Tensor | float = 1.0,
+    magnitude: str = Operator.magnitude,
+    angular: str = Operator.angular,
+    weighting: str = Operator.weighting,
+    alpha: float = Operator.alpha,
+    beta: float = Operator.beta,
+    radius: Tensor | float = RADIUS,
     norm_mean: Tensor | str | None = None,
-    k: Tensor | float = 0.3,
-    power: float = 2.0,
-    eps: float = EPS,
+    k: Tensor | float = CURVATURE,
+    power: float = Operator.power,
+    eps: float = Operator.eps,
     padding_mode: str = "zeros",
     keep: str = "auto",
     backend: str | None = None,
@@ -177,28 +85,9 @@ def decoupled_conv2d(
         >>> y.shape, bool(y.abs().max() <= 1.0)
         (torch.Size([2, 4, 8, 8]), True)
     """
-    y, _ = conv2d_and_mean(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        magnitude=magnitude,
-        angular=angular,
-        weighting=weighting,
-        alpha=alpha,
-        beta=beta,
-        radius=radius,
-        norm_mean=norm_mean,
-        k=k,
-        power=power,
-        eps=eps,
-        padding_mode=padding_mode,
-        keep=keep,
-        backend=backend,
-    )
+    operator = Operator(magnitude, angular, weighting, alpha, beta, power, eps)
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    y, _ = run.conv2d(x, weight, bias, radius, norm_mean, k, operator, geometry, keep, backend)
     return y
 
 
@@ -210,7 +99,7 @@ def patch_norm(
     dilation: Any = 1,
     groups: int = 1,
     *,
-    eps: float = EPS,
+    eps: float = Operator.eps,
     padding_mode: str = "zeros",
     backend: str | None = None,
 ) -> Tensor:
@@ -235,12 +124,5 @@ def patch_norm(
         >>> patch_norm(torch.ones(1, 4, 3, 3), 3).shape
         torch.Size([1, 1, 1, 1])
     """
-    with quietly() if recording() else nullcontext():
-        batched, kernel, problem = checks.patch_norm(
-            x, kernel_size, stride, padding, dilation, groups, eps, padding_mode
-        )
-    if backend is not None:
-        backends.check_name("backend", backend)
-    with without_autocast(x):
-        b = backends.choose(batched, backend).patch_norm(batched, kernel, problem)
-    return b if x.dim() == 4 else b.squeeze(0)
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    return run.patch_norm(x, kernel_size, geometry, eps, backend)

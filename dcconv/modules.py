@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from dcconv import backends, folding, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
+from dcconv.call import run
 from dcconv.casts import Cast
-from dcconv.functional import conv2d_and_mean, patch_norm
 from dcconv.operator import checks
-from dcconv.operator.functions import angulars, magnitudes
 from dcconv.operator.numerics import EPS, FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
-from dcconv.operator.records import NORM_BATCH
+from dcconv.operator.records import CURVATURE, NORM_BATCH, RADIUS, Geometry, Operator, changed
 from dcconv.weights import weighed
 
 _STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")
@@ -87,6 +86,18 @@ def _write_transformed(buffer: Tensor, value: Tensor) -> None:
         raise NotImplementedError(f"dcconv: norm_mean must {rule}, got {got}") from error
 
 
+def _field(record: str, name: str) -> Any:
+    """Return an attribute that stands in a layer's record; to set it is to make another record."""
+
+    def get(layer: DecoupledConv2d) -> Any:
+        return getattr(getattr(layer, record), name)
+
+    def put(layer: DecoupledConv2d, value: Any) -> None:
+        setattr(layer, record, changed(getattr(layer, record), name, value))
+
+    return property(get, put)
+
+
 class DecoupledConv2d(nn.Module):
     """Decoupled convolution with the arguments of ``nn.Conv2d``.
 
@@ -146,6 +157,22 @@ class DecoupledConv2d(nn.Module):
     # What weighs the weight's gradients: one scale per register_weighted_gradients.
     gradient_scales: tuple[float, ...] = ()
 
+    # In the records, which a call takes whole.
+    operator: Operator
+    geometry: Geometry
+    magnitude: str = _field("operator", "magnitude")
+    angular: str = _field("operator", "angular")
+    weighting: str = _field("operator", "weighting")
+    alpha: float = _field("operator", "alpha")
+    beta: float = _field("operator", "beta")
+    power: float = _field("operator", "power")
+    eps: float = _field("operator", "eps")
+    stride: tuple[int, int] = _field("geometry", "stride")
+    padding: tuple[int, int] | str = _field("geometry", "padding")
+    dilation: tuple[int, int] = _field("geometry", "dilation")
+    groups: int = _field("geometry", "groups")
+    padding_mode: str = _field("geometry", "padding_mode")
+
     def __init__(
         self,
         in_channels: int,
@@ -160,27 +187,28 @@ class DecoupledConv2d(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        magnitude: str = "tanh",
-        angular: str = "cosine",
-        weighting: str = "none",
-        alpha: float = 1.0,
-        beta: float = 0.5,
-        radius: float = 1.0,
+        magnitude: str = Operator.magnitude,
+        angular: str = Operator.angular,
+        weighting: str = Operator.weighting,
+        alpha: float = Operator.alpha,
+        beta: float = Operator.beta,
+        radius: float = RADIUS,
         learn_radius: bool = True,
         radius_unit: str = "mean_norm",
         norm_momentum: float = 1e-3,
         norm_init: str = "first",
         norm_mean_grad: bool = True,
         sync_norm: bool = False,
-        k: float = 0.3,
+        k: float = CURVATURE,
         learn_k: bool = False,
-        power: float = 2.0,
-        eps: float = EPS,
+        power: float = Operator.power,
+        eps: float = Operator.eps,
         keep: str = "auto",
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.operator(magnitude, angular, weighting, alpha, beta, power, eps, padding_mode)
+        self.operator = Operator(magnitude, angular, weighting, alpha, beta, power, eps)
+        checks.choice("padding_mode", padding_mode, checks.PADDING_MODES)
         in_channels = checks.size("in_channels", in_channels, 1)
         out_channels = checks.size("out_channels", out_channels, 1)
         groups = checks.size("groups", groups, 1)
@@ -210,16 +238,7 @@ class DecoupledConv2d(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
-        self.stride = checks.pair("stride", stride, 1)
-        self.padding = checks.padding_argument(padding)
-        self.dilation = checks.pair("dilation", dilation, 1)
-        self.groups = groups
-        self.padding_mode = padding_mode
-        self.magnitude = magnitude
-        self.angular = angular
-        self.weighting = weighting
-        self.alpha = float(alpha)
-        self.beta = float(beta)
+        self.geometry = Geometry(stride, padding, dilation, groups, padding_mode)
         self.initial_radius = float(radius)
         self.learn_radius = learn_radius
         self.radius_unit = radius_unit
@@ -229,13 +248,10 @@ class DecoupledConv2d(nn.Module):
         self.sync_norm = sync_norm
         self.initial_k = float(k)
         self.learn_k = learn_k
-        self.power = float(power)
-        self.eps = float(eps)
         self.keep = keep
         self.backend = backend
 
-        uses_rho = magnitudes[magnitude].uses_rho
-        uses_k = angulars[angular].uses_k
+        uses_rho, uses_k = self.operator.uses_rho, self.operator.uses_k
         self.uses_norm_mean = uses_rho and radius_unit == "mean_norm"
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (out_channels, in_channels // groups, *self.kernel_size)
@@ -301,22 +317,11 @@ class DecoupledConv2d(nn.Module):
 
     def _operator(self) -> dict[str, Any]:
         """Return what a state dict says of the operator: every name and number of the formula."""
-        magnitude, angular = magnitudes[self.magnitude], angulars[self.angular]
-        operator: dict[str, Any] = {
-            "magnitude": self.magnitude,
-            "angular": self.angular,
-            "weighting": self.weighting,
-            "alpha": self.alpha,
-            "eps": self.eps,
-        }
-        if "beta" in magnitude.formula:
-            operator["beta"] = self.beta
-        if "power" in angular.formula:
-            operator["power"] = self.power
-        if magnitude.uses_rho:
+        operator = self.operator.named()
+        if self.operator.uses_rho:
             operator["radius_unit"] = self.radius_unit
             operator["radius"] = "learned" if self.learn_radius else self.initial_radius
-        if angular.uses_k:
+        if self.operator.uses_k:
             operator["k"] = "learned" if self.learn_k else self.initial_k
         return operator
 
@@ -389,28 +394,18 @@ class DecoupledConv2d(nn.Module):
                 norm_mean, seen = self._synchronised_mean(x)
             elif self.training:
                 norm_mean = NORM_BATCH
-        y, mean = conv2d_and_mean(
+        y, mean = run.conv2d(
             x,
-            weighed(self.weight, self.gradient_scales, self.eps),
+            weighed(self.weight, self.gradient_scales, self.operator.eps),
             self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            magnitude=self.magnitude,
-            angular=self.angular,
-            weighting=self.weighting,
-            alpha=self.alpha,
-            beta=self.beta,
-            radius=self.radius,
-            norm_mean=norm_mean,
-            k=self.k,
-            power=self.power,
-            eps=self.eps,
-            padding_mode=self.padding_mode,
-            keep=self.keep,
-            backend=self.backend,
-            norm_grad=self.norm_mean_grad,
+            self.radius,
+            norm_mean,
+            self.k,
+            self.operator,
+            self.geometry,
+            self.keep,
+            self.backend,
+            self.norm_mean_grad,
         )
         if self.uses_norm_mean and self.training and settings.norm_updates.own() is not False:
             if isinstance(norm_mean, Tensor):
@@ -425,17 +420,7 @@ class DecoupledConv2d(nn.Module):
 
     def _synchronised_mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean norm over all ranks, differentiable, and whether there was any patch."""
-        b = patch_norm(
-            x,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            eps=self.eps,
-            padding_mode=self.padding_mode,
-            backend=self.backend,
-        )
+        b = run.patch_norm(x, self.kernel_size, self.geometry, self.operator.eps, self.backend)
         if not self.norm_mean_grad:
             b = b.detach()
         local = torch.stack((b.sum(), b.new_tensor(float(b.numel()))))

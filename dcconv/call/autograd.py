@@ -182,12 +182,12 @@ class PatchNormFunction(torch.autograd.Function):
             b = torch.ops.dcconv.patch_norm_forward(
                 x,
                 list(kernel),
-                list(problem.stride),
-                list(problem.padding),
-                list(problem.dilation),
-                problem.groups,
-                problem.padding_mode,
-                problem.eps,
+                list(problem.window.stride),
+                list(problem.window.padding),
+                list(problem.window.dilation),
+                problem.window.groups,
+                problem.window.padding_mode,
+                problem.operator.eps,
             )
         ctx.save_for_backward(x, b)
         ctx.kernel = kernel
@@ -212,10 +212,10 @@ class PatchNormFunction(torch.autograd.Function):
             x,
             b,
             list(ctx.kernel),
-            list(problem.stride),
-            list(problem.padding),
-            list(problem.dilation),
-            problem.groups,
-            problem.padding_mode,
+            list(problem.window.stride),
+            list(problem.window.padding),
+            list(problem.window.dilation),
+            problem.window.groups,
+            problem.window.padding_mode,
         )
         return grad_x, None, None, None

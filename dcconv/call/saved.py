@@ -34,9 +34,9 @@ def why_not_output(problem: Problem, dtype: torch.dtype, bias: bool) -> str | No
     """Return why y is not exact enough to be the kept tensor, or None if it is."""
     if bias:
         return "a bias is added after the operator, so y / h is not g"
-    if not angulars[problem.angular].invertible:
-        return f"angular '{problem.angular}' is not recovered from y at full accuracy"
-    if dtype == torch.float16 and problem.angular == "square_cosine":
+    if not angulars[problem.operator.angular].invertible:
+        return f"angular '{problem.operator.angular}' is not recovered from y at full accuracy"
+    if dtype == torch.float16 and problem.operator.angular == "square_cosine":
         return "the small values of 'square_cosine' are subnormal in float16"
     return None
 
@@ -53,7 +53,7 @@ def kept(problem: Problem, dtype: torch.dtype, bias: bool, keep: str) -> str:
     Raises:
         ValueError: ``output`` was asked for where it is not exact enough.
     """
-    if problem.norm_free:
+    if problem.operator.norm_free:
         return NOTHING
     reason = why_not_output(problem, dtype, bias)
     if keep == "output" and reason is not None:

@@ -347,17 +347,18 @@ def evaluate(steps: Iterable[Step], values: Mapping[str, Tensor]) -> dict[str, T
 
 def why_not(problem: Problem) -> str | None:
     """Return one sentence why a call is no single expression on a convolution, None if it is."""
-    if problem.norm_free:
+    if problem.operator.norm_free:
         return "the operator needs no norm: it is a library convolution already"
     for name, known in (
-        (problem.magnitude, magnitudes),
-        (problem.angular, angles),
-        (problem.weighting, weightings),
+        (problem.operator.magnitude, magnitudes),
+        (problem.operator.angular, angles),
+        (problem.operator.weighting, weightings),
     ):
         if name not in known:
             return f"'{name}' is not written in terms of its primitives"
-    if problem.groups != 1:
-        return f"it reads one map for all filters, and each of {problem.groups} groups has its own"
-    if not problem.symmetric_zeros:
+    if problem.window.groups != 1:
+        groups = problem.window.groups
+        return f"it reads one map for all filters, and each of {groups} groups has its own"
+    if not problem.window.symmetric_zeros:
         return "it pads with zeros, as much before as after"
     return None

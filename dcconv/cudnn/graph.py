@@ -63,13 +63,14 @@ def why_not(operands: Operands, problem: Problem) -> str | None:
 
 def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
     """Return one sentence why the input gradient cannot run as a graph, None if it may."""
-    if problem.stride != (1, 1):
-        return f"its epilogue on a strided data gradient is slow, got stride {problem.stride}"
+    if problem.window.stride != (1, 1):
+        stride = problem.window.stride
+        return f"its epilogue on a strided data gradient is slow, got stride {stride}"
     return why_not(operands, problem)
 
 
 def _geometry(problem: Problem) -> tuple[list[int], list[int], list[int]]:
-    return list(problem.stride), list(problem.padding), list(problem.dilation)
+    return list(problem.window.stride), list(problem.window.padding), list(problem.window.dilation)
 
 
 def forward(
@@ -88,9 +89,9 @@ def forward(
         x,
         weight,
         *_geometry(problem),
-        problem.groups,
-        problem.padding_mode,
-        problem.eps,
+        problem.window.groups,
+        problem.window.padding_mode,
+        problem.operator.eps,
         True,
         True,
     )
@@ -105,14 +106,14 @@ def forward(
         mean if batch_mean else norm_mean,
         k,
         *_geometry(problem),
-        problem.magnitude,
-        problem.angular,
-        problem.weighting,
-        problem.alpha,
-        problem.beta,
-        problem.power,
+        problem.operator.magnitude,
+        problem.operator.angular,
+        problem.operator.weighting,
+        problem.operator.alpha,
+        problem.operator.beta,
+        problem.operator.power,
         problem.delta,
-        problem.eps,
+        problem.operator.eps,
         kept == DOT,
     )
     return y, norms, mean if batch_mean else mean.new_empty(0), dot, a

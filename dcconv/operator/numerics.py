@@ -29,6 +29,11 @@ TF32_ANGLE_DELTA = 1e-3
 
 PI = math.pi
 
+# Most rows and columns of windows, strides, dilations and paddings, and most elements of a tensor
+# that a call makes: sums and products of a few of them fit 64 bits (csrc/check.h has the same).
+MOST_PIXELS = 2**31 - 1
+MOST_ELEMENTS = 2**50
+
 # The official parametrisation r = v^2 + 1e-4 and k = |v| + 0.05.
 RADIUS_OFFSET = 1e-4
 K_OFFSET = 0.05

@@ -1,53 +1,66 @@
-"""The static description of one call: geometry, operator and numerics, checked once.
+"""What a call is made of: three records, checked once, and the call's own facts.
 
-A ``Problem`` is what a backend is asked about, what an op receives and what an error message, a
-test case and a benchmark row are made of. Letters: n batch, c/h/w input, o filters, p/q output,
-r/s filter rows and columns, g groups.
+``Operator`` has the names and numbers of the formula, ``Geometry`` says where windows lie in the
+user's terms, and ``Window`` says it in pixels, for one image size; ``Operands`` are the tensors. A
+``Problem`` is a call without its tensors: what a backend is asked about, and what an op receives.
+Letters: n batch, c/h/w input, o filters, p/q output, r/s filter rows and columns, g groups.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from dcconv.operator.functions import angulars, weightings
+from dcconv.operator import checks
+from dcconv.operator.functions import angulars, magnitudes, weightings
 from dcconv.operator.numerics import ANGLE_DELTA, EPS, compute_dtype
 from dcconv.tracing import recording
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-# Most rows and columns of windows, strides, dilations and paddings, and most elements of a tensor
-# that a call makes: sums and products of a few of them fit 64 bits (csrc/check.h has the same).
-MOST_PIXELS = 2**31 - 1
-MOST_ELEMENTS = 2**50
-
 NORM_NONE, NORM_BATCH, NORM_GIVEN = "none", "batch", "given"
 
+#: r and k where a call names none.
+RADIUS, CURVATURE = 1.0, 0.3
 
-class Problem(NamedTuple):
-    """One call of the operator, tensors apart.
 
-    Attributes:
-        stride, dilation: rows and columns, in pixels.
-        padding: top, bottom, left, right, in pixels.
-        groups: number of channel groups.
-        padding_mode: one of ``PADDING_MODES``.
-        magnitude, angular, weighting: names in ``dcconv.operator.functions``.
-        alpha, beta, power, eps: operator constants.
-        norm: ``none`` (rho = radius), ``batch`` (times this batch's mean norm) or ``given``.
-        norm_grad: whether the gradient flows through the batch's mean norm.
-        delta: floor of (1 - c)(1 + c) in angular derivatives.
+def is_norm_free(magnitude: str, angular: str, weighting: str) -> bool:
+    """Whether the patch norm cancels: alpha b c = alpha u / a needs no norm at all."""
+    plain = magnitude == "linear" and angular == "cosine"
+    return plain and weightings[weighting].only_with is None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The names and numbers of y = h(a, b) g(c): everything of an operator but its tensors.
+
+    The one place of the defaults. Immutable and hashable; equal operators compute the same.
+
+    Args:
+        magnitude: h, a name in ``dcconv.functions.magnitudes``.
+        angular: g, a name in ``dcconv.functions.angulars``.
+        weighting: how the filter norm enters h, a name in ``dcconv.functions.weightings``.
+        alpha: scale of h, a number above 0.
+        beta: second slope of ``segmented`` and ``mix``, a number of at least 0.
+        power: exponent of ``power``, a number of at least 1.
+        eps: added to both sums of squares, a number above 0.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+
+    Source: Liu et al., Decoupled Networks, CVPR 2018; eps is the official code's.
+
+    Example:
+        >>> import dcconv
+        >>> dcconv.Operator(magnitude="ball")
+        Operator(magnitude='ball')
+        >>> dcconv.Operator() == dcconv.Operator("tanh", "cosine", alpha=1)
+        True
     """
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    padding_mode: str = "zeros"
     magnitude: str = "tanh"
     angular: str = "cosine"
     weighting: str = "none"
@@ -55,9 +68,48 @@ class Problem(NamedTuple):
     beta: float = 0.5
     power: float = 2.0
     eps: float = EPS
-    norm: str = NORM_NONE
-    norm_grad: bool = True
-    delta: float = ANGLE_DELTA[torch.float32]
+
+    def __post_init__(self) -> None:
+        """Check the fields, and make numbers of Python's own kind of them."""
+        checks.functions(self.magnitude, self.angular, self.weighting)
+        checks.number("alpha", self.alpha, "be a finite number above 0", 0.0)
+        checks.number("beta", self.beta, "be a finite number of at least 0", 0.0, closed=True)
+        checks.number("power", self.power, "be a finite number of at least 1", 1.0, closed=True)
+        checks.number("eps", self.eps, "be a finite number above 0", 0.0)
+        for name in ("alpha", "beta", "power", "eps"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        """Show what differs from the defaults."""
+        changed = self.changes()
+        return f"Operator({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that differ from the defaults, by name."""
+        own = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, usual) in own.items() if value != usual}
+
+    def named(self) -> dict[str, Any]:
+        """Return by name what the formula of this operator has in it."""
+        found: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("magnitude", "angular", "weighting", "alpha", "eps")
+        }
+        if "beta" in magnitudes[self.magnitude].formula:
+            found["beta"] = self.beta
+        if "power" in angulars[self.angular].formula:
+            found["power"] = self.power
+        return found
+
+    @property
+    def constants(self) -> tuple[str, str, str, float, float, float]:
+        """Everything but eps, in the order of the ops' arguments."""
+        return self.magnitude, self.angular, self.weighting, self.alpha, self.beta, self.power
+
+    @property
+    def uses_rho(self) -> bool:
+        """Whether the operator has a radius."""
+        return magnitudes[self.magnitude].uses_rho
 
     @property
     def uses_k(self) -> bool:
@@ -67,11 +119,74 @@ class Problem(NamedTuple):
     @property
     def norm_free(self) -> bool:
         """Whether the patch norm cancels: alpha b c = alpha u / a needs no norm at all."""
-        return (
-            self.magnitude == "linear"
-            and self.angular == "cosine"
-            and weightings[self.weighting].only_with is None
+        return is_norm_free(self.magnitude, self.angular, self.weighting)
+
+
+def changed(record: Any, name: str, value: Any) -> Any:
+    """Return an ``Operator`` or ``Geometry`` with another value of one field, checked."""
+    if isinstance(record, Operator):
+        return replace(record, **{name: value})
+    return Geometry(**{**record._asdict(), name: value})
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+
+
+class Geometry(_Geometry):
+    """Where windows lie, as a call or a layer says it.
+
+    Args:
+        stride, dilation: pixels, an integer or a pair (rows, columns).
+        padding: pixels, an integer or a pair, ``valid``, or ``same``.
+        groups: number of channel groups.
+        padding_mode: one of ``checks.PADDING_MODES``.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+        padding_mode: str = "zeros",
+    ) -> Geometry:
+        """Check the arguments."""
+        checks.choice("padding_mode", padding_mode, checks.PADDING_MODES)
+        return super().__new__(
+            cls,
+            checks.pair("stride", stride, 1),
+            checks.padding_argument(padding),
+            checks.pair("dilation", dilation, 1),
+            checks.size("groups", groups, 1),
+            padding_mode,
         )
+
+
+class Window(NamedTuple):
+    """Where windows lie in images of one size, in the order of the ops' arguments.
+
+    Attributes:
+        stride, dilation: rows and columns, in pixels.
+        padding: top, bottom, left, right, in pixels.
+        groups: number of channel groups.
+        padding_mode: one of ``checks.PADDING_MODES``.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
 
     @property
     def symmetric_zeros(self) -> bool:
@@ -82,6 +197,24 @@ class Problem(NamedTuple):
         ):
             return False  # a guard on the answer would bind sizes that are left open
         return self.padding_mode == "zeros" and top == bottom and left == right
+
+
+class Problem(NamedTuple):
+    """One call of the operator, tensors apart.
+
+    Attributes:
+        operator: what is computed.
+        window: where.
+        norm: ``none`` (rho = radius), ``batch`` (times this batch's mean norm) or ``given``.
+        norm_grad: whether the gradient flows through the batch's mean norm.
+        delta: floor of (1 - c)(1 + c) in angular derivatives.
+    """
+
+    operator: Operator = Operator()
+    window: Window = Window()
+    norm: str = NORM_NONE
+    norm_grad: bool = True
+    delta: float = ANGLE_DELTA[torch.float32]
 
 
 class Operands(NamedTuple):

@@ -21,36 +21,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconv.operator import checks, convolution
+from dcconv.operator import arguments, convolution
 from dcconv.operator.functions import angulars, weighted_magnitude
-from dcconv.operator.numerics import EPS, compute_dtype, constant
-from dcconv.operator.records import NORM_BATCH, NORM_GIVEN, Operands, Problem
+from dcconv.operator.numerics import compute_dtype, constant
+from dcconv.operator.records import (
+    CURVATURE,
+    NORM_BATCH,
+    NORM_GIVEN,
+    RADIUS,
+    Geometry,
+    Operands,
+    Operator,
+    Problem,
+)
 from dcconv.tracing import recording
 
 
 def padded(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[int, int]]:
     """Return x and the padding left to the library: x itself where it can pad alone."""
-    top, bottom, left, right = problem.padding
-    if problem.symmetric_zeros:
+    top, bottom, left, right = problem.window.padding
+    if problem.window.symmetric_zeros:
         return x, (top, left)
-    mode = "constant" if problem.padding_mode == "zeros" else problem.padding_mode
+    mode = "constant" if problem.window.padding_mode == "zeros" else problem.window.padding_mode
     return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
 def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
     """Return b = sqrt(sum of x^2 over each patch + eps), [n, groups, p, q] in compute dtype."""
     squares = x.to(compute_dtype(x.dtype)).square()
-    per_pixel = squares.unflatten(1, (problem.groups, -1)).sum(dim=2)
+    per_pixel = squares.unflatten(1, (problem.window.groups, -1)).sum(dim=2)
     per_pixel, padding = padded(per_pixel, problem)
-    ones = per_pixel.new_ones(problem.groups, 1, *kernel)
-    sums = convolution.conv2d(
-        per_pixel, ones, None, problem.stride, padding, problem.dilation, problem.groups
-    )
+    stride, _, dilation, groups, _ = problem.window
+    ones = per_pixel.new_ones(groups, 1, *kernel)
+    sums = convolution.conv2d(per_pixel, ones, None, stride, padding, dilation, groups)
     # A library may form the sums by an algorithm whose rounding dips below zero. They count as zero
     # and keep the slope of a sum: a zero patch has second derivatives, 1 / sqrt(eps). clamp would
     # not do: which slope it has at its bound differs between versions of PyTorch.
     sums = torch.where(sums < 0.0, sums - sums.detach(), sums)
-    return torch.sqrt(sums + problem.eps)
+    return torch.sqrt(sums + problem.operator.eps)
 
 
 def filter_norm(weight: Tensor, eps: float) -> Tensor:
@@ -81,7 +89,8 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
         problem does not use it.
     """
     x, weight, bias, radius, norm_mean, k = operands
-    filters, groups = weight.shape[0], problem.groups
+    operator = problem.operator
+    filters, groups = weight.shape[0], problem.window.groups
     compute = compute_dtype(x.dtype)
 
     # Ahead of the convolution: the layout of a gradient is that of its part which is formed first,
@@ -89,13 +98,13 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     b_map = b = window_norm(x, (weight.shape[2], weight.shape[3]), problem)
     library_x, padding = padded(x, problem)
     dot = convolution.conv2d(
-        library_x, weight, None, problem.stride, padding, problem.dilation, groups
+        library_x, weight, None, problem.window.stride, padding, problem.window.dilation, groups
     )
     u = dot.to(compute)
     if groups > 1:
         u = u.unflatten(1, (groups, filters // groups))
         b = b_map.unsqueeze(2)  # [n, g, 1, p, q]
-    a = per_filter(filter_norm(weight, problem.eps), filters, groups)
+    a = per_filter(filter_norm(weight, problem.operator.eps), filters, groups)
     c = u / a / b
 
     mean = None
@@ -114,10 +123,10 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
         rho = per_filter(rho, filters, groups)
 
     h = weighted_magnitude(
-        problem.magnitude, problem.weighting, a, b, rho, problem.alpha, problem.beta
+        operator.magnitude, operator.weighting, a, b, rho, operator.alpha, operator.beta
     )
     curvature = None if k is None else per_filter(k, filters, groups)
-    g = angulars[problem.angular].value(c, curvature, problem.power, problem.delta)
+    g = angulars[operator.angular].value(c, curvature, operator.power, problem.delta)
     # g first, which has the convolution's layout: that of a map times numbers per filter is none.
     y = (g * h).flatten(1, 2) if groups > 1 else g * h
     if bias is not None:
@@ -138,16 +147,16 @@ def decoupled_conv2d(
     dilation: Any = 1,
     groups: int = 1,
     *,
-    magnitude: str = "tanh",
-    angular: str = "cosine",
-    weighting: str = "none",
-    alpha: float = 1.0,
-    beta: float = 0.5,
-    radius: Tensor | float = 1.0,
+    magnitude: str = Operator.magnitude,
+    angular: str = Operator.angular,
+    weighting: str = Operator.weighting,
+    alpha: float = Operator.alpha,
+    beta: float = Operator.beta,
+    radius: Tensor | float = RADIUS,
     norm_mean: Tensor | str | None = None,
-    k: Tensor | float = 0.3,
-    power: float = 2.0,
-    eps: float = EPS,
+    k: Tensor | float = CURVATURE,
+    power: float = Operator.power,
+    eps: float = Operator.eps,
     padding_mode: str = "zeros",
 ) -> Tensor:
     """Decoupled convolution by plain PyTorch operations; ``functional.decoupled_conv2d`` is faster.
@@ -162,25 +171,10 @@ def decoupled_conv2d(
         >>> y.shape, float(y.abs().max())
         (torch.Size([1, 2, 2, 2]), 0.0)
     """
-    operands, problem = checks.convolution(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        magnitude=magnitude,
-        angular=angular,
-        weighting=weighting,
-        alpha=alpha,
-        beta=beta,
-        radius=radius,
-        norm_mean=norm_mean,
-        k=k,
-        power=power,
-        eps=eps,
-        padding_mode=padding_mode,
+    operator = Operator(magnitude, angular, weighting, alpha, beta, power, eps)
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    operands, problem = arguments.convolution(
+        x, weight, bias, radius, norm_mean, k, operator, geometry
     )
     y, _ = forward(operands, problem)
     return y if x.dim() == 4 else y.squeeze(0)
@@ -194,7 +188,7 @@ def patch_norm(
     dilation: Any = 1,
     groups: int = 1,
     *,
-    eps: float = EPS,
+    eps: float = Operator.eps,
     padding_mode: str = "zeros",
 ) -> Tensor:
     """Patch norm b = sqrt(||x_p||^2 + eps) by plain PyTorch operations.
@@ -209,8 +203,7 @@ def patch_norm(
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    batched, kernel, problem = checks.patch_norm(
-        x, kernel_size, stride, padding, dilation, groups, eps, padding_mode
-    )
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    batched, kernel, problem = arguments.patch_norm(x, kernel_size, geometry, eps)
     b = window_norm(batched, kernel, problem)
     return b if x.dim() == 4 else b.squeeze(0)

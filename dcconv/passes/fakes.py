@@ -13,7 +13,7 @@ from dcconv import native
 from dcconv.native import NEEDS_BIAS, NEEDS_K, NEEDS_NORM_MEAN, NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import compute_dtype
-from dcconv.operator.records import NORM_BATCH, Problem
+from dcconv.operator.records import NORM_BATCH, is_norm_free
 from dcconv.passes import guards
 from dcconv.passes.library import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
 
@@ -157,7 +157,7 @@ def _conv2d_forward_fake(
     shape = (x.shape[0], weight.shape[0], p, q)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
     compute = compute_dtype(x.dtype)
-    norm_free = Problem(magnitude=magnitude, angular=angular, weighting=weighting).norm_free
+    norm_free = is_norm_free(magnitude, angular, weighting)
     count = 0 if norm_free or not keep_map else x.shape[0] * groups * p * q
     norm_map = x.new_empty(count, dtype=compute)
     mean = x.new_empty(() if norm == NORM_BATCH else (0,), dtype=compute)

@@ -51,18 +51,18 @@ def _capability(index: int) -> tuple[int, int]:
 def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
     channels = weight.shape[1]
-    if channels < SMALL_GROUP and problem.groups > 1:
+    if channels < SMALL_GROUP and problem.window.groups > 1:
         return DEPTHWISE
-    return STEM if problem.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
+    return STEM if problem.window.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
 
 
 def _why_not_any(x: Tensor, problem: Problem) -> str | None:
     if x.device.type == "cuda" and _capability(x.device.index) < CAPABILITY:
         return "its kernels are for GPUs from sm_80 on"
-    if problem.norm_free:
+    if problem.operator.norm_free:
         return "norm-free operators are one library convolution"
-    if problem.padding_mode != "zeros":
-        return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
+    if problem.window.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{problem.window.padding_mode}'"
     return None
 
 
@@ -71,7 +71,7 @@ def _why_not_gemm(x: Tensor, weight: Tensor, problem: Problem) -> str | None:
         return f"the implicit GEMM takes bfloat16 and float16, got {x.dtype}"
     if memory_format(x, weight) != torch.channels_last:
         return "the implicit GEMM takes channels_last tensors"
-    channels, filters = weight.shape[1], weight.shape[0] // problem.groups
+    channels, filters = weight.shape[1], weight.shape[0] // problem.window.groups
     vector = VECTOR_BYTES // x.element_size()
     if channels % vector or filters % vector:
         return (
@@ -120,12 +120,12 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
         return reason
     kernel = kernel_of(operands.weight, problem)
     if kernel == DEPTHWISE:
-        filters = operands.weight.shape[0] // problem.groups
+        filters = operands.weight.shape[0] // problem.window.groups
         return _why_not_depthwise(operands.x, operands.weight, filters)
     if kernel == STEM:
         return "the stem kernel has no gradient of the input"
-    if problem.stride != (1, 1):
-        return f"the gradient of the input takes stride 1, got {problem.stride}"
+    if problem.window.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {problem.window.stride}"
     return _why_not_gemm(operands.x, operands.weight, problem)
 
 
@@ -134,7 +134,7 @@ def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
     reason = _why_not_any(operands.x, problem)
     if reason is not None:
         return reason
-    if operands.weight.shape[1] > 1 or problem.groups == 1:
+    if operands.weight.shape[1] > 1 or problem.window.groups == 1:
         return "the gradient of the weight is the library's, but for depthwise layers"
     return None
 
@@ -155,7 +155,7 @@ def forward(
 
 def single_pixels(weight: Tensor, problem: Problem) -> bool:
     """Return whether windows are single pixels of x."""
-    return weight.shape[2] == weight.shape[3] == 1 and not any(problem.padding)
+    return weight.shape[2] == weight.shape[3] == 1 and not any(problem.window.padding)
 
 
 def compose(
@@ -177,15 +177,14 @@ def compose(
     channels_last = layout == torch.channels_last
     x = x.contiguous(memory_format=layout)
     weight = weight.contiguous(memory_format=layout)
-    geometry = library.geometry(problem)
     batch_mean = problem.norm == NORM_BATCH
     norms: Tensor | None = None
     if batch_mean or not finds_norms:
         a, norms, mean = passes.conv2d_norms(
-            x, weight, *geometry, problem.eps, batch_mean, channels_last
+            x, weight, *problem.window, problem.operator.eps, batch_mean, channels_last
         )
     else:
-        a = passes.filter_norm(weight, problem.eps)
+        a = passes.filter_norm(weight, problem.operator.eps)
         mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
     y, norm_map, dot = passes.conv2d_one_pass(
         x,
@@ -196,9 +195,9 @@ def compose(
         radius,
         mean if batch_mean else norm_mean,
         k,
-        *geometry,
-        *library.operator(problem),
-        problem.eps,
+        *problem.window,
+        *library.functions(problem),
+        problem.operator.eps,
         batch_mean,
         kept != NOTHING,
         kept == DOT,
@@ -244,7 +243,7 @@ def compose_input_gradient(
         t,
         norm_map,
         sigma,
-        *library.geometry(problem),
+        *problem.window,
         kernel,
         tile,
         layout == torch.channels_last,
@@ -264,14 +263,14 @@ def weight_gradient(
     positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
     # Triton's programs span channels in both layouts.
     spans = channels_last or namespace != library.COMPILED
-    rows = library.partial_rows(x, positions, problem.groups, spans)
+    rows = library.partial_rows(x, positions, problem.window.groups, spans)
     # The partial sums of long filters take no more elements than grad_u.
     most = torch.sym_max(1, positions // (weight.shape[2] * weight.shape[3]))
     grad_weight: Tensor = getattr(torch.ops, namespace).depthwise_grad_weight(
         grad_u,
         x,
         [weight.shape[2], weight.shape[3]],
-        *library.geometry(problem),
+        *problem.window,
         torch.sym_min(rows, most),
         memory_format(weight) == torch.channels_last,
         channels_last,

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcconv.operator.records import MOST_ELEMENTS, MOST_PIXELS, PADDING_MODES, output_size
+from dcconv.operator.checks import PADDING_MODES
+from dcconv.operator.numerics import MOST_ELEMENTS, MOST_PIXELS
+from dcconv.operator.records import output_size
 
 
 def error(argument: str, rule: str, got: object) -> RuntimeError:

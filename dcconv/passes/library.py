@@ -63,28 +63,9 @@ def partial_rows(x: Tensor, positions: int, groups: int, channels_last: bool) ->
     return cast(int, torch.sym_max(1, torch.sym_min(most, filled)))
 
 
-def geometry(problem: Problem) -> tuple[Any, ...]:
-    """Return the windows' arguments of an op, in schema order."""
-    return (
-        list(problem.stride),
-        list(problem.padding),
-        list(problem.dilation),
-        problem.groups,
-        problem.padding_mode,
-    )
-
-
-def operator(problem: Problem) -> tuple[Any, ...]:
+def functions(problem: Problem) -> tuple[Any, ...]:
     """Return the operator's arguments of an op, in schema order."""
-    return (
-        problem.magnitude,
-        problem.angular,
-        problem.weighting,
-        problem.alpha,
-        problem.beta,
-        problem.power,
-        problem.delta,
-    )
+    return (*problem.operator.constants, problem.delta)
 
 
 def _kernel(weight: Tensor) -> list[int]:
@@ -114,15 +95,16 @@ def _library_input(
 
 def _scales_filters(problem: Problem) -> bool:
     """Whether a norm-free operator differs from a plain convolution."""
-    return problem.weighting == "none" or problem.alpha != 1.0
+    return problem.operator.weighting == "none" or problem.operator.alpha != 1.0
 
 
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, layout: torch.memory_format
 ) -> Tensor:
     library_x, padding = _library_input(x, problem, layout)
+    window = problem.window
     u = convolution.conv2d(
-        library_x, weight, bias, problem.stride, padding, problem.dilation, problem.groups
+        library_x, weight, bias, window.stride, padding, window.dilation, window.groups
     )
     return _dense(u, layout)
 
@@ -144,10 +126,10 @@ def _convolution_backward(
         grad_u,
         library_x,
         weight,
-        problem.stride,
+        problem.window.stride,
         padding,
-        problem.dilation,
-        problem.groups,
+        problem.window.dilation,
+        problem.window.groups,
         wanted,
     )
     return (
@@ -169,25 +151,25 @@ def forward(
     """
     passes = getattr(torch.ops, namespace)
     x, weight, bias, radius, norm_mean, k = operands
+    operator = problem.operator
     layout = memory_format(x, weight)
     channels_last = layout == torch.channels_last
     x = x.contiguous(memory_format=layout)
     weight = weight.contiguous(memory_format=memory_format(weight))
     compute = compute_dtype(x.dtype)
 
-    if problem.norm_free:
+    if problem.operator.norm_free:
         a = x.new_empty(0, dtype=compute)
         if _scales_filters(problem):
-            weight, a = passes.filter_scale(
-                weight, problem.alpha, problem.eps, problem.weighting == "none"
-            )
+            divide = operator.weighting == "none"
+            weight, a = passes.filter_scale(weight, operator.alpha, operator.eps, divide)
         y = _convolution(x, weight, bias, problem, layout)
         norm_map, mean = x.new_empty(0, dtype=compute), x.new_empty(0, dtype=compute)
         return y, norm_map, mean, x.new_empty(0), a
 
     batch_mean = problem.norm == NORM_BATCH
     a, norms, mean = passes.conv2d_norms(
-        x, weight, *geometry(problem), problem.eps, batch_mean, channels_last
+        x, weight, *problem.window, problem.operator.eps, batch_mean, channels_last
     )
     u = _convolution(x, weight, None, problem, layout)
     arguments = (
@@ -199,9 +181,9 @@ def forward(
         k,
         [x.shape[2], x.shape[3]],
         _kernel(weight),
-        *geometry(problem),
-        *operator(problem),
-        problem.eps,
+        *problem.window,
+        *functions(problem),
+        problem.operator.eps,
         batch_mean,
         channels_last,
     )
@@ -247,7 +229,7 @@ def backward(
     weight = weight.contiguous(memory_format=memory_format(weight))
     grad_y = grad_y.contiguous(memory_format=layout)
     needs_x, needs_weight = bool(needs & native.NEEDS_X), bool(needs & native.NEEDS_WEIGHT)
-    if problem.norm_free:
+    if problem.operator.norm_free:
         return _backward_norm_free(grad_y, x, weight, a, problem, layout, needs, namespace)
 
     kept_tensor = kept_tensor.contiguous(memory_format=layout)
@@ -257,7 +239,7 @@ def backward(
     sums = 0
     if radius is not None and (barrier or needs & (native.NEEDS_RADIUS | native.NEEDS_NORM_MEAN)):
         sums |= SUM_RHO
-    if problem.weighting != "none" and needs_weight:
+    if problem.operator.weighting != "none" and needs_weight:
         sums |= SUM_A
     if needs & native.NEEDS_K:
         sums |= SUM_K
@@ -267,7 +249,7 @@ def backward(
     positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
     # Triton's programs span channels in both layouts.
     spans = channels_last or namespace != COMPILED
-    rows = partial_rows(x, positions, problem.groups, spans)
+    rows = partial_rows(x, positions, problem.window.groups, spans)
     grad_u, t, parts = passes.conv2d_grad_dot(
         grad_y,
         kept_tensor,
@@ -276,8 +258,8 @@ def backward(
         radius,
         factor,
         k,
-        problem.groups,
-        *operator(problem),
+        problem.window.groups,
+        *functions(problem),
         kept,
         needs_x,
         sums,
@@ -358,8 +340,8 @@ def _finish_input(
 ) -> Tensor:
     """Return grad_x: the library's part, its padding folded back, plus x times the window sums."""
     passes = getattr(torch.ops, namespace)
-    arguments = (x, t, norm_map, sigma, _kernel(weight), *geometry(problem))
-    if problem.symmetric_zeros:
+    arguments = (x, t, norm_map, sigma, _kernel(weight), *problem.window)
+    if problem.window.symmetric_zeros:
         passes.conv2d_grad_input_(library_grad, *arguments, channels_last)
         return library_grad
     grad_x: Tensor = passes.conv2d_grad_input(library_grad, *arguments, True, channels_last)
@@ -377,20 +359,20 @@ def _backward_norm_free(
     namespace: str,
 ) -> tuple[Tensor | None, ...]:
     passes = getattr(torch.ops, namespace)
-    divide = problem.weighting == "none"
+    alpha, divide = problem.operator.alpha, problem.operator.weighting == "none"
     scaled = weight
     if _scales_filters(problem) and needs & native.NEEDS_X:
-        scaled, _ = passes.filter_scale(weight, problem.alpha, problem.eps, divide)
+        scaled, _ = passes.filter_scale(weight, alpha, problem.operator.eps, divide)
     wanted = [bool(needs & bit) for bit in (native.NEEDS_X, native.NEEDS_WEIGHT, native.NEEDS_BIAS)]
     grad_x, grad_weight, grad_bias = _convolution_backward(
         grad_y, x, scaled, problem, layout, wanted
     )
     if grad_weight is not None and _scales_filters(problem):
-        grad_weight = passes.filter_scale_grad(grad_weight, weight, a, problem.alpha, divide)
-    if grad_x is not None and not problem.symmetric_zeros:
+        grad_weight = passes.filter_scale_grad(grad_weight, weight, a, alpha, divide)
+    if grad_x is not None and not problem.window.symmetric_zeros:
         # Only the padding is left to undo: the pass with t = 0.
         positions = grad_y.shape[0] * grad_y.shape[2] * grad_y.shape[3]
-        t = x.new_zeros(positions * problem.groups, dtype=compute_dtype(x.dtype))
+        t = x.new_zeros(positions * problem.window.groups, dtype=compute_dtype(x.dtype))
         channels_last = layout == torch.channels_last
         grad_x = _finish_input(grad_x, x, t, t, None, weight, problem, channels_last, namespace)
     return grad_x, grad_weight, grad_bias, None, None, None
@@ -402,7 +384,7 @@ def window_norm(
     """Return the patch norm, [n, groups, p, q]."""
     passes = getattr(torch.ops, namespace)
     x = x.contiguous(memory_format=memory_format(x))
-    b: Tensor = passes.window_norm(x, list(kernel), *geometry(problem), problem.eps)
+    b: Tensor = passes.window_norm(x, list(kernel), *problem.window, problem.operator.eps)
     return b
 
 
@@ -422,6 +404,6 @@ def window_norm_grad(
         x.contiguous(memory_format=layout),
         b,
         list(kernel),
-        *geometry(problem),
+        *problem.window,
     )
     return grad_x

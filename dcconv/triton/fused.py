@@ -23,11 +23,11 @@ SHORT_WINDOW, FILTER_TILE = 256, 128
 
 def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
-    return DEPTHWISE if problem.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
+    return DEPTHWISE if problem.window.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
 
 
 def _why_not_any(problem: Problem) -> str | None:
-    return "norm-free operators are one library convolution" if problem.norm_free else None
+    return "norm-free operators are one library convolution" if problem.operator.norm_free else None
 
 
 def why_not(operands: Operands, problem: Problem) -> str | None:
@@ -42,10 +42,10 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
         return reason
     if kernel_of(operands.weight, problem) == DEPTHWISE:
         return None
-    if problem.padding_mode != "zeros":
-        return f"its kernels pad with zeros, got padding_mode '{problem.padding_mode}'"
-    if problem.stride != (1, 1):
-        return f"the gradient of the input takes stride 1, got {problem.stride}"
+    if problem.window.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{problem.window.padding_mode}'"
+    if problem.window.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {problem.window.stride}"
     return None
 
 
@@ -68,7 +68,7 @@ def _finds_norms(weight: Tensor, problem: Problem) -> bool:
     if kernel_of(weight, problem) == DEPTHWISE or fused.single_pixels(weight, problem):
         return True
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    return size <= SHORT_WINDOW and weight.shape[0] // problem.groups <= FILTER_TILE
+    return size <= SHORT_WINDOW and weight.shape[0] // problem.window.groups <= FILTER_TILE
 
 
 def forward(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import check_call
 from stand_ins import Recorder, cuda_backend_on_cpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,7 +37,6 @@ from dcconv.call.key import (
     key_of,
 )
 from dcconv.call.measure import stopwatch, tables
-from dcconv.functional import check_call
 from dcconv.operator import numerics
 from dcconv.operator.layout import memory_format
 from dcconv.passes import fused, library

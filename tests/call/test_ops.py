@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from accuracy import check
+from calls import check_call, convolution
 from cases import CASES, DTYPES, OPERATORS, make_inputs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcconv
 from dcconv import backends, functional, native, warn
 from dcconv.call.saved import kept
-from dcconv.functional import check_call
-from dcconv.operator import checks, numerics, reference
+from dcconv.operator import numerics, reference
 from dcconv.operator.functions import angulars, magnitudes
 from dcconv.passes import library
 
@@ -545,9 +545,9 @@ def test_tf32_widens_the_floor_of_the_angle(monkeypatch: pytest.MonkeyPatch) -> 
     def delta(dtype: torch.dtype, device: str) -> float:
         with FakeTensorMode():
             x = torch.zeros(1, 3, 8, 8, dtype=dtype, device=device)
-            return checks.convolution(
-                x, x, None, 1, 0, 1, 1, **SPHERE, radius=1.0, norm_mean=None, k=1.0
-            )[1].delta
+            return convolution(x, x, None, 1, 0, 1, 1, **SPHERE, radius=1.0, norm_mean=None, k=1.0)[
+                1
+            ].delta
 
     cudnn: Any = torch.backends.cudnn
     before = cudnn.allow_tf32

@@ -15,6 +15,7 @@ from accuracy import (
     random_cotangent,
     truth_and_peer,
 )
+from calls import check_call
 from cases import ANGULARS, DTYPES, WEIGHTED_MAGNITUDES, Case, Inputs, make_inputs
 
 from dcconv import functional
@@ -196,7 +197,7 @@ def test_the_norm_map_is_left_out_where_nothing_is_kept(layout: str, norm: str) 
     case = Case("", 2, 5, 7, 6, 10, (3, 3), padding=1, groups=5)
     inputs = make_inputs(case, torch.float32, layout, norm=norm)
     call: dict[str, Any] = {"bias": None} | inputs.tensors | inputs.options
-    operands, problem, _ = functional.check_call(**call, backend="cpu", keep="auto")
+    operands, problem, _ = check_call(**call, backend="cpu", keep="auto")
     for scheme in ("own", "library"):
         torch.ops.dcconv.set_cpu_scheme(scheme)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Results, check_all, check_equal, evaluate, random_cotangent, truth_and_peer
+from calls import check_call
 from cases import CASES, OPERATORS, Case, Inputs, make_inputs
 
 from dcconv import backends, functional
@@ -274,7 +275,7 @@ def test_the_rule_chooses_by_the_problem(
 def test_the_norm_map_is_left_out_where_nothing_is_kept(norm: str, layout: str) -> None:
     inputs = make_inputs(WIDE, torch.float32, layout, norm=norm)
     call: dict[str, Any] = {"bias": None} | inputs.tensors | inputs.options
-    operands, problem, _ = functional.check_call(**call, backend="cpu", keep="auto")
+    operands, problem, _ = check_call(**call, backend="cpu", keep="auto")
     torch.ops.dcconv.set_cpu_scheme("own")
     with torch.no_grad():
         kept, alone = (

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accuracy import Results, check_all, truth_and_peer
 from builds import ADDRESS, FAST, ROOT, THREAD, Build
+from calls import convolution
 from cases import OPERATORS, Case, Inputs, make_inputs
 from emulated import ops_library
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from dcconv import native
-from dcconv.operator import checks, reference
+from dcconv.operator import reference
 from dcconv.operator.records import NORM_BATCH, NORM_GIVEN, Operands, Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -81,16 +82,16 @@ def checked(inputs: Inputs) -> tuple[Operands, Problem]:
     signature = inspect.signature(reference.decoupled_conv2d)
     usual = {name: p.default for name, p in list(signature.parameters.items())[3:]}
     tensors = {"bias": None, **inputs.tensors}
-    return checks.convolution(**(usual | tensors | inputs.options))
+    return convolution(**(usual | tensors | inputs.options))
 
 
 def geometry(problem: Problem) -> tuple[Any, ...]:
     return (
-        problem.stride,
-        problem.padding,
-        problem.dilation,
-        problem.groups,
-        problem.padding_mode,
+        problem.window.stride,
+        problem.window.padding,
+        problem.window.dilation,
+        problem.window.groups,
+        problem.window.padding_mode,
     )
 
 
@@ -104,25 +105,25 @@ def forward(simt: Any, inputs: Inputs, tile: int, source: str, dot: bool = True)
     x, weight = last(operands.x), last(operands.weight)
     b = norm_map(x, weight, problem)
     mean = {NORM_BATCH: b.mean(), NORM_GIVEN: operands.norm_mean}.get(problem.norm)
-    sums = x.float().square().unflatten(1, (problem.groups, -1)).sum(2)
+    sums = x.float().square().unflatten(1, (problem.window.groups, -1)).sum(2)
     y, norms, u = simt.conv2d_one_pass(
         x,
         weight,
-        simt.filter_norm(weight, problem.eps),
+        simt.filter_norm(weight, problem.operator.eps),
         {"loop": None, "sums": flat(sums), "norms": flat(b)}[source],
         operands.bias,
         operands.radius,
         mean,
         operands.k,
         *geometry(problem),
-        problem.magnitude,
-        problem.angular,
-        problem.weighting,
-        problem.alpha,
-        problem.beta,
-        problem.power,
+        problem.operator.magnitude,
+        problem.operator.angular,
+        problem.operator.weighting,
+        problem.operator.alpha,
+        problem.operator.beta,
+        problem.operator.power,
         problem.delta,
-        problem.eps,
+        problem.operator.eps,
         source == "norms",
         True,
         dot,
@@ -146,7 +147,13 @@ def expected_forward(inputs: Inputs) -> tuple[Results, Results]:
         x, weight = operands.x.to(dtype), operands.weight.to(dtype)
         padded, padding = reference.padded(x, problem)
         results["u"] = F.conv2d(
-            padded, weight, None, problem.stride, padding, problem.dilation, problem.groups
+            padded,
+            weight,
+            None,
+            problem.window.stride,
+            padding,
+            problem.window.dilation,
+            problem.window.groups,
         )
         results["b"] = norm_map(x, weight, problem)
     return truth, peer
@@ -213,10 +220,10 @@ def input_gradient(
 ) -> Tensor:
     """Plain PyTorch, in the tensors' dtype; taps: [n, groups, p, q] in compute dtype."""
     n, _, h, w = x.shape
-    top, bottom, left, right = problem.padding
+    top, bottom, left, right = problem.window.padding
     sizes = (h + top + bottom, w + left + right)
-    groups, channels = problem.groups, weight.shape[1]
-    rest = (problem.stride, 0, problem.dilation, groups)
+    groups, channels = problem.window.groups, weight.shape[1]
+    rest = (problem.window.stride, 0, problem.window.dilation, groups)
 
     def transposed(grad: Tensor, filters: Tensor, count: int) -> Tensor:
         padded = conv2d_input((n, count, *sizes), filters, grad, *rest)

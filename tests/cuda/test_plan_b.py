@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, random_cotangent, truth_and_peer
+from calls import check_call
 from cases import DTYPES, OPERATORS, Case, Inputs, by_id, make_inputs
 from stand_ins import MODELS, Recorder, cuda_backend_on_cpu, emulated
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from dcconv import backends, functional
 from dcconv.call.implementations import registry
 from dcconv.call.key import DIRECTIONS
 from dcconv.call.strategy import choose
-from dcconv.functional import check_call
 from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import Problem
 from dcconv.passes import fused, library

@@ -22,7 +22,7 @@ from cases import IN_STEPS
 from dcconv.cudnn import ops as cudnn_ops
 from dcconv.cudnn.epilogue import Operator
 from dcconv.cudnn.ops import Key
-from dcconv.operator.records import Problem
+from dcconv.operator.records import is_norm_free
 
 # An H100 in the words of cuDNN's device descriptor.
 DEVICE: dict[str, Any] = {
@@ -104,7 +104,7 @@ def expressible() -> dict[str, Operator]:
             magnitude, angular, weighting, 1.5, 0.25, 3.0, scaled_radius=True, bias=True
         )
         for magnitude, weighting, angular in IN_STEPS
-        if not Problem(magnitude=magnitude, angular=angular, weighting=weighting).norm_free
+        if not is_norm_free(magnitude, angular, weighting)
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import check, error, reference_call
+from calls import convolution, problem_with
 from cases import (
     ANGULARS_OF_PAPER,
     IN_STEPS,
@@ -23,10 +24,9 @@ from torch import Tensor
 
 from dcconv.cudnn import epilogue
 from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Operator
-from dcconv.operator import checks, functions, reference
+from dcconv.operator import functions, reference
 from dcconv.operator.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.operator.numerics import ACCURACY_FLOOR, ANGLE_DELTA, RHO_FLOOR, angle_delta
-from dcconv.operator.records import Problem
 
 IN_STEPS_MAGNITUDES = [pair for pair in WEIGHTED_MAGNITUDES if pair[0] in epilogue.magnitudes]
 POLYNOMIAL = ("linear", "sigmoid")  # angular functions whose asin is a polynomial for float32
@@ -93,27 +93,27 @@ def evaluate_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     signature = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "norm_mean": None}
     usual = {"alpha": 1.0, "beta": 0.5, "power": 2.0, "eps": 1e-4, "radius": 1.0, "k": 0.3}
     arguments = {**signature, **usual, **options}
-    operands, problem = checks.convolution(x, weight, bias, **arguments)
-    padding = problem.padding[::2]
+    operands, problem = convolution(x, weight, bias, **arguments)
+    padding = problem.window.padding[::2]
     b = reference.window_norm(x, (weight.shape[2], weight.shape[3]), problem)
     radius, mean, k = operands.radius, operands.norm_mean, operands.k
     if problem.norm == "batch":
         mean = reference.mean_norm(b)
     leaves = {
-        "u": F.conv2d(x, weight, None, problem.stride, padding, problem.dilation),
+        "u": F.conv2d(x, weight, None, problem.window.stride, padding, problem.window.dilation),
         "b": b,
-        "a": shaped(reference.filter_norm(weight, problem.eps)),
+        "a": shaped(reference.filter_norm(weight, problem.operator.eps)),
     }
     for name, leaf in (("radius", radius), ("mean", mean), ("k", k), ("bias", bias)):
         if leaf is not None:
             leaves[name] = shaped(leaf)
     operator = Operator(
-        problem.magnitude,
-        problem.angular,
-        problem.weighting,
-        problem.alpha,
-        problem.beta,
-        problem.power,
+        problem.operator.magnitude,
+        problem.operator.angular,
+        problem.operator.weighting,
+        problem.operator.alpha,
+        problem.operator.beta,
+        problem.operator.power,
         scalar_radius=radius is not None and radius.dim() == 0,
         scalar_k=k is not None and k.dim() == 0,
         scaled_radius=mean is not None,
@@ -330,7 +330,7 @@ def test_input_gradient() -> None:
     ],
 )
 def test_refusals_say_why(changes: dict[str, Any], sentence: str | None) -> None:
-    reason = epilogue.why_not(Problem(**changes))
+    reason = epilogue.why_not(problem_with(**changes))
     assert reason is None if sentence is None else sentence in str(reason)
 
 
@@ -340,5 +340,5 @@ def test_a_function_without_expression_is_refused(
 ) -> None:
     known = getattr(functions, f"{name}s")
     monkeypatch.setitem(known, "new", known["tanh" if name == "magnitude" else "sigmoid"])
-    reason = epilogue.why_not(Problem(**{name: "new"}))
+    reason = epilogue.why_not(problem_with(**{name: "new"}))
     assert reason == "'new' is not written in terms of its primitives"

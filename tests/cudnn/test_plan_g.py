@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import check_all, evaluate, random_cotangent, truth_and_peer
+from calls import convolution, problem_with
 from cases import (
     CASES,
     IN_STEPS,
@@ -42,7 +43,6 @@ from dcconv.cudnn import epilogue, graph
 from dcconv.cudnn import ops as cudnn_ops
 from dcconv.cudnn.epilogue import Operator
 from dcconv.cudnn.ops import Key
-from dcconv.operator import checks
 from dcconv.operator.functions import weightings
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
@@ -138,8 +138,26 @@ def grad_x(
     sums = library.SUM_RHO if barrier and radius is not None else 0
     grad_u, t, parts = torch.ops.dcconv.conv2d_grad_dot(
         *(grad_y.contiguous(memory_format=torch.channels_last), kept_tensor, norm_map, a),
-        *(radius, factor, k, 1, problem.magnitude, problem.angular, problem.weighting),
-        *(problem.alpha, problem.beta, problem.power, problem.delta, kept, True, sums, 2, True),
+        *(
+            radius,
+            factor,
+            k,
+            1,
+            problem.operator.magnitude,
+            problem.operator.angular,
+            problem.operator.weighting,
+        ),
+        *(
+            problem.operator.alpha,
+            problem.operator.beta,
+            problem.operator.power,
+            problem.delta,
+            kept,
+            True,
+            sums,
+            2,
+            True,
+        ),
     )
     sigma = None
     if barrier:
@@ -154,7 +172,7 @@ def prepare(inputs: Inputs) -> tuple[Operands, Problem]:
     usual = {"norm_mean": None, "radius": 1.0, "k": 0.3}
     usual |= {"alpha": 1.0, "beta": 0.5, "power": 2.0, "eps": 1e-4}
     tensors = {"bias": None, **inputs.tensors}
-    return checks.convolution(**{**usual, **tensors, **inputs.options})
+    return convolution(**{**usual, **tensors, **inputs.options})
 
 
 def by_plan_g(
@@ -389,8 +407,18 @@ def test_opcheck(direction: str, world: World) -> None:
         geometry = graph._geometry(problem)
         if direction == "forward":
             op = torch.ops.dcconv.cudnn_conv2d_forward.default
-            operator = (problem.magnitude, problem.angular, problem.weighting, problem.alpha)
-            operator += (problem.beta, problem.power, problem.delta, problem.eps)
+            operator = (
+                problem.operator.magnitude,
+                problem.operator.angular,
+                problem.operator.weighting,
+                problem.operator.alpha,
+            )
+            operator += (
+                problem.operator.beta,
+                problem.operator.power,
+                problem.delta,
+                problem.operator.eps,
+            )
             arguments = (x, weight, a, norms, bias_tensor, radius, mean, k, *geometry, *operator)
             torch.library.opcheck(op, (*arguments, kept == saved.DOT), test_utils=tests)
         else:
@@ -466,19 +494,19 @@ def test_predicates_say_why(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     assert refused() is None
     assert refused(gradient=True) is None
     assert refused(dtype=torch.float16, gradient=True) is None
-    assert refused(Problem(stride=(2, 2))) is None
-    assert refused(Problem(stride=(2, 2)), gradient=True) == (
+    assert refused(problem_with(stride=(2, 2))) is None
+    assert refused(problem_with(stride=(2, 2)), gradient=True) == (
         "its epilogue on a strided data gradient is slow, got stride (2, 2)"
     )
     assert refused(device="cpu") == "it runs on CUDA tensors, got a cpu tensor"
-    assert refused(Problem(groups=2)) == (
+    assert refused(problem_with(groups=2)) == (
         "it reads one map for all filters, and each of 2 groups has its own"
     )
     assert refused(dtype=torch.float64) == "it fuses no float64 convolutions"
     assert refused(dtype=torch.float32) == (
         "its float32 convolutions are TF32, which PyTorch's settings forbid"
     )
-    assert refused(Problem(delta=TF32_ANGLE_DELTA), dtype=torch.float32) is None
+    assert refused(problem_with(delta=TF32_ANGLE_DELTA), dtype=torch.float32) is None
     assert refused(layout=torch.contiguous_format) == "it reads channels_last tensors only"
     assert refused(channels=12) == "it takes channels in multiples of 8, got 12"
     assert refused(filters=20) == "it takes filters in multiples of 8, got 20"
@@ -614,7 +642,7 @@ def test_graphs_agree_with_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
         reason = graph.why_not_input_gradient(operands, problem)
         if cudnn_ops.why_not_installed() is not None:
             pytest.skip(str(reason))
-        if problem.norm_free:
+        if problem.operator.norm_free:
             continue
         assert reason is None
         compare(f"{magnitude} {weighting} {angular}", inputs)

@@ -110,7 +110,7 @@ def test_numpy_integers_are_taken_where_nn_conv2d_takes_them() -> None:
     b = patch_norm(x, np.int64(3), two, two, two, two)
     assert torch.equal(b, patch_norm(x, 3, 2, 2, 2, 2))
     _, _, problem = checks.patch_norm(x, 3, two, two, two, two, 1e-4, "zeros")
-    assert type(problem.groups) is int
+    assert type(problem.window.groups) is int
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)

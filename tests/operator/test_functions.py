@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import check, check_equal
+from calls import problem_with
 from cases import ANGULARS, ANGULARS_OF_PAPER, MAGNITUDES_OF_PAPER, WEIGHTED_MAGNITUDES
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -21,7 +22,6 @@ from dcconv.operator.functions import (
     weightings,
 )
 from dcconv.operator.numerics import ANGLE_DELTA, RHO_FLOOR
-from dcconv.operator.records import Problem
 
 ALPHA, BETA, RHO, A, K, POWER = 1.3, 0.4, 1.7, 0.8, 0.35, 1.6
 DELTA = ANGLE_DELTA[torch.float64]
@@ -354,7 +354,7 @@ def test_sigmoid_is_stable_for_small_and_large_k() -> None:
 def test_backward_keeps_what_the_design_says(keep: str, dtype: torch.dtype) -> None:
     for magnitude, weighting in WEIGHTED_MAGNITUDES:
         for angular in ANGULARS:
-            problem = Problem(magnitude=magnitude, angular=angular, weighting=weighting)
+            problem = problem_with(magnitude=magnitude, angular=angular, weighting=weighting)
             for bias in (False, True):
                 exact = angulars[angular].invertible and not bias
                 if angular == "square_cosine" and dtype == torch.float16:

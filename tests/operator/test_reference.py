@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import dcconv
-from dcconv.functional import conv2d_and_mean, decoupled_conv2d, patch_norm
+from dcconv.call import run as running
+from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.operator.numerics import ACCURACY_FLOOR
+from dcconv.operator.records import CURVATURE, Geometry, Operator
 from dcconv.operator.reference import filter_norm
 
 EPS = 1e-4
@@ -303,11 +305,12 @@ def test_detached_mean_norm_gradients_are_those_of_a_constant(backend: str, devi
     cotangent = random_cotangent(inputs)
 
     def detached(**arguments: Any) -> Tensor:
-        geometry = [arguments.pop(name) for name in ("stride", "padding", "dilation", "groups")]
-        x, weight = arguments.pop("x"), arguments.pop("weight")
-        y, _ = conv2d_and_mean(
-            x, weight, None, *geometry, keep="auto", norm_grad=False, **arguments
-        )
+        geometry = Geometry(**{name: arguments.pop(name) for name in Geometry._fields})
+        tensors = [arguments.pop(name) for name in ("x", "weight", "radius", "norm_mean")]
+        x, weight, radius, mean = tensors
+        operator = Operator(**arguments)
+        call = (x, weight, None, radius, mean, CURVATURE, operator, geometry, "auto", None)
+        y, _ = running.conv2d(*call, norm_grad=False)
         return y
 
     got = evaluate(detached, inputs, cotangent)

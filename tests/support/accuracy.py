@@ -14,6 +14,8 @@ far below the floor but where a result is the rest of a cancellation, and is onl
 A non-finite peer counts as 8 floors. A kernel value that is not finite where the truth is finite
 fails, and so does a finite value where the truth is not: NaN and infinity must propagate. An empty
 tensor has no error. A truth that is zero everywhere has no scale to be relative to; such zeros come
+from calls import convolution
+from calls import convolution
 from zero factors (a zero filter, a zero patch), which every arithmetic keeps, so the kernel must
 return exact zeros. So small a truth that a factor of it may be below the normal numbers of the
 compute dtype, a saturated magnitude's, counts as zero, and must be as small in the kernel.
@@ -21,18 +23,18 @@ compute dtype, a saturated magnitude's, counts as zero, and must be as small in 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import torch
+from calls import convolution
 from cases import Inputs
 from rounding_noise import Noise
 from torch import Tensor
 
-from dcconv.operator import checks, reference
+from dcconv.operator import reference
 from dcconv.operator.numerics import (
     ACCURACY_FLOOR,
     NOISE_FACTOR,
@@ -177,9 +179,7 @@ def reference_call(delta: float | None = None) -> Callable[..., Tensor]:
     """Return the reference as a function for :func:`evaluate`, with another asin cap if given."""
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-        signature = inspect.signature(reference.decoupled_conv2d)
-        usual = {name: p.default for name, p in list(signature.parameters.items())[3:]}
-        operands, problem = checks.convolution(x, weight, bias, **(usual | options))
+        operands, problem = convolution(x, weight, bias, **options)
         if delta is not None:
             problem = problem._replace(delta=delta)
         y, _ = reference.forward(operands, problem)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import problem_with
 from cases import (
     ANGULARS,
     ANGULARS_OF_PAPER,
@@ -203,7 +204,7 @@ def test_tuning_without_memory(interpreter: Worker) -> None:
 def test_what_plan_b_takes() -> None:
     x = torch.zeros(2, 4, 5, 5)
     weight, window = x[:, :, :1, :1], x[:, :, :3, :3]
-    grouped = Problem(groups=4)
+    grouped = problem_with(groups=4)
 
     def reasons(weight: torch.Tensor, problem: Problem) -> list[str | None]:
         operands = Operands(x, weight, None, None, None, None)
@@ -218,16 +219,16 @@ def test_what_plan_b_takes() -> None:
     librarys = "the gradient of the weight is the library's, but for depthwise layers"
     assert (
         reasons(weight, Problem())
-        == reasons(window, Problem(padding=(1, 0, 2, 1)))
+        == reasons(window, problem_with(padding=(1, 0, 2, 1)))
         == [None, None, librarys]
     )
-    assert reasons(weight, Problem(magnitude="linear")) == [norm_free] * 3
-    assert reasons(window, Problem(stride=(1, 2))) == [
+    assert reasons(weight, problem_with(magnitude="linear")) == [norm_free] * 3
+    assert reasons(window, problem_with(stride=(1, 2))) == [
         None,
         "the gradient of the input takes stride 1, got (1, 2)",
         librarys,
     ]
-    assert reasons(window, Problem(padding_mode="reflect")) == [
+    assert reasons(window, problem_with(padding_mode="reflect")) == [
         None,
         "its kernels pad with zeros, got padding_mode 'reflect'",
         librarys,

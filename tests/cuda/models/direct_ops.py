@@ -10,12 +10,13 @@ import builds
 import pytest
 import torch
 from accuracy import check, reference_call
+from calls import convolution
 from cases import Case, Inputs
 from emulated import ops_library
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcconv.operator import checks, reference
+from dcconv.operator import reference
 from dcconv.operator.numerics import angle_delta, compute_dtype
 from dcconv.operator.records import Problem
 
@@ -60,7 +61,7 @@ def problem_of(inputs: Inputs) -> Problem:
         "eps": 1e-4,
         "padding_mode": "zeros",
     }
-    _, problem = checks.convolution(
+    _, problem = convolution(
         tensors["x"],
         tensors["weight"],
         tensors.get("bias"),
@@ -71,11 +72,11 @@ def problem_of(inputs: Inputs) -> Problem:
 
 def geometry_of(problem: Problem) -> tuple[Any, ...]:
     return (
-        problem.stride,
-        problem.padding,
-        problem.dilation,
-        problem.groups,
-        problem.padding_mode,
+        problem.window.stride,
+        problem.window.padding,
+        problem.window.dilation,
+        problem.window.groups,
+        problem.window.padding_mode,
     )
 
 
@@ -120,7 +121,7 @@ def check_forward(
     wide = {key: t.double() for key, t in given_inputs.items()}
     truth = reference_call(problem.delta)(**wide, **rest)
     peer = reference_call(problem.delta)(**given_inputs, **rest)
-    a = ops.filter_norm(weight, problem.eps)
+    a = ops.filter_norm(weight, problem.operator.eps)
     y, norm, dot = ops.conv2d_one_pass(
         x,
         weight,
@@ -131,14 +132,14 @@ def check_forward(
         mean,
         tensors.get("k"),
         *geometry_of(problem),
-        problem.magnitude,
-        problem.angular,
-        problem.weighting,
-        problem.alpha,
-        problem.beta,
-        problem.power,
+        problem.operator.magnitude,
+        problem.operator.angular,
+        problem.operator.weighting,
+        problem.operator.alpha,
+        problem.operator.beta,
+        problem.operator.power,
         problem.delta,
-        problem.eps,
+        problem.operator.eps,
         batch,
         not batch,
         keep_dot,
@@ -156,7 +157,15 @@ def check_forward(
     if keep_dot:
         padded = [reference.padded(t, problem) for t in (x.double(), x)]
         truth, peer = (
-            F.conv2d(t, w, None, problem.stride, pad, problem.dilation, problem.groups)
+            F.conv2d(
+                t,
+                w,
+                None,
+                problem.window.stride,
+                pad,
+                problem.window.dilation,
+                problem.window.groups,
+            )
             for (t, pad), w in zip(padded, (weight.double(), weight), strict=True)
         )
         check(f"{name}: u", dot, truth, peer, dtype)
@@ -170,10 +179,10 @@ def gradients(
     """dx and the library's dw in float64, by autograd: the derivative of the norms' part is x t."""
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     padded, padding = reference.padded(x, problem)
-    geometry = (problem.stride, padding, problem.dilation, problem.groups)
+    geometry = (problem.window.stride, padding, problem.window.dilation, problem.window.groups)
     u = F.conv2d(padded, weight, None, *geometry)
     ones = torch.ones(
-        (problem.groups, *weight.shape[1:]), dtype=torch.float64, device=weight.device
+        (problem.window.groups, *weight.shape[1:]), dtype=torch.float64, device=weight.device
     )
     squares = F.conv2d(padded.square(), ones, None, *geometry)
     loss = (u * grad_u.double()).sum() + 0.5 * (squares * tap.double()).sum()

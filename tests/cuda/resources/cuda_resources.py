@@ -1,8 +1,8 @@
 """Registers, shared memory, stack and access widths of every compiled CUDA kernel, as a table.
 
-    python tests/cuda/resources/cuda_resources.py            print the table of the built library
-    python tests/cuda/resources/cuda_resources.py --write    refresh cuda_resources.tsv, the committed table
-    python tests/cuda/resources/cuda_resources.py --check    compare with it; any difference fails
+    python tests/cuda/resources/cuda_resources.py    print the table of the built library
+    ... --write    refresh cuda_resources.tsv, the committed table
+    ... --check    compare with it; any difference fails
 
 Read from the library itself with cuobjdump, so that no compiler output has to be kept. A cell is
 ``registers``, then ``+ shared`` where a kernel has static shared memory and ``! stack`` where it

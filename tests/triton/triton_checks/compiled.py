@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from calls import problem_with
 from cuda_resources import find_cuobjdump
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple
@@ -24,7 +25,7 @@ from triton.compiler import ASTSource
 from dcconv.call.saved import OUTPUT
 from dcconv.native import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.operator.numerics import ANGLE_DELTA, EPS
-from dcconv.operator.records import Operands, Problem
+from dcconv.operator.records import Operands
 from dcconv.passes import library
 from dcconv.passes.fused import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
 from dcconv.triton import fused as triton_fused
@@ -342,7 +343,7 @@ def traced(plan: str, depthwise: bool = False) -> dict[str, int]:
         weight_gradient = triton_fused.weight_gradient if depthwise else None
         gradients = (triton_fused.input_gradient, weight_gradient)
     groups = 8 if depthwise else 1
-    problem = Problem(padding=(1, 1, 1, 1), groups=groups, norm="batch", weighting="linear")
+    problem = problem_with(padding=(1, 1, 1, 1), groups=groups, norm="batch", weighting="linear")
 
     def step(x: Tensor, weight: Tensor, radius: Tensor, grad_y: Tensor) -> tuple[Any, ...]:
         operands = Operands(x, weight, None, radius, None, None)

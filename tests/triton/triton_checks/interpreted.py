@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, judge, random_cotangent, truth_and_peer
+from calls import check_call
 from cases import (
     ANGULARS_OF_PAPER,
     CASES,
@@ -489,7 +490,7 @@ def tunes_without_memory() -> None:
 def refusals() -> list[str]:
     """What plan B says to tiles that are not there, and to another backend's kernel."""
     x, weight = torch.randn(1, 4, 3, 3), torch.randn(5, 4, 1, 1)
-    operands, problem, _ = functional.check_call(x, weight)
+    operands, problem, _ = check_call(x, weight)
     grad_u, t = torch.ones(1, 5, 3, 3), torch.ones(9)
     arguments = (grad_u, x, weight, t, t, None, problem)
 

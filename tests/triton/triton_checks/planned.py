@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from calls import check_call
 from torch import Tensor
 
-from dcconv import functional
 from dcconv.call import autograd
 from dcconv.call.saved import kept
 from dcconv.call.strategy import Plans
@@ -25,7 +25,7 @@ def planned(
     **options: Any,
 ) -> Tensor:
     """Run the operator by plan B with a tile, in every direction that plan B goes."""
-    operands, problem, _ = functional.check_call(x, weight, bias, keep=keep, **options)
+    operands, problem, _ = check_call(x, weight, bias, keep=keep, **options)
     takes_x = triton_fused.why_not_input_gradient(operands, problem) is None
     takes_weight = triton_fused.why_not_weight_gradient(operands, problem) is None
     plans = Plans(
