@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import builds
-import plan_a_model
-import plan_b_model
+import fused_model
+import library_model
 import pytest
 import torch
 from emulated import ops_library
@@ -22,7 +22,7 @@ from dcconv import backends, native
 
 Implementations = dict[str, Callable[..., Any]]
 
-MODELS: Implementations = plan_a_model.implementations | plan_b_model.implementations
+MODELS: Implementations = library_model.implementations | fused_model.implementations
 
 
 def emulated() -> Implementations:

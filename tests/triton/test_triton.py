@@ -19,7 +19,7 @@ from cases import (
     WEIGHTED_MAGNITUDES,
     Case,
 )
-from plan_a_model import implementations
+from library_model import implementations
 from triton_checks.worker import Worker
 
 from dcconv import backends
@@ -201,7 +201,7 @@ def test_tuning_without_memory(interpreter: Worker) -> None:
     interpreter.ask("tunes_without_memory")
 
 
-def test_what_plan_b_takes() -> None:
+def test_what_fused_takes() -> None:
     x = torch.zeros(2, 4, 5, 5)
     weight, window = x[:, :, :1, :1], x[:, :, :3, :3]
     grouped = problem_with(groups=4)

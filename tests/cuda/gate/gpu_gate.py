@@ -78,7 +78,7 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
     Imports the library: only for workers, after the build.
     """
     import torch
-    from gate import checks, measure, plans
+    from gate import checks, measure, strategies
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found: dict[str, tuple[Check, float]] = {}
@@ -108,12 +108,12 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
     for layout in checks.LAYOUTS[:2]:
         add(f"over 2^31 elements {layout}", 120, checks.large, layout)
     add("torch.compile", 120, checks.compiled)
-    for plan, name in plans.CASES:
-        for dtype in plans.HALF if name in ("implicit GEMM", "cuDNN graph") else dtypes:
+    for plan, name in strategies.CASES:
+        for dtype in strategies.HALF if name in ("implicit GEMM", "cuDNN graph") else dtypes:
             short = str(dtype).removeprefix("torch.")
-            add(f"plan {plan}: {name} {short}", 120, plans.accuracy, plan, name, dtype)
-    add("tiles of Triton's products", 300, plans.triton_tiles)
-    add("Triton's tuner", 300, plans.triton_tuner)
+            add(f"plan {plan}: {name} {short}", 120, strategies.accuracy, plan, name, dtype)
+    add("tiles of Triton's products", 300, strategies.triton_tiles)
+    add("Triton's tuner", 300, strategies.triton_tuner)
     for layout in checks.LAYOUTS[:2]:
         add(f"rates {layout}", 60, measure.rates, layout)
     for name in measure.network_layers():

@@ -40,7 +40,7 @@ from dcconv.triton import fused as triton_fused
 from dcconv.triton import tiles as gemm_tiles
 from dcconv.triton.fused import AUTOTUNED
 from dcconv.triton.kernels import functions
-from triton_checks.planned import planned
+from triton_checks.fused import fused_conv2d
 from triton_checks.probes import angular_kernel, magnitude_kernel, offsets_kernel
 from triton_checks.worker import serve
 
@@ -370,7 +370,7 @@ def depthwise(case: str) -> None:
             bias=number % 3 == 2,
         )
         with small_tiles(), Recorder() as recorder:
-            compare(f"{case} {layout}", inputs, planned)
+            compare(f"{case} {layout}", inputs, fused_conv2d)
         names = recorder.names()
         assert "conv2d_one_pass" in names and "conv2d_epilogue_" not in names
         assert "conv2d_one_pass_grad_input" in names and "conv2d_grad_input" not in names
@@ -394,7 +394,7 @@ def product(case: str, layout: str, dtype: str, tile: int = OWN_RULE) -> None:
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
     with Recorder() as recorder:
-        got = evaluate(planned, inputs, cotangent, keep=("dot", "auto")[number % 2], tile=tile)
+        got = evaluate(fused_conv2d, inputs, cotangent, keep=("dot", "auto")[number % 2], tile=tile)
     check_all(f"{case} {layout} {dtype} {tile}", got, truth, peer, inputs.tensors["x"].dtype)
     names = recorder.names()
     assert "conv2d_one_pass" in names and "conv2d_epilogue_" not in names
@@ -428,7 +428,7 @@ def tunes() -> None:
         timed = 0
         options = {**inputs.tensors, **inputs.options}
         x = options.pop("x")[:1].expand(images, -1, -1, -1)
-        planned(x.contiguous(memory_format=FORMATS[1]), **options, tile=AUTOTUNED)
+        fused_conv2d(x.contiguous(memory_format=FORMATS[1]), **options, tile=AUTOTUNED)
         return timed
 
     # 54 positions of 36 channels, and 35 filters.
@@ -450,7 +450,7 @@ def tunes() -> None:
             assert not tuning.may_tune(torch.empty(1))
         assert tuning.may_tune(torch.nn.Parameter(torch.empty(1)))
         timed = 0
-        got = evaluate(planned, inputs, cotangent, tile=AUTOTUNED)
+        got = evaluate(fused_conv2d, inputs, cotangent, tile=AUTOTUNED)
         check_all("tuned", got, truth, peer, torch.float16)
         assert {key[0] for key in tuning._best} == {
             "implicit_gemm_kernel",
@@ -476,7 +476,7 @@ def tunes_without_memory() -> None:
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            results = [planned(x, weight, tile=AUTOTUNED) for _ in range(2)]
+            results = [fused_conv2d(x, weight, tile=AUTOTUNED) for _ in range(2)]
     finally:
         tuning.stopwatch = None
         tuning._best.clear()
@@ -484,7 +484,7 @@ def tunes_without_memory() -> None:
     assert [str(warning.message) for warning in said] == [
         "dcconv: too little memory to tune implicit_gemm_kernel: its rule chooses the tile"
     ]
-    assert all(torch.equal(y, planned(x, weight)) for y in results)
+    assert all(torch.equal(y, fused_conv2d(x, weight)) for y in results)
 
 
 def refusals() -> list[str]:
@@ -572,7 +572,7 @@ def opcheck() -> list[str]:
         direct = case in DEPTHWISE.values()
         with Recorder() as recorder, tiles, backends.plans("B" if direct else "A"):
             own = direct or case in PRODUCTS.values()
-            call = planned if own else functional.decoupled_conv2d
+            call = fused_conv2d if own else functional.decoupled_conv2d
             evaluate(call, inputs, random_cotangent(inputs))
             # Without a gradient of x there is less to return.
             weight = inputs.tensors["weight"].detach().requires_grad_()
@@ -649,7 +649,7 @@ def repeats() -> None:
             DEPTHWISE["many-positions"],
         )
         for i, case in enumerate(cases):
-            call = planned if case in DEPTHWISE.values() else functional.decoupled_conv2d
+            call = fused_conv2d if case in DEPTHWISE.values() else functional.decoupled_conv2d
             for layout in ("contiguous", "channels_last")[i % 2 :]:
                 inputs = make_inputs(
                     case,
@@ -760,7 +760,7 @@ def flops() -> None:
         x = torch.randn(1, 4, 5, 5, requires_grad=True)
         weight = torch.randn(8, 4 // groups, 3, 3, requires_grad=True)
         totals = []
-        for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d, planned):
+        for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d, fused_conv2d):
             with FlopCounterMode(display=False) as counter, backends.plans("A"):
                 y = call(x, weight, stride=1, padding=1, groups=groups)
                 forward = counter.get_total_flops()

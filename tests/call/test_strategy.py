@@ -159,7 +159,7 @@ def test_rule_of_triton(
     assert [rule.rule(key, ("B",)) for key in keys] == ["B"] * 3
 
 
-def test_rule_takes_willing_plans_only_and_needs_no_sizes() -> None:
+def test_rule_takes_willing_strategies_only_and_needs_no_sizes() -> None:
     large, small = Layer(8, 512, 7, 512, 3), Layer(8, 64, 7, 64, 1)
     assert rule.rule(key_for(large), ("A", "B")) == "A"
     assert rule.rule(key_for(large), ("B",)) == "B"
@@ -168,7 +168,7 @@ def test_rule_takes_willing_plans_only_and_needs_no_sizes() -> None:
     assert rule.rule(key_for(small, n=None, h=None, w=None), EVERY) == "B"
 
 
-def test_plan_a_wins_within_the_margin() -> None:
+def test_library_wins_within_the_margin() -> None:
     assert rule.fastest({"A": 1.0, "B": 0.981}, EVERY) == "A"
     assert rule.fastest({"A": 1.0, "B": 0.979}, EVERY) == "B"
     assert rule.fastest({"A": 1.0, "B": 0.979, "G": 0.978}, EVERY) == "G"
@@ -249,7 +249,7 @@ def test_times_of_one_backend_and_precision_are_not_those_of_another() -> None:
 # Plans
 
 
-def test_tiles_of_tritons_plan_are_its_own_or_tuned(monkeypatch: Any) -> None:
+def test_tiles_of_tritons_fused_pass_are_its_own_or_tuned(monkeypatch: Any) -> None:
     calls = []
     for name in ("forward", "input_gradient"):
         monkeypatch.setattr(triton_fused, name, lambda *arguments: calls.append(arguments))
@@ -263,7 +263,7 @@ def test_tiles_of_tritons_plan_are_its_own_or_tuned(monkeypatch: Any) -> None:
     assert len(set(tiles)) == 2
 
 
-def test_passes_of_plan_a_are_the_backends(monkeypatch: Any) -> None:
+def test_passes_of_library_are_the_backends(monkeypatch: Any) -> None:
     calls = []
     for name in ("forward", "input_gradient"):
         monkeypatch.setattr(library, name, lambda *arguments: calls.append(arguments))
@@ -276,7 +276,7 @@ def test_passes_of_plan_a_are_the_backends(monkeypatch: Any) -> None:
         assert implementations.namespaces[backend] == namespace
 
 
-def test_backends_have_the_plans_that_the_rule_knows() -> None:
+def test_backends_have_the_strategies_that_the_rule_knows() -> None:
     assert (
         tuple(implementations.registry)
         == tuple(implementations.tuned)
@@ -620,7 +620,7 @@ def run(**call: Any) -> Tensor:
     return functional.decoupled_conv2d(**call)
 
 
-def test_fastest_plan_runs_and_is_measured_once(world: World, cache: Path) -> None:
+def test_fastest_strategy_runs_and_is_measured_once(world: World, cache: Path) -> None:
     call = operands()
     with backends.benchmarking():
         first = run(**call)
@@ -727,7 +727,7 @@ def test_threads_measure_a_key_once(world: World) -> None:
     assert len(world.clock.measured) == 3 * stopwatch.ROUNDS
 
 
-def test_plan_that_becomes_willing_is_measured(world: World) -> None:
+def test_strategy_that_becomes_willing_is_measured(world: World) -> None:
     world.refuse("G")
     with backends.benchmarking():
         run(**operands())
@@ -738,7 +738,7 @@ def test_plan_that_becomes_willing_is_measured(world: World) -> None:
         assert world.ran[-1] == ("G", FORWARD)
 
 
-def test_only_one_willing_plan_is_not_measured(world: World, cache: Path) -> None:
+def test_only_one_willing_strategy_is_not_measured(world: World, cache: Path) -> None:
     world.refuse("B")
     world.refuse("G")
     with backends.benchmarking():
@@ -902,7 +902,7 @@ def test_table_that_is_unpinned_meanwhile_is_read_to_the_end(
     assert world.ran == [("A", FORWARD)]
 
 
-def test_plans_allowed_meanwhile_are_not_remembered_for_others(
+def test_strategies_allowed_meanwhile_are_not_remembered_for_others(
     world: World, monkeypatch: Any
 ) -> None:
     """As by another thread that enters ``backends.plans`` while this one chooses."""
@@ -954,7 +954,7 @@ def test_too_little_memory_leaves_the_choice_to_the_rule(world: World, monkeypat
     assert world.ran[-1] == ("B", FORWARD)
 
 
-def test_errors_of_a_measured_plan_are_not_swallowed(world: World, monkeypatch: Any) -> None:
+def test_errors_of_a_measured_strategy_are_not_swallowed(world: World, monkeypatch: Any) -> None:
     def broken(run: Callable[[], object]) -> float:
         raise RuntimeError("a kernel failed")
 
@@ -963,7 +963,7 @@ def test_errors_of_a_measured_plan_are_not_swallowed(world: World, monkeypatch: 
         run(**operands())
 
 
-def test_allowed_plans(world: World) -> None:
+def test_allowed_strategies(world: World) -> None:
     for names, plan in (("A", "A"), ("A,B", "B"), (" G , A ", "G"), ("B", "B")):
         with backends.plans(names):
             run(**operands())
@@ -982,7 +982,7 @@ def test_allowed_plans(world: World) -> None:
             run(**call)
 
 
-def test_gradients_fall_to_plan_a_unless_they_are_named(world: World) -> None:
+def test_gradients_fall_to_library_unless_they_are_named(world: World) -> None:
     world.refuse("B", INPUT_GRADIENT, WEIGHT_GRADIENT)
     call = operands()
     call["x"].requires_grad_()
@@ -992,7 +992,7 @@ def test_gradients_fall_to_plan_a_unless_they_are_named(world: World) -> None:
 
 
 @pytest.mark.parametrize("names", ["", "C", "A,", "A B", None, ("A",)])
-def test_unknown_plans_are_refused(names: Any) -> None:
+def test_unknown_strategies_are_refused(names: Any) -> None:
     message = "^dcconv: names must be names out of A, B, G, joined by commas, got "
     with pytest.raises(ValueError, match=message), backends.plans(names):
         pass
@@ -1002,7 +1002,7 @@ def test_unknown_plans_are_refused(names: Any) -> None:
             pass
 
 
-def test_environment_names_the_allowed_plans(world: World, monkeypatch: Any) -> None:
+def test_environment_names_the_allowed_strategies(world: World, monkeypatch: Any) -> None:
     code = "from dcconv.dispatch import choice; print(strategy._allowed.names)"
     environ = os.environ | {"DCCONV_PLANS": "B,A"}
     done = subprocess.run(
@@ -1015,7 +1015,7 @@ def test_environment_names_the_allowed_plans(world: World, monkeypatch: Any) -> 
         run(**operands())
 
 
-def test_triton_has_no_plan_g(triton: World) -> None:
+def test_triton_has_no_graph(triton: World) -> None:
     for names, plan in (("A", "A"), ("A,B,G", "B"), ("B", "B"), ("G,A", "A")):
         with backends.plans(names):
             run(**small_pointwise())
@@ -1151,7 +1151,7 @@ def test_interpreted_kernels_are_not_timed(triton: World, monkeypatch: Any, cach
     assert "forward: plan B (plan B of a test; by rule)" in text
 
 
-def test_report_names_tritons_plan(triton: World) -> None:
+def test_report_names_tritons_strategy(triton: World) -> None:
     triton.refuse("B", WEIGHT_GRADIENT)
     lines = backends.report(**small_pointwise()).splitlines()
     start = next(i for i, line in enumerate(lines) if line.split()[0] == "triton")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import plan_b_model
+import fused_model
 import pytest
 import torch
 import torch._dynamo.testing
@@ -243,14 +243,14 @@ def test_opcheck_of_every_op() -> None:
                     functional.decoupled_conv2d(**inputs.tensors, **inputs.options)
             for func, arguments in recorder.calls:
                 name = func._schema.name.partition("::")[2]
-                if name in plan_b_model.implementations:
+                if name in fused_model.implementations:
                     seen.add(name)
                     torch.library.opcheck(
                         func,
                         arguments,
                         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
                     )
-    assert seen == set(plan_b_model.implementations)
+    assert seen == set(fused_model.implementations)
 
 
 MODULES: dict[str, tuple[Case, dict[str, Any]]] = {
@@ -304,7 +304,7 @@ def test_compile_full_graph(name: str, ran: list[str]) -> None:
 
 
 @by_model
-def test_compiled_code_follows_the_allowed_plans(ran: list[str]) -> None:
+def test_compiled_code_follows_the_allowed_strategies(ran: list[str]) -> None:
     torch._dynamo.reset()
     module, case = module_of("gemm")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -492,7 +492,7 @@ class NoAddress(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_plans_ask_for_no_address() -> None:
+def test_strategies_ask_for_no_address() -> None:
     for case in ALL:
         for layout in ("channels_last", "contiguous"):
             inputs = make_inputs(case, torch.bfloat16, layout)
@@ -517,7 +517,7 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons == [sentence, None]
 
 
-def test_forced_plan_refuses_with_its_sentence() -> None:
+def test_forced_strategy_refuses_with_its_sentence() -> None:
     inputs = make_inputs(GEMM[4], torch.float32, "channels_last")
     with backends.plans("B"), pytest.raises(NotImplementedError) as error:
         functional.decoupled_conv2d(**inputs.tensors, **inputs.options)

@@ -123,7 +123,7 @@ def _tiled(dtype: torch.dtype = torch.float16) -> Iterator[tuple[str, str, Input
 def triton_tiles(where: Where) -> Figures:
     """Every tile of the implicit GEMM under the accuracy rule, y and all gradients; and TF32."""
     _need_triton(where)
-    from triton_checks.planned import planned
+    from triton_checks.fused import fused_conv2d
 
     from dcconv.triton.tiles import TILES
 
@@ -132,12 +132,14 @@ def triton_tiles(where: Where) -> Figures:
         for number, tile in enumerate(TILES):
             for name, layout, inputs in _tiled():
                 label = f"{name} {tuple(tile)}"
-                worst = max(worst, compare(where, label, inputs, layout, call=planned, tile=number))
+                worst = max(
+                    worst, compare(where, label, inputs, layout, call=fused_conv2d, tile=number)
+                )
         # TF32 has the 10 bits of float16.
         with tf32(True):
             for name, layout, inputs in _tiled(torch.float32):
                 rule = torch.float16
-                worst = max(worst, compare(where, name, inputs, layout, rule, call=planned))
+                worst = max(worst, compare(where, name, inputs, layout, rule, call=fused_conv2d))
     return {"tiles": len(TILES), "error / limit": worst}
 
 

@@ -1,7 +1,7 @@
 """Plan G on the CPU: the operator through cuDNN graphs, the package ``cudnn`` stood in for.
 
-``cudnn_model`` runs the graphs, ``plan_a_model`` the small ops beside them. The last tests take the
-real package: cuDNN plans and compiles every expression for a GPU that is described to it.
+``cudnn_model`` runs the graphs, ``library_model`` the small ops beside them. The last tests take
+the real package: cuDNN plans and compiles every expression for a GPU that is described to it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cases import (
 )
 from cudnn_model import Frontend, NotSupportedError
 from cudnn_planning import expressible, stand_in_driver
+from library_model import implementations
 from paths import ROOT
-from plan_a_model import implementations
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -195,7 +195,7 @@ def compare(name: str, inputs: Inputs, **extra: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", EXPRESSIBLE, ids=lambda case: case.id)
-def test_plan_g_agrees_with_the_reference(case: Case, dtype: torch.dtype, world: World) -> None:
+def test_graph_agrees_with_the_reference(case: Case, dtype: torch.dtype, world: World) -> None:
     start = 11 * EXPRESSIBLE.index(case) + 29 * DTYPES.index(dtype)
     for i in range(4):
         magnitude, weighting, angular = IN_STEPS[(start + 37 * i) % len(IN_STEPS)]
@@ -237,7 +237,7 @@ def test_every_operator_runs_as_a_graph(world: World) -> None:
     assert world.frontend.executed == world.frontend.built == len(IN_STEPS)
 
 
-def test_results_are_those_of_plan_a(world: World) -> None:
+def test_results_are_those_of_library(world: World) -> None:
     for norm, kept in (("batch", saved.OUTPUT), ("given", saved.DOT), ("none", saved.NOTHING)):
         inputs = make_inputs(by_id("3x3-s2-p1"), torch.bfloat16, "channels_last", norm=norm)
         operands, problem = prepare(inputs)
@@ -285,7 +285,7 @@ def run_both(seed: int = 0) -> None:
     compare("u kept", inputs, keep_="dot")
 
 
-def test_capture_without_a_plan_runs_plan_a(world: World) -> None:
+def test_capture_without_a_compiled_graph_runs_library(world: World) -> None:
     world.capturing = True
     with pytest.warns(RuntimeWarning, match="plan A runs .*: a CUDA graph is being captured"):
         run_both()
@@ -304,7 +304,7 @@ def test_capture_without_a_plan_runs_plan_a(world: World) -> None:
 
 
 @pytest.mark.parametrize("error", [NotSupportedError, RuntimeError])
-def test_a_refused_graph_runs_plan_a(error: type[Exception], world: World) -> None:
+def test_a_refused_graph_runs_library(error: type[Exception], world: World) -> None:
     world.frontend.refusal = error("no engine\n{details}")
     with pytest.warns(RuntimeWarning, match="cuDNN cannot build it: no engine$") as caught:
         run_both()
@@ -440,7 +440,7 @@ def test_flops_are_those_of_the_convolutions(world: World) -> None:
     assert counter.get_total_flops() == 2 * products
 
 
-def test_plan_g_compiles_in_one_graph(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_compiles_as_one_graph(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(graph, "_gpus", {})
     graphs: list[torch.fx.GraphModule] = []

@@ -15,7 +15,7 @@ from dcconv.passes.fused import OWN_RULE
 from dcconv.triton import fused as triton_fused
 
 
-def planned(
+def fused_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

@@ -18,7 +18,7 @@ import torch._dynamo.testing
 from accuracy import check, evaluate, judge, random_cotangent
 from cases import ANGULARS, CASES, DTYPES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
 from emulated import ops_library
-from plan_a_model import implementations
+from library_model import implementations
 from random_problems import ALIGNED, SATURATED, problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +41,7 @@ def has_cpu_kernel(name: str) -> bool:
 
 @contextmanager
 def model() -> Iterator[None]:
-    """Register ``plan_a_model`` for CPU tensors while the context lasts."""
+    """Register ``library_model`` for CPU tensors while the context lasts."""
     library = torch.library.Library("dcconv", "IMPL")
     try:
         for name, function in implementations.items():
@@ -702,7 +702,7 @@ def test_autocast() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
-def test_report_names_the_plan() -> None:
+def test_report_names_the_strategy() -> None:
     lines = backends.report(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)).splitlines()
     place = next(i for i, line in enumerate(lines) if line.split()[0] == "cuda")
     assert lines[place].endswith("runs this call")

@@ -1,13 +1,13 @@
 """A readable model of plan B's ops, in float64, rounded once: what the kernels promise to compute.
 
-Schemas stand in ``csrc/schemas.h``; the passes that plan B shares with plan A in ``plan_a_model``.
+Schemas stand in ``csrc/schemas.h``; the passes that plan B shares with plan A in ``library_model``.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from plan_a_model import (
+from library_model import (
     Sizes,
     conv2d_epilogue,
     conv2d_grad_input,
@@ -18,7 +18,7 @@ from plan_a_model import (
     pixel_squares,
     stored,
 )
-from plan_a_model import filter_norm as norms_of_filters
+from library_model import filter_norm as norms_of_filters
 from torch import Tensor
 
 from dcconv.operator.numerics import compute_dtype
