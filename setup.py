@@ -152,7 +152,7 @@ def library(cuda_home: Path | None, debug: bool) -> Extension:
         "extra_compile_args": {"cxx": cxx},
         "py_limited_api": True,
     }
-    host = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    host = sources("csrc/*.cpp", "csrc/cpu/**/*.cpp")
     if cuda_home is None:
         return cpp_extension.CppExtension("dcconv._C", host, **arguments)
     arguments["extra_compile_args"]["nvcc"] = nvcc

@@ -67,8 +67,8 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   // Images per chunk of the CPU kernels, 0 for the rule: for tests and measurements.
   m.def("set_cpu_chunk(int images) -> ()");
-  // auto, library or own (csrc/cpu/scheme.h): for tests and measurements. Calls without kernels of
-  // their own go around the library's convolution under own as well.
+  // auto, library or own (csrc/cpu/strategies.h): for tests and measurements. Calls without kernels
+  // of their own go around the library's convolution under own as well.
   m.def("set_cpu_scheme(str scheme) -> ()");
   // What the latest call took, library or own; empty before the first.
   m.def("cpu_scheme_taken() -> str");

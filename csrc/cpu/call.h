@@ -7,10 +7,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/chunk.h"
-#include "cpu/library.h"
-#include "cpu/scheme.h"
-#include "problem.h"
+#include "arguments.h"
+#include "cpu/library/chunk.h"
+#include "cpu/library/library.h"
+#include "cpu/strategies.h"
+#include "cpu/tasks.h"
 
 namespace dcconv {
 namespace cpu {

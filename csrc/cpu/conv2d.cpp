@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/one_pass.h"
+#include "cpu/fused/fused.h"
 
 namespace dcconv {
 namespace cpu {

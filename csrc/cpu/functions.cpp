@@ -3,8 +3,9 @@
 
 #include <string>
 
-#include "cpu/library.h"
-#include "problem.h"
+#include "arguments.h"
+#include "cpu/tasks.h"
+#include "cpu/tensors.h"
 
 namespace dcconv {
 namespace cpu {

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <string>
 
-#include "problem.h"
+#include "arguments.h"
 
 namespace dcconv {
 namespace cpu {

@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "cpu/library.h"
+#include "cpu/tasks.h"
+#include "cpu/tensors.h"
 #include "shape.h"
 
 namespace dcconv {

@@ -1,6 +1,6 @@
 // The passes by dtype.
 
-#include "cuda/typed.h"
+#include "cuda/support/typed.h"
 
 namespace dcconv {
 namespace cuda {

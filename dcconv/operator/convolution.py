@@ -1,7 +1,7 @@
 """PyTorch's convolutions, led around the corners that its CPU library gets wrong.
 
 What is wrong, since when and on which processors, and the route taken there, is the table of
-``docs/library-faults.md``; the cpu backend takes the same routes in ``csrc/cpu/library.h``.
+``docs/library-faults.md``; the cpu backend takes the same routes in ``csrc/cpu/library/library.h``.
 """
 
 from __future__ import annotations

@@ -584,7 +584,7 @@ def test_fault_is_seen(name: str, tmp_path: Path) -> None:
     file, old, new, case, words = FAULTS[name]
     copy = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", copy)
-    path = copy / "cuda/implicit_gemm" / file
+    path = copy / "cuda/fused/implicit_gemm" / file
     text = path.read_text()
     assert text.count(old) == 1, f"{file} has not one {old!r}"
     path.write_text(text.replace(old, new))

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/depthwise/forward.h"
-#include "cpu/grad_dot.h"
+#include "cpu/kernels/grad_dot.h"
 
 namespace dcconv {
 namespace cpu {

@@ -6,8 +6,8 @@
 
 #include "cpu/depthwise/lanes.h"
 #include "cpu/depthwise/window.h"
-#include "cpu/epilogue.h"
-#include "cpu/tanh_cosine.h"
+#include "cpu/kernels/epilogue.h"
+#include "cpu/kernels/tanh_cosine.h"
 
 namespace dcconv {
 namespace cpu {

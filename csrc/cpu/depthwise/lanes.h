@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/depthwise/band.h"
-#include "cpu/rows.h"
+#include "cpu/kernels/rows.h"
 
 namespace dcconv {
 namespace cpu {

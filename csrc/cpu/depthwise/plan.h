@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/depthwise/params.h"
+#include "cpu/kernels/depthwise_params.h"
 
 namespace dcconv {
 namespace cpu {

@@ -3,7 +3,7 @@
 // squared once.
 #pragma once
 
-#include "cpu/pixels.h"
+#include "cpu/kernels/pixels.h"
 
 namespace dcconv {
 namespace cpu {

@@ -1,7 +1,7 @@
-#include "cuda/depthwise/forward.cuh"
-#include "cuda/depthwise/grad_dot.cuh"
-#include "cuda/depthwise/grad_input.cuh"
-#include "cuda/depthwise/grad_weight.cuh"
+#include "cuda/fused/depthwise/forward.cuh"
+#include "cuda/fused/depthwise/grad_dot.cuh"
+#include "cuda/fused/depthwise/grad_input.cuh"
+#include "cuda/fused/depthwise/grad_weight.cuh"
 
 namespace dcconv {
 namespace cuda {

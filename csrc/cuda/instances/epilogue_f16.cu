@@ -1,4 +1,4 @@
-#include "cuda/epilogue.cuh"
+#include "cuda/passes/epilogue.cuh"
 
 template void dcconv::cuda::epilogue_typed<dcconv::Half>(
     const dcconv::cuda::EpilogueParams&, dcconv::cuda::Stream

@@ -1,4 +1,4 @@
-#include "cuda/grad_dot.cuh"
+#include "cuda/passes/grad_dot.cuh"
 
 template void
 dcconv::cuda::grad_dot_typed<float>(const dcconv::cuda::GradDotParams&, dcconv::cuda::Stream);

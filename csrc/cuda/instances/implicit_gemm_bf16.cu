@@ -1,5 +1,5 @@
-#include "cuda/implicit_gemm/forward.cuh"
-#include "cuda/implicit_gemm/gradient.cuh"
+#include "cuda/fused/implicit_gemm/forward.cuh"
+#include "cuda/fused/implicit_gemm/gradient.cuh"
 
 template void dcconv::cuda::implicit_gemm_typed<dcconv::BFloat16>(
     const dcconv::cuda::OnePassParams&, int, dcconv::cuda::Stream

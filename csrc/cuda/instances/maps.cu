@@ -1,9 +1,9 @@
-#include "cuda/column_sums.cuh"
-#include "cuda/filter.cuh"
-#include "cuda/grad_input.cuh"
-#include "cuda/pixel_sumsq.cuh"
-#include "cuda/typed.h"
-#include "cuda/window_norm.cuh"
+#include "cuda/passes/column_sums.cuh"
+#include "cuda/passes/filter.cuh"
+#include "cuda/passes/grad_input.cuh"
+#include "cuda/passes/pixel_sumsq.cuh"
+#include "cuda/passes/window_norm.cuh"
+#include "cuda/support/typed.h"
 
 namespace dcconv {
 namespace cuda {

@@ -1,5 +1,5 @@
-#include "cuda/stem.cuh"
-#include "cuda/typed.h"
+#include "cuda/fused/stem/stem.cuh"
+#include "cuda/support/typed.h"
 
 namespace dcconv {
 namespace cuda {

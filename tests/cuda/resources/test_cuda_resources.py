@@ -30,7 +30,7 @@ needs_nvcc = pytest.mark.skipif(cuda_home is None, reason="no CUDA toolkit was f
 SOURCE = """
 #include <cuda_bf16.h>
 
-#include "cuda/tensor_core.cuh"
+#include "cuda/support/tensor_core.cuh"
 
 namespace dcconv {
 namespace {

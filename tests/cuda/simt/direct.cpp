@@ -17,12 +17,12 @@
 #include <vector>
 
 #if defined(DIRECT_DEPTHWISE)
-#include "cuda/depthwise/grad_dot.cuh"
-#include "cuda/depthwise/grad_input.cuh"
-#include "cuda/depthwise/grad_weight.cuh"
+#include "cuda/fused/depthwise/grad_dot.cuh"
+#include "cuda/fused/depthwise/grad_input.cuh"
+#include "cuda/fused/depthwise/grad_weight.cuh"
 #endif
 #if defined(DIRECT_STEM)
-#include "cuda/stem.cuh"
+#include "cuda/fused/stem/stem.cuh"
 #endif
 
 using namespace dcconv;

@@ -12,7 +12,8 @@ CUDA = ROOT / "csrc/cuda"
 
 #: What holds the kernels: every dtype and pass, and the choice between them.
 KERNELS = (
-    *(CUDA / f"{name}.cu" for name in ("dispatch", "implicit_gemm", "depthwise", "stem")),
+    CUDA / "dispatch.cu",
+    *sorted((CUDA / "fused").rglob("*.cu")),
     *sorted((CUDA / "instances").glob("*.cu")),
 )
 
@@ -43,8 +44,8 @@ def ops_library() -> Path:
     ]
     sources = dict.fromkeys(KERNELS, flags)
     for source in (
-        CUDA / "ops.cu",
-        CUDA / "ops_one_pass.cu",
+        CUDA / "ops_library.cu",
+        CUDA / "ops_fused.cu",
         Path(__file__).parent / "launches.cpp",
     ):
         sources[source] = [*flags, *torch_flags]

@@ -17,8 +17,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "cuda/implicit_gemm/forward.cuh"
-#include "cuda/implicit_gemm/gradient.cuh"
+#include "cuda/fused/implicit_gemm/forward.cuh"
+#include "cuda/fused/implicit_gemm/gradient.cuh"
 
 namespace {
 

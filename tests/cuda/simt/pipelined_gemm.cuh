@@ -2,9 +2,9 @@
 // pipelined kernel looks like, and what each of its usual mistakes looks like.
 #pragma once
 
-#include "cuda/async_copy.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/tensor_core.cuh"
+#include "cuda/support/async_copy.cuh"
+#include "cuda/support/launch.cuh"
+#include "cuda/support/tensor_core.cuh"
 
 namespace pipelined_gemm {
 

@@ -1,5 +1,5 @@
 // ldmatrix and mma.sync m16n8k16: the collectives of a warp that tensor cores are fed and used
-// with. csrc/cuda/tensor_core.cuh says which lane holds which element.
+// with. csrc/cuda/support/tensor_core.cuh says which lane holds which element.
 #pragma once
 
 #include <cstdint>

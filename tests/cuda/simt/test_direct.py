@@ -77,7 +77,7 @@ FAULTS = {
         FAST,
     ),
     "no end of a line": (
-        "depthwise/strip.cuh",
+        "strip.cuh",
         "if (j >= 0 && j < line.input)",
         "if (j >= 0)",
         "DEPTHWISE",
@@ -111,8 +111,8 @@ FAULTS = {
         "DEPTHWISE",
         FAST,
     ),
-    "no barrier before taps are read": ("stem.cuh", BARRIER, "", "STEM", FAST),
-    "no tail of a tile": ("stem.cuh", "position >= rows ||", "", "STEM", ADDRESS),
+    "no barrier before taps are read": ("stem/stem.cuh", BARRIER, "", "STEM", FAST),
+    "no tail of a tile": ("stem/stem.cuh", "position >= rows ||", "", "STEM", ADDRESS),
 }
 
 
@@ -121,7 +121,7 @@ def test_fault_is_seen(name: str, expected: dict[str, bytes], tmp_path: Path) ->
     file, old, new, part, build = FAULTS[name]
     copy = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", copy)
-    path = copy / "cuda" / file
+    path = copy / "cuda/fused" / file
     text = path.read_text()
     assert old in text, f"{file} has no {old!r}"
     path.write_text(text.replace(old, new, 1))

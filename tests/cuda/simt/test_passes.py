@@ -145,18 +145,18 @@ BARRIER = "      __syncthreads();\n"
 
 # What is changed, the build that has to see it, and what it says.
 FAULTS = {
-    "no barrier before norms are read": ("epilogue.cuh", BARRIER, "", THREAD, "data race"),
-    "no barrier in a block's sum": ("device.cuh", "  __syncthreads();\n", "", THREAD, "data race"),
-    "no tail of rows": ("grad_dot.cuh", "active && row < rows", "active", ADDRESS, "Sanitizer"),
-    "no tail of filters": ("column_sums.cuh", "filter < p.o) {", "true) {", ADDRESS, "Sanitizer"),
+    "no barrier before norms are read": ("passes/epilogue.cuh", BARRIER, "", THREAD, "data race"),
+    "no barrier in a block's sum": ("support/device.cuh", "  __syncthreads();\n", "", THREAD, "data race"),
+    "no tail of rows": ("passes/grad_dot.cuh", "active && row < rows", "active", ADDRESS, "Sanitizer"),
+    "no tail of filters": ("passes/column_sums.cuh", "filter < p.o) {", "true) {", ADDRESS, "Sanitizer"),
     "a shifted index": (
-        "epilogue.cuh",
+        "passes/epilogue.cuh",
         "load_vector<T, V>(u + offset + int64_t(row)",
         "load_vector<T, V>(u + offset + int64_t(row ^ 1)",
         FAST,
         "differs",
     ),
-    "another sign": ("filter.cuh", "-scale * total", "scale * total", FAST, "differs"),
+    "another sign": ("passes/filter.cuh", "-scale * total", "scale * total", FAST, "differs"),
 }
 
 

@@ -3,13 +3,13 @@
 
 #include <stdexcept>
 
-#include "cuda/column_sums.cuh"
-#include "cuda/epilogue.cuh"
-#include "cuda/filter.cuh"
-#include "cuda/grad_dot.cuh"
-#include "cuda/grad_input.cuh"
-#include "cuda/pixel_sumsq.cuh"
-#include "cuda/window_norm.cuh"
+#include "cuda/passes/column_sums.cuh"
+#include "cuda/passes/epilogue.cuh"
+#include "cuda/passes/filter.cuh"
+#include "cuda/passes/grad_dot.cuh"
+#include "cuda/passes/grad_input.cuh"
+#include "cuda/passes/pixel_sumsq.cuh"
+#include "cuda/passes/window_norm.cuh"
 
 namespace dcconv {
 namespace cuda {

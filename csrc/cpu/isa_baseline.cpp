@@ -1,5 +1,0 @@
-// The CPU kernels for any machine.
-
-#define DCCONV_ISA baseline
-#define DCCONV_LANES 4
-#include "cpu/table.inl"

@@ -1,0 +1,21 @@
+// The depthwise kernels by dtype.
+
+#include "cuda/support/typed.h"
+
+namespace dcconv {
+namespace cuda {
+
+void depthwise(Dtype dtype, const OnePassParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { depthwise_typed<decltype(t)>(p, stream); });
+}
+
+void depthwise_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { depthwise_grad_input_typed<decltype(t)>(p, stream); });
+}
+
+void depthwise_grad_weight(Dtype dtype, const DepthwiseGradWeightParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { depthwise_grad_weight_typed<decltype(t)>(p, stream); });
+}
+
+}  // namespace cuda
+}  // namespace dcconv

@@ -1,0 +1,177 @@
+// Copies of one step's operands into a stage of shared memory, 16 bytes at a time and zeros where
+// nothing is: padding, and the tails of rows, columns and depth.
+#pragma once
+
+#include "cuda/fused/implicit_gemm/problem.cuh"
+#include "cuda/support/async_copy.cuh"
+
+namespace dcconv {
+namespace cuda {
+
+// A step of the depth: a tap and Depth channels from `channel` on.
+template <int Depth>
+struct GemmStep {
+  int tap = 0, column = 0, channel = 0;
+  int y = 0, x = 0;  // from a row's origin to the pixel that the tap reads
+
+  __device__ __forceinline__ void advance(const GemmProblem& p) {
+    channel += Depth;
+    if (channel < p.depth)
+      return;
+    channel = 0;
+    ++tap;
+    x += p.horizontal.step;
+    if (++column < p.horizontal.taps)
+      return;
+    column = x = 0;
+    y += p.vertical.step;
+  }
+};
+
+// Rows outside of the product begin so far from the image that no tap reaches it.
+constexpr int kNowhere = -(1 << 30);
+
+// Pixels as [rows, depth]: the same piece of every kStride-th row per thread. Offsets are in pieces
+// from the tile's first image on; offsets_fit bounds them. OneTap: a 1x1 window without
+// padding.
+template <class T, class Tile, bool OneTap>
+class PixelLoader {
+public:
+  static constexpr int kPieces = Tile::kDepth / kPiece;
+  static constexpr int kStride = Tile::kThreads / kPieces;
+  static constexpr int kCount = Tile::kRows / kStride;
+  static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kRows, "one swizzle per thread");
+
+  __device__ __forceinline__ PixelLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
+      : piece_(static_cast<int>(threadIdx.x) % kPieces) {
+    const int first = static_cast<int>(threadIdx.x) / kPieces;
+    const int width = p.groups * p.depth / kPiece;  // of a pixel
+    place_ = swizzled<kPieces>(first, piece_) * 16;
+    const int64_t first_image = p.pixel_of(place.first_row).image;
+    image_ = static_cast<const T*>(p.pixels) +
+             first_image * p.vertical.size * p.horizontal.size * width * kPiece;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = first + i * kStride;
+      y_[i] = x_[i] = kNowhere;
+      offset_[i] = -1;
+      if (row < place.rows) {
+        const Pixel at = p.pixel_of(place.first_row + row);
+        const int image = static_cast<int>(at.image - first_image);
+        y_[i] = at.y * p.vertical.stride + p.vertical.origin;
+        x_[i] = at.x * p.horizontal.stride + p.horizontal.origin;
+        const int pixel = (image * p.vertical.size + y_[i]) * p.horizontal.size + x_[i];
+        offset_[i] = pixel * width + place.group * (p.depth / kPiece) + piece_;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void
+  load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
+    const bool in_depth = step.channel + piece_ * kPiece < p.depth;
+    const int width = p.groups * p.depth / kPiece;
+    const int offset = (step.y * p.horizontal.size + step.x) * width + step.channel / kPiece;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      bool valid = in_depth;
+      if constexpr (OneTap)
+        valid = valid && offset_[i] >= 0;
+      else
+        valid = valid &&
+                static_cast<unsigned>(y_[i] + step.y) < static_cast<unsigned>(p.vertical.size) &&
+                static_cast<unsigned>(x_[i] + step.x) < static_cast<unsigned>(p.horizontal.size);
+      copy_async(
+          stage + place_ + i * (kStride * kPieces * 16),
+          image_ + (valid ? int64_t(offset_[i] + offset) * kPiece : 0),
+          valid
+      );
+    }
+  }
+
+private:
+  const T* image_;
+  int piece_, place_;
+  int y_[kCount], x_[kCount], offset_[kCount];
+};
+
+// Forward: the weight as [columns, depth], each a filter's channels.
+template <class T, class Tile>
+class FilterLoader {
+public:
+  static constexpr int kPieces = Tile::kDepth / kPiece;
+  static constexpr int kStride = Tile::kThreads / kPieces;
+  static constexpr int kCount = Tile::kColumns / kStride;
+  static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kColumns, "one swizzle per thread");
+
+  __device__ __forceinline__ FilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
+      : piece_(static_cast<int>(threadIdx.x) % kPieces),
+        column_(place.first_column + static_cast<int>(threadIdx.x) / kPieces) {
+    place_ = swizzled<kPieces>(static_cast<int>(threadIdx.x) / kPieces, piece_) * 16;
+    filter_ = p.vertical.taps * p.horizontal.taps * (p.depth / kPiece);
+    offset_ = (place.group * p.columns + column_) * filter_ + piece_;
+  }
+
+  __device__ __forceinline__ void
+  load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
+    const T* weight = static_cast<const T*>(p.weight);
+    const bool in_depth = step.channel + piece_ * kPiece < p.depth;
+    const int offset = offset_ + (step.tap * p.depth + step.channel) / kPiece;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool valid = in_depth && column_ + i * kStride < p.columns;
+      copy_async(
+          stage + place_ + i * (kStride * kPieces * 16),
+          weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
+          valid
+      );
+    }
+  }
+
+private:
+  int piece_, column_, place_;
+  int filter_, offset_;  // pieces of a filter; pieces before the thread's first
+};
+
+// Gradient: the weight as [depth, columns], each a filter's channels. The fragments are transposed
+// where they are read.
+template <class T, class Tile>
+class TransposedFilterLoader {
+public:
+  static constexpr int kPieces = Tile::kColumns / kPiece;
+  static constexpr int kStride = Tile::kThreads / kPieces;
+  static constexpr int kCount = Tile::kDepth / kStride;
+  static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kDepth, "one swizzle per thread");
+
+  __device__ __forceinline__
+  TransposedFilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
+      : row_(static_cast<int>(threadIdx.x) / kPieces) {
+    const int piece = static_cast<int>(threadIdx.x) % kPieces;
+    place_ = swizzled<kPieces>(row_, piece) * 16;
+    in_columns_ = place.first_column + piece * kPiece < p.columns;
+    filter_ = p.vertical.taps * p.horizontal.taps * (p.columns / kPiece);
+    offset_ = (place.group * p.depth + row_) * filter_ + place.first_column / kPiece + piece;
+  }
+
+  __device__ __forceinline__ void
+  load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
+    const T* weight = static_cast<const T*>(p.weight);
+    const int offset = offset_ + step.channel * filter_ + step.tap * (p.columns / kPiece);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool valid = in_columns_ && step.channel + row_ + i * kStride < p.depth;
+      copy_async(
+          stage + place_ + i * (kStride * kPieces * 16),
+          weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
+          valid
+      );
+    }
+  }
+
+private:
+  int row_, place_;
+  int filter_, offset_;  // pieces of a filter; pieces before the thread's first
+  bool in_columns_;
+};
+
+}  // namespace cuda
+}  // namespace dcconv

@@ -1,0 +1,46 @@
+// What a row of the product needs of a map over the pixels that its window reads.
+#pragma once
+
+#include "cuda/fused/implicit_gemm/problem.cuh"
+
+namespace dcconv {
+namespace cuda {
+
+// Loads of a row that are on their way together: two rounds for 3x3 taps.
+constexpr int kTogether = 5;
+
+// Sum of value(index in a map [images, vertical.size, horizontal.size, groups]) over the taps of a
+// row, in their order.
+template <class F>
+__device__ __forceinline__ float
+gathered_sum(const GemmProblem& p, int64_t row, int group, F&& value) {
+  const Pixel at = p.pixel_of(row);
+  const int top = at.y * p.vertical.stride + p.vertical.origin;
+  const int left = at.x * p.horizontal.stride + p.horizontal.origin;
+  const int64_t image = at.image * p.vertical.size;
+  float total = 0;
+  int r = 0, s = 0;
+#pragma unroll 1
+  while (r < p.vertical.taps) {
+    float part[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int y = top + r * p.vertical.step, x = left + s * p.horizontal.step;
+      const bool valid = r < p.vertical.taps &&
+                         static_cast<unsigned>(y) < static_cast<unsigned>(p.vertical.size) &&
+                         static_cast<unsigned>(x) < static_cast<unsigned>(p.horizontal.size);
+      part[i] = valid ? value(((image + y) * p.horizontal.size + x) * p.groups + group) : 0.0f;
+      if (++s == p.horizontal.taps) {
+        s = 0;
+        ++r;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      total += part[i];
+  }
+  return total;
+}
+
+}  // namespace cuda
+}  // namespace dcconv

@@ -1,0 +1,13 @@
+// The stem kernel by dtype.
+
+#include "cuda/support/typed.h"
+
+namespace dcconv {
+namespace cuda {
+
+void stem(Dtype dtype, const OnePassParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { stem_typed<decltype(t)>(p, stream); });
+}
+
+}  // namespace cuda
+}  // namespace dcconv
