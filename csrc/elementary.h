@@ -18,8 +18,7 @@
 #define DCCONV_ISA portable
 #endif
 
-namespace dcconv {
-namespace DCCONV_ISA {
+namespace dcconv::DCCONV_ISA {
 
 DC_HD int32_t bits_of(float x) {
   int32_t i;
@@ -243,5 +242,4 @@ DC_HD double pow_of(double x, double y) {
   return ::pow(x, y);
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace dcconv
+}  // namespace dcconv::DCCONV_ISA

@@ -6,8 +6,7 @@
 
 #include "elementary.h"
 
-namespace dcconv {
-namespace DCCONV_ISA {
+namespace dcconv::DCCONV_ISA {
 
 // Operator constants of a call.
 template <class T>
@@ -358,5 +357,4 @@ using Magnitudes = TypeList<Sphere, Ball, Tanh, Linear, Segmented, Log, Mix>;
 using WeightedMagnitudes = TypeList<TanhProduct, TanhSeparate>;
 using Angulars = TypeList<LinearAngle, Cosine, Sigmoid, SquareCosine, Power>;
 
-}  // namespace DCCONV_ISA
-}  // namespace dcconv
+}  // namespace dcconv::DCCONV_ISA

@@ -13,8 +13,7 @@
 #include "cpu/strategies.h"
 #include "cpu/tasks.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Bits of `needs`, in the order of the results of conv2d_backward.
 enum Needs { kX = 1, kWeight = 2, kBias = 4, kRadius = 8, kNormMean = 16, kK = 32 };
@@ -109,5 +108,4 @@ inline Call make_call(
   };
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

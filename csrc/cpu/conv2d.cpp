@@ -5,8 +5,7 @@
 
 #include "cpu/fused/fused.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 // library or own: how one direction of a call goes.
@@ -224,8 +223,7 @@ std::vector<std::string> cpu_schemes(
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_chunk", TORCH_BOX(&dcconv::cpu::set_cpu_chunk));

@@ -7,8 +7,7 @@
 
 #include "cpu/call.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 struct ForwardInputs {
   Tensor x, weight;
@@ -40,5 +39,4 @@ bool takes_depthwise_backward(const Call& call);
 ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in);
 BackwardResults depthwise_backward(const Call& call, const BackwardInputs& in);
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

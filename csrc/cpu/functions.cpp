@@ -7,8 +7,7 @@
 #include "cpu/tasks.h"
 #include "cpu/tensors.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 Dtype argument_type(const Tensor& t, const char* name) {
@@ -80,8 +79,7 @@ angular_grad(std::string angular, Tensor c, Tensor k, double power, double delta
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
   m.impl("magnitude_grad", TORCH_BOX(&dcconv::cpu::magnitude_grad));

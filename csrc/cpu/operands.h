@@ -8,8 +8,7 @@
 #include "cpu/directions.h"
 #include "cpu/patch_norm.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // The weight in library dtype and one layout, its norms, and for norm-free operators the weight
 // with the operator folded in.
@@ -208,5 +207,4 @@ double backward_factor(const Call& call, const BackwardInputs& in) {
   return in.batch_mean && in.mean.numel() == 1 ? scalar_of<A>(in.mean, call.compute) : 1.0;
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -7,8 +7,7 @@
 #include "cpu/directions.h"
 #include "cpu/operands.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Sums over tasks of one kind of column sum, in task order.
 template <class A>
@@ -189,5 +188,4 @@ Tensor weight_grad(
   return grad_weight;
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

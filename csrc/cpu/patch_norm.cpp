@@ -7,8 +7,7 @@
 
 #include "arguments.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 Window::Window(const ConvShape& shape, double eps)
     : row_sources_(shape.rows.sources()), column_sources_(shape.columns.sources()), eps_(eps) {}
@@ -159,8 +158,7 @@ Tensor patch_norm_backward(
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
   m.impl("patch_norm_forward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::patch_norm_forward>::run));

@@ -7,8 +7,7 @@
 #include "cpu/tensors.h"
 #include "shape.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Window geometry with its index tables.
 class Window {
@@ -52,5 +51,4 @@ struct Shown {
   std::vector<int64_t> starts, list;
 };
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

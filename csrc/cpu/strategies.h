@@ -11,8 +11,7 @@
 
 #include "check.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 enum class Scheme { automatic, library, own };
 
@@ -36,5 +35,4 @@ inline Scheme scheme_of(const std::string& name) {
   return Scheme::own;
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

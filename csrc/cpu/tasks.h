@@ -6,8 +6,7 @@
 #include "cpu/kernels/kernels.h"
 #include "tensor.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Threads take at least `grain` tasks each; fewer tasks than that run on the caller.
 template <class Kernel>
@@ -23,5 +22,4 @@ void run_tasks(int64_t tasks, const Kernel& kernel, int64_t grain = 1) {
 // The kernels of the chosen instruction set.
 const Kernels& kernels(Dtype dtype);
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

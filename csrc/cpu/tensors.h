@@ -6,8 +6,7 @@
 
 #include "tensor.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last = false) {
   return empty_on(std::nullopt, sizes, dtype, channels_last);
@@ -34,5 +33,4 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   );
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -2,8 +2,7 @@
 
 #include "cuda/support/typed.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 namespace {
 
 // f(a value of the compute dtype)
@@ -53,5 +52,4 @@ void grad_input(Dtype dtype, const GradInputParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { grad_input_typed<decltype(t)>(p, stream); });
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -10,8 +10,7 @@
 #include "operator.h"
 #include "shape.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 using Stream = void*;  // cudaStream_t
 
@@ -237,5 +236,4 @@ void depthwise_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream s
 void depthwise_grad_weight(Dtype dtype, const DepthwiseGradWeightParams& p, Stream stream);
 void stem(Dtype dtype, const OnePassParams& p, Stream stream);
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -10,8 +10,7 @@
 #include "cuda/support/op_support.h"
 #include "schemas.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 namespace {
 
 Tensor filter_norm_op(Tensor weight, double eps) {
@@ -256,8 +255,7 @@ Tensor depthwise_grad_weight_op(
 }
 
 }  // namespace
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda
 
 #if defined(DCCONV_SIMT)
 STABLE_TORCH_LIBRARY_FRAGMENT(dcconv_simt, m) {

@@ -11,8 +11,7 @@
 #include "cuda/support/op_support.h"
 #include "schemas.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 namespace {
 
 // Bits of `needs`, in the order of the operands (dcconv/native.py).
@@ -665,8 +664,7 @@ Tensor window_norm_grad(
 }
 
 }  // namespace
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda
 
 #if defined(DCCONV_SIMT)
 // Ops of their own, which tests put in the place of the real ones.

@@ -7,9 +7,7 @@
 #include "cpu/depthwise/forward.h"
 #include "cpu/kernels/grad_dot.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 template <class A>
 struct GradLaneTile {
@@ -449,6 +447,4 @@ void depthwise_backward(const DepthwiseGradParams& p, int64_t begin, int64_t end
     pass.run(task);
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

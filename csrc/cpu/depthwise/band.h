@@ -7,9 +7,7 @@
 #include "cpu/depthwise/direct.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -153,6 +151,4 @@ void load_band(const DepthwiseParams& p, const Place& at, A* band) {
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

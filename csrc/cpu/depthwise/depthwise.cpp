@@ -9,8 +9,7 @@
 #include "cpu/operands.h"
 #include "cpu/parameter_sums.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 // Parameters by lane where lanes are filters.
@@ -316,5 +315,4 @@ ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in) {
   return call.dtype == Dtype::f64 ? forward<double>(call, in) : forward<float>(call, in);
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -8,9 +8,7 @@
 #include "cpu/kernels/depthwise_params.h"
 #include "cpu/kernels/registers.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Result blocks in a run: what the registers hold beside two operands.
 constexpr int64_t kRunBlocks = kVectorBytes == 64 ? 14 : 12;
@@ -132,6 +130,4 @@ void column_sums(const A* x, const int64_t* offsets, int64_t rows, int64_t count
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

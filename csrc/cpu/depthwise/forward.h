@@ -6,9 +6,7 @@
 
 #include "cpu/depthwise/in_place.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Working memory of a tile. Runs of pixels write whole lanes: up to that much behind the tile.
 template <class A>
@@ -353,6 +351,4 @@ void depthwise_forward(const DepthwiseParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -9,9 +9,7 @@
 #include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/tanh_cosine.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // What becomes of the sums of a run.
 enum class Finish {
@@ -324,6 +322,4 @@ private:
   Function long_run_, short_run_;
 };
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

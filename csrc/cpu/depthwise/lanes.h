@@ -5,9 +5,7 @@
 #include "cpu/depthwise/band.h"
 #include "cpu/kernels/rows.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // The parameters of a block.
 template <class A>
@@ -108,6 +106,4 @@ AngularLanes<T, A> pick_angular_lanes(TypeList<G...>, int index, bool bias) {
   return (bias ? with_bias : plain)[index];
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -7,8 +7,7 @@
 
 #include "cpu/kernels/depthwise_params.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Bytes of a band or ring: with the output beside it, it stays in a second-level cache.
 constexpr int64_t kBandBytes = 128 << 10;
@@ -106,5 +105,4 @@ std::vector<A> by_block(const DepthwiseShape& s, const A* values, int64_t size) 
   return to;
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -5,9 +5,7 @@
 
 #include "cpu/kernels/pixels.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Outputs of a run: with their columns of squares and a row of weights they fill 32 registers; runs
 // of 16 registers are shorter. Sizes of images of common networks are multiples of 7.
@@ -128,6 +126,4 @@ DC_HD void window_sums(
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

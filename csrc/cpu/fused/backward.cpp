@@ -5,8 +5,7 @@
 #include "cpu/fused/operands.h"
 #include "cpu/parameter_sums.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 // Vectors of a product's right side may be read this far behind its last column.
@@ -412,5 +411,4 @@ BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in) {
   };
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -3,8 +3,7 @@
 #include "cpu/fused/fused.h"
 #include "cpu/fused/operands.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 // What the tasks of one call share.
@@ -252,5 +251,4 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   return {y, in.keep_map ? norm_map : empty({0}, call.compute), mean, dot};
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -8,8 +8,7 @@
 
 #include "cpu/directions.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // A window of one pixel that visits all of them: positions are rows of one matrix.
 inline bool is_pointwise(const ConvShape& shape) {
@@ -104,5 +103,4 @@ inline bool takes_one_pass(const Call& call, bool backward) {
 ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in);
 BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in);
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -11,8 +11,7 @@
 
 #include "cpu/operands.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Floats on a cache line of their own, not initialised.
 class Scratch {
@@ -171,5 +170,4 @@ private:
   bool plain_;
 };
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

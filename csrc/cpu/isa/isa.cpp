@@ -10,8 +10,7 @@
 
 #include "cpu/tasks.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 using Table = const Kernels& (*)(Dtype);
@@ -77,8 +76,7 @@ const Kernels& kernels(Dtype dtype) {
   return chosen().load()(dtype);
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&dcconv::cpu::cpu_isa));

@@ -13,9 +13,7 @@
 #define DCCONV_STRING_OF(x) #x
 #define DCCONV_STRING(x) DCCONV_STRING_OF(x)
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Derivatives come as dh/db = (d + h) / b, dh/drho, dh/da after the value.
 template <class A>
@@ -114,6 +112,4 @@ const Kernels& kernels(Dtype dtype) {
   return tables[static_cast<int>(dtype)];
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -14,8 +14,7 @@
 #include "operator.h"
 #include "shape.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 constexpr int64_t kLaneBytes = 64;
 
@@ -110,5 +109,4 @@ struct DepthwiseGradParams {
 // Kinds of sums, in this order.
 constexpr int64_t kSumKinds = 4;
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

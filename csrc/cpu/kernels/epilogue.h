@@ -8,9 +8,7 @@
 #include "cpu/kernels/tanh_cosine.h"
 #include "cpu/kernels/tile.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Buffers of one tile; the first `count` elements are in use.
 template <class A>
@@ -188,6 +186,4 @@ void epilogue(const EpilogueParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -6,9 +6,7 @@
 #include "cpu/kernels/vector.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -74,6 +72,4 @@ void round_to(const void* from, void* to, int64_t begin, int64_t end) {
     out[i] = Store<T>::from(load(v[i]));
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Filters that share an entry of `most`; a vector of any instruction set lies in one group.
 constexpr int64_t kScaleGroup = 16;
@@ -19,5 +18,4 @@ struct FilterScales {
   const float* most;    // [groups] the largest scale
 };
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -7,9 +7,7 @@
 #include "cpu/kernels/tanh_cosine.h"
 #include "cpu/kernels/vector.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Vectors beside each other in a tile, of which a panel is as wide, and rows of a tile that is
 // `vectors` wide: accumulators, one row of b and a broadcast fit 32 registers with AVX-512 and 16
@@ -304,6 +302,4 @@ inline void pack_panels(const PanelParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

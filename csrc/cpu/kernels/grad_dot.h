@@ -7,9 +7,7 @@
 
 #include "cpu/kernels/epilogue.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 template <class A>
 struct GradTile {
@@ -243,6 +241,4 @@ void grad_dot(const GradDotParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

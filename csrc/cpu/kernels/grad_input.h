@@ -8,9 +8,7 @@
 #include "cpu/kernels/kernels.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -107,6 +105,4 @@ void grad_input(const GradInputParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -9,8 +9,7 @@
 #include "operator.h"
 #include "shape.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 constexpr int kDtypes = 4;
 
@@ -249,5 +248,4 @@ namespace avx512 {
 const Kernels& kernels(Dtype dtype);
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -6,9 +6,7 @@
 #include "cpu/kernels/registers.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 template <class A>
 DC_HD void load_pixels(typename Lanes<A>::Vector& v, const A* p) {
@@ -49,6 +47,4 @@ DC_HD void store_pixels(Half* p, const Lanes<float>::Vector& v) {
     p[i] = Store<Half>::from(values[i]);
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -7,9 +7,7 @@
 #include "cpu/kernels/depthwise_params.h"
 #include "elementary.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -61,6 +59,4 @@ DC_HD void root_of(
   inverse = A(1) / b;
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

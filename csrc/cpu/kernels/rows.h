@@ -8,9 +8,7 @@
 #include "functions.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -257,6 +255,4 @@ Constants<A> constants_of(const Operator& op) {
   return {A(op.alpha), A(op.beta), A(op.power), A(op.delta)};
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

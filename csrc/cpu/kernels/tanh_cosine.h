@@ -5,9 +5,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/registers.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // DCCONV_FMA: the files of one instruction set say it, since a compiler need not define __FMA__
 // where a pragma chose the target.
@@ -67,6 +65,4 @@ private:
   float most_;
 };
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -8,9 +8,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/vector.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -131,6 +129,4 @@ private:
   }
 };
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -13,9 +13,7 @@
 #endif
 #endif
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 // Floats of a vector register, which the file of an instruction set says.
 constexpr int64_t kLanes = DCCONV_LANES;
@@ -97,6 +95,4 @@ DC_HD Vector lane_sums(Vector* v) {
   return v[0];
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -8,9 +8,7 @@
 #include "cpu/kernels/kernels.h"
 #include "elementary.h"
 
-namespace dcconv {
-namespace cpu {
-namespace DCCONV_ISA {
+namespace dcconv::cpu::DCCONV_ISA {
 
 using namespace ::dcconv::DCCONV_ISA;
 
@@ -160,6 +158,4 @@ void finish_t(const void* b, const void* grad_b, double add, void* t, int64_t be
   }
 }
 
-}  // namespace DCCONV_ISA
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu::DCCONV_ISA

@@ -9,8 +9,7 @@
 #include "cpu/parameter_sums.h"
 #include "cpu/patch_norm.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 template <class A>
@@ -193,5 +192,4 @@ BackwardResults library_backward(const Call& call, const BackwardInputs& in) {
   return call.dtype == Dtype::f64 ? backward<double>(call, in) : backward<float>(call, in);
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

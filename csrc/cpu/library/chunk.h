@@ -8,8 +8,7 @@
 
 #include <unistd.h>
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Bytes of the last-level cache, or 8 MB where the system does not say. The kernel's own figure
 // comes first: on virtual machines sysconf may answer ten times too much (320 MB for 32, measured).
@@ -60,5 +59,4 @@ inline int64_t backward_chunk(int64_t n, int64_t input_bytes, int64_t output_byt
   return std::max<int64_t>(1, std::min(n, fitting));
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

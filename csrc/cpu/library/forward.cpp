@@ -9,8 +9,7 @@
 #include "cpu/operands.h"
 #include "cpu/patch_norm.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 namespace {
 
 template <class A>
@@ -111,5 +110,4 @@ ForwardResults library_forward(const Call& call, const ForwardInputs& in) {
   return call.dtype == Dtype::f64 ? forward<double>(call, in) : forward<float>(call, in);
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

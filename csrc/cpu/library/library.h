@@ -14,8 +14,7 @@
 #include "operator.h"
 #include "shape.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Pad rows and columns: top, bottom, left, right.
 inline Tensor pad(const Tensor& x, const ConvShape& shape) {
@@ -235,5 +234,4 @@ inline ScalarType library_type(Dtype dtype, ScalarType storage) {
   return dtype == Dtype::f16 ? ScalarType::Float : storage;
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

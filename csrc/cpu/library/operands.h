@@ -7,8 +7,7 @@
 
 #include "cpu/call.h"
 
-namespace dcconv {
-namespace cpu {
+namespace dcconv::cpu {
 
 // Convert a dense tensor between storage and library dtype, same layout.
 inline Tensor as_library(const Call& call, const Tensor& t) {
@@ -40,5 +39,4 @@ inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   );
 }
 
-}  // namespace cpu
-}  // namespace dcconv
+}  // namespace dcconv::cpu

@@ -4,8 +4,7 @@
 
 #include "cuda/passes/epilogue.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // Positions of a strip.
 constexpr int kStrip = 4;
@@ -378,5 +377,4 @@ weight_offset(int64_t o, int c, int tap, int per_group, int taps, bool channels_
   return channels_last ? (o * taps + tap) * per_group + c : (o * per_group + c) * taps + tap;
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -3,13 +3,11 @@
 #include "cuda/fused/depthwise/grad_input.cuh"
 #include "cuda/fused/depthwise/grad_weight.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<Half>(const GradDotParams&, Stream);
 template void depthwise_typed<Half>(const OnePassParams&, Stream);
 template void depthwise_grad_input_typed<Half>(const OnePassGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<Half>(const DepthwiseGradWeightParams&, Stream);
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -3,13 +3,11 @@
 #include "cuda/fused/depthwise/grad_input.cuh"
 #include "cuda/fused/depthwise/grad_weight.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<float>(const GradDotParams&, Stream);
 template void depthwise_typed<float>(const OnePassParams&, Stream);
 template void depthwise_grad_input_typed<float>(const OnePassGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<float>(const DepthwiseGradWeightParams&, Stream);
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -3,13 +3,11 @@
 #include "cuda/fused/depthwise/grad_input.cuh"
 #include "cuda/fused/depthwise/grad_weight.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<double>(const GradDotParams&, Stream);
 template void depthwise_typed<double>(const OnePassParams&, Stream);
 template void depthwise_grad_input_typed<double>(const OnePassGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<double>(const DepthwiseGradWeightParams&, Stream);
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

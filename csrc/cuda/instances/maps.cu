@@ -5,8 +5,7 @@
 #include "cuda/passes/window_norm.cuh"
 #include "cuda/support/typed.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 template void pixel_sumsq_typed<double>(const PixelSumsqParams&, Stream);
 template void pixel_sumsq_typed<float>(const PixelSumsqParams&, Stream);
@@ -39,5 +38,4 @@ int64_t window_norm_blocks(const WindowNormParams& p) {
   return window_norm_grid(p);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -4,8 +4,7 @@
 
 #include "cuda/support/lanes.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // Threads that share the rows of a filter.
 constexpr int kSumWays = kThreads / kWarp;
@@ -46,5 +45,4 @@ void column_sums_typed(const ColumnSumsParams& p, Stream stream) {
   );
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

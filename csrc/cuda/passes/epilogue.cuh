@@ -9,8 +9,7 @@
 #include "cuda/support/lanes.cuh"
 #include "cuda/support/window.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct EpilogueArgs {
   EpilogueParams p;
@@ -387,5 +386,4 @@ void epilogue_typed(const EpilogueParams& p, Stream stream) {
   epilogue_by_angular<T>(Angulars{}, p, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

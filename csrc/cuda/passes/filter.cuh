@@ -6,8 +6,7 @@
 #include "cuda/support/functions.cuh"
 #include "cuda/support/lanes.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // m = mean of b from the sums of its blocks, in their order. One block.
 template <class A>
@@ -170,5 +169,4 @@ void filter_grad_typed(const FilterGradParams& p, Stream stream) {
   );
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

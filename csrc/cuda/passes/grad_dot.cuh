@@ -5,8 +5,7 @@
 
 #include "cuda/passes/epilogue.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct GradDotArgs {
   GradDotParams p;
@@ -509,5 +508,4 @@ void grad_dot_typed(const GradDotParams& p, Stream stream) {
   grad_dot_by_angular<T>(Angulars{}, p, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -4,8 +4,7 @@
 
 #include "cuda/passes/epilogue.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct GradInputArgs {
   GradInputParams p;
@@ -262,5 +261,4 @@ void grad_input_typed(const GradInputParams& p, Stream stream) {
   }
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -4,8 +4,7 @@
 #include "cuda/support/functions.cuh"
 #include "cuda/support/lanes.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct PixelSumsqArgs {
   PixelSumsqParams p;
@@ -148,5 +147,4 @@ void pixel_sumsq_typed(const PixelSumsqParams& p, Stream stream) {
   }
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -5,8 +5,7 @@
 #include "cuda/support/lanes.cuh"
 #include "cuda/support/window.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct WindowNormArgs {
   WindowNormParams p;
@@ -76,5 +75,4 @@ void window_norm_typed(const WindowNormParams& p, Stream stream) {
   );
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

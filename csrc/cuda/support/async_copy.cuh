@@ -3,8 +3,7 @@
 
 #include "cuda/support/device.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 #if !defined(DCCONV_SIMT)
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
@@ -50,5 +49,4 @@ __device__ __forceinline__ void wait_async() {
 #endif
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -11,8 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
@@ -134,5 +133,4 @@ __device__ __forceinline__ A block_sum(A value, A* scratch) {
   return value;
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -9,8 +9,7 @@
 #include "functions.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 using namespace ::dcconv::portable;
 
@@ -168,5 +167,4 @@ position_magnitude_grad(const Operator& op, const Constants<A>& constants, A b, 
   return m;
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -3,8 +3,7 @@
 
 #include "cuda/support/launch.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 constexpr int kThreads = 256;
 
@@ -66,5 +65,4 @@ struct PlaneLane {
   }
 };
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -13,8 +13,7 @@
 #include "cuda/kernels.h"
 #include "cuda/support/device.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct Grid {
   int64_t x;
@@ -162,5 +161,4 @@ inline bool aligned16(const void* p) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -19,8 +19,7 @@
 #include "cuda/kernels.h"
 #include "tensor.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 using MaybeTensor = std::optional<Tensor>;
 
@@ -213,5 +212,4 @@ inline FilterOperands filter_operands(
   };
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

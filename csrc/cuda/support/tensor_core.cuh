@@ -17,8 +17,7 @@
 #include "cuda/support/async_copy.cuh"
 #include "storage.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 #if defined(DCCONV_SIMT)
 inline const char* mma_name(BFloat16) {
@@ -80,5 +79,4 @@ load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
 #endif
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

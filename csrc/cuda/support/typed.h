@@ -5,8 +5,7 @@
 #include "cuda/kernels.h"
 #include "storage.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // f(a value of the storage dtype)
 template <class F>
@@ -57,5 +56,4 @@ void window_norm_typed(const WindowNormParams& p, Stream stream);
 template <class A>
 void column_sums_typed(const ColumnSumsParams& p, Stream stream);
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

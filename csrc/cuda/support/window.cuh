@@ -6,8 +6,7 @@
 #include "cuda/support/device.cuh"
 #include "elementary.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 using namespace ::dcconv::portable;
 
@@ -177,5 +176,4 @@ private:
   bool wide_ = false;
 };
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -16,8 +16,7 @@
 
 namespace py = pybind11;
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 namespace {
 
 Dtype dtype_of(const std::string& name) {
@@ -275,8 +274,7 @@ void run_grad_input(const std::string& dtype, const py::kwargs& values) {
 }
 
 }  // namespace
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda
 
 template <class... F>
 std::vector<std::string> names_of(dcconv::portable::TypeList<F...>) {

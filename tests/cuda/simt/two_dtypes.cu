@@ -11,8 +11,7 @@
 #include "cuda/passes/pixel_sumsq.cuh"
 #include "cuda/passes/window_norm.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 namespace {
 
 template <class F>
@@ -64,5 +63,4 @@ void grad_input(Dtype dtype, const GradInputParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { grad_input_typed<decltype(t)>(p, stream); });
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

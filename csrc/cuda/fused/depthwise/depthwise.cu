@@ -2,8 +2,7 @@
 
 #include "cuda/support/typed.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 void depthwise(Dtype dtype, const OnePassParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { depthwise_typed<decltype(t)>(p, stream); });
@@ -17,5 +16,4 @@ void depthwise_grad_weight(Dtype dtype, const DepthwiseGradWeightParams& p, Stre
   with_storage(dtype, [&](auto t) { depthwise_grad_weight_typed<decltype(t)>(p, stream); });
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

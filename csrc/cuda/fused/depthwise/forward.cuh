@@ -5,8 +5,7 @@
 
 #include "cuda/fused/strip.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct DepthwiseArgs {
   OnePassParams p;
@@ -260,5 +259,4 @@ void depthwise_typed(const OnePassParams& p, Stream stream) {
   run(p, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

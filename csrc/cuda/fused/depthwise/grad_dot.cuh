@@ -5,8 +5,7 @@
 #include "cuda/fused/depthwise/forward.cuh"
 #include "cuda/passes/grad_dot.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2) grad_dot_elementwise_kernel(GradDotArgs args) {
@@ -115,5 +114,4 @@ bool grad_dot_elementwise_typed(const GradDotParams& p, Stream stream) {
   }
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

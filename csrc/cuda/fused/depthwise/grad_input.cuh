@@ -6,8 +6,7 @@
 
 #include "cuda/fused/depthwise/forward.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct DepthwiseGradInputArgs {
   OnePassGradInputParams p;
@@ -322,5 +321,4 @@ void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream) 
   run(p, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -4,8 +4,7 @@
 
 #include "cuda/fused/depthwise/forward.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct DepthwiseGradWeightArgs {
   DepthwiseGradWeightParams p;
@@ -290,5 +289,4 @@ void depthwise_grad_weight_typed(const DepthwiseGradWeightParams& p, Stream stre
   sum_weight_parts<T>(p, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

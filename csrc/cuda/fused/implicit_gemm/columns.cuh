@@ -5,8 +5,7 @@
 #include "cuda/fused/implicit_gemm/problem.cuh"
 #include "cuda/passes/epilogue.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // Arrays of [Columns], absent operands as what changes nothing.
 enum ColumnArray { kInverseA, kA, kRho, kInverseRho, kCurvature, kBias, kColumnArrays };
@@ -53,5 +52,4 @@ private:
   float a_ = 1, radius_ = 1, mean_ = 1, k_ = 1, bias_ = 0;
 };
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -7,8 +7,7 @@
 #include "cuda/fused/implicit_gemm/main_loop.cuh"
 #include "cuda/fused/implicit_gemm/row_sums.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct GemmForwardArgs {
   GemmProblem problem;
@@ -217,5 +216,4 @@ void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream) {
   with_gemm_tile(tile, [&](auto type) { launch_implicit_gemm<T, decltype(type)>(p, stream); });
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

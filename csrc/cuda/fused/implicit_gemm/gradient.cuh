@@ -5,8 +5,7 @@
 #include "cuda/fused/implicit_gemm/main_loop.cuh"
 #include "cuda/fused/implicit_gemm/row_sums.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 struct GemmGradientArgs {
   GemmProblem problem;
@@ -102,5 +101,4 @@ void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, S
   });
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -4,8 +4,7 @@
 #include "cuda/fused/implicit_gemm/problem.cuh"
 #include "cuda/support/typed.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 namespace {
 
 #define DCCONV_NEEDS(holds, ...) DCCONV_CHECK(holds, "kernel implicit_gemm must have ", __VA_ARGS__)
@@ -99,5 +98,4 @@ void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stre
     implicit_gemm_grad_input_typed<Half>(p, tile, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

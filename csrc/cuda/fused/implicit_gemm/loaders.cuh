@@ -5,8 +5,7 @@
 #include "cuda/fused/implicit_gemm/problem.cuh"
 #include "cuda/support/async_copy.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // A step of the depth: a tap and Depth channels from `channel` on.
 template <int Depth>
@@ -173,5 +172,4 @@ private:
   bool in_columns_;
 };
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -7,8 +7,7 @@
 #include "cuda/fused/implicit_gemm/loaders.cuh"
 #include "cuda/support/tensor_core.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // Transposed: the weight lies in shared memory as [depth, columns]. Squares: sums of the squares of
 // every row are made beside the product, which is the patch norm of a 1x1 window.
@@ -191,5 +190,4 @@ product_at(const float* product, int row, int vector) {
   return all;
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -6,8 +6,7 @@
 #include "cuda/fused/implicit_gemm/tile.cuh"
 #include "cuda/support/window.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // One axis: result index i and tap r read index i * stride + origin + r * step, zero outside.
 struct GatherAxis {
@@ -119,5 +118,4 @@ struct GemmPlace {
   }
 };
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

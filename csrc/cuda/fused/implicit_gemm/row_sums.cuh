@@ -3,8 +3,7 @@
 
 #include "cuda/fused/implicit_gemm/problem.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // Loads of a row that are on their way together: two rounds for 3x3 taps.
 constexpr int kTogether = 5;
@@ -42,5 +41,4 @@ gathered_sum(const GemmProblem& p, int64_t row, int group, F&& value) {
   return total;
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -5,8 +5,7 @@
 #include "cuda/support/device.cuh"
 #include "cuda/support/launch.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 // Elements of a 16-byte piece: storage types have 16 bits here.
 constexpr int kPiece = 8;
@@ -84,5 +83,4 @@ __host__ __device__ __forceinline__ int product_swizzled(int row, int piece) {
   return row * (Columns / 4) + (piece ^ ((row & 3) << 1 | (piece >> 3 & 1)));
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

@@ -2,12 +2,10 @@
 
 #include "cuda/support/typed.h"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 void stem(Dtype dtype, const OnePassParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { stem_typed<decltype(t)>(p, stream); });
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda

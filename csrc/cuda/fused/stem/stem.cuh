@@ -8,8 +8,7 @@
 #include "cuda/fused/strip.cuh"
 #include "cuda/support/tensor_core.cuh"
 
-namespace dcconv {
-namespace cuda {
+namespace dcconv::cuda {
 
 constexpr int kStemRows = 64;     // positions of a tile, 16 for each warp
 constexpr int kStemFilters = 64;  // of a block
@@ -263,5 +262,4 @@ void stem_typed(const OnePassParams& p, Stream stream) {
   run(p, stream);
 }
 
-}  // namespace cuda
-}  // namespace dcconv
+}  // namespace dcconv::cuda
