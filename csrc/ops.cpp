@@ -32,7 +32,8 @@ std::vector<std::string> angulars() {
 }  // namespace dcconv
 
 STABLE_TORCH_LIBRARY(dcconv, m) {
-  // What the arguments mean: dcconv/operator/records.py. norm_map is 1-d, in the kernels' own order.
+  // What the arguments mean: dcconv/operator/records.py. norm_map is 1-d, in the kernels' own
+  // order.
   m.def(
       "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? radius, Tensor? norm_mean, "
       "Tensor? k, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "

@@ -5,9 +5,9 @@
 
 namespace dcconv {
 
-// The passes between the library convolutions, composed in dcconv/passes/library.py. Tensors are dense in
-// the layout channels_last says; maps are 1-d, [n, pixels, groups] or, in contiguous layout,
-// [n, groups, pixels]. mean is the factor of the radius, absent for 1.
+// The passes between the library convolutions, composed in dcconv/passes/library.py. Tensors are
+// dense in the layout channels_last says; maps are 1-d, [n, pixels, groups] or, in contiguous
+// layout, [n, groups, pixels]. mean is the factor of the radius, absent for 1.
 template <class Library>
 void define_passes(Library& library) {
   const std::string geometry =
@@ -72,9 +72,9 @@ void define_passes(Library& library) {
   );
 }
 
-// The kernels of plan B, composed in dcconv/passes/fused.py: the whole forward, or the whole gradient of
-// the input, in one pass. kernel: "implicit_gemm", "depthwise" or "stem" (forward only). tile:
-// which of the kernel's tile configurations, -1 for its own rule.
+// The kernels of plan B, composed in dcconv/passes/fused.py: the whole forward, or the whole
+// gradient of the input, in one pass. kernel: "implicit_gemm", "depthwise" or "stem" (forward
+// only). tile: which of the kernel's tile configurations, -1 for its own rule.
 template <class Library>
 void define_one_pass(Library& library) {
   const std::string geometry =

@@ -1,5 +1,5 @@
-// The kernels of plan B as ops (dcconv/passes/fused.py): guards, and the choice of the kernel by name.
-// Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
+// The kernels of plan B as ops (dcconv/passes/fused.py): guards, and the choice of the kernel by
+// name. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
 
 #include <string>
 #include <tuple>

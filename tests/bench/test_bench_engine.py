@@ -47,7 +47,7 @@ def test_table_has_the_medians():
 def test_other_commands_do_without_the_packages_of_training():
     missing = "import sys; sys.modules |= dict.fromkeys(('yaml', 'safetensors', 'torchvision'))"
     script = f"{missing}; from bench.__main__ import parser; parser()"
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
 
 
 @pytest.mark.parametrize(

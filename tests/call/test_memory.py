@@ -19,7 +19,7 @@ from dcconv.operator.records import Operands, Problem
 
 needs_library = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def expanded(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -125,8 +125,9 @@ def test_local_build_compiles_for_the_gpus_that_are_there() -> None:
 
 
 def test_a_compiled_file_takes_one_short_line() -> None:
-    compiler = f"[3/36] /usr/bin/nvcc -MD -I/a -c -c {ROOT}/csrc/cuda/ops_library.cu -o ops.o -gencode=arch"
-    assert setup.shown(f"{compiler}\n", False) == "[3/36] csrc/cuda/ops_library.cu\n"
+    file = "csrc/cuda/ops_library.cu"
+    compiler = f"[3/36] /usr/bin/nvcc -MD -I/a -c -c {ROOT}/{file} -o ops.o -gencode=arch"
+    assert setup.shown(f"{compiler}\n", False) == f"[3/36] {file}\n"
     host = f"[4/36] c++ -MMD -c {ROOT}/csrc/ops.cpp -o ops.o -O3"
     assert setup.shown(f"{host}\n", False) == "[4/36] csrc/ops.cpp\n"
     link = "g++ -pthread -shared -Wl,-rpath a.o b.o -o build/dcconv/_C.abi3.so\n"

@@ -1,6 +1,6 @@
 """A readable model of plan A's small ops: each pass from its formula, in float64, rounded once.
 
-The schemas stand in ``csrc/native.cpp``. ``implementations`` lists the functions by op name.
+The schemas stand in ``csrc/schemas.h``. ``implementations`` lists the functions by op name.
 """
 
 from __future__ import annotations

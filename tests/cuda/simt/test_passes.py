@@ -146,9 +146,27 @@ BARRIER = "      __syncthreads();\n"
 # What is changed, the build that has to see it, and what it says.
 FAULTS = {
     "no barrier before norms are read": ("passes/epilogue.cuh", BARRIER, "", THREAD, "data race"),
-    "no barrier in a block's sum": ("support/device.cuh", "  __syncthreads();\n", "", THREAD, "data race"),
-    "no tail of rows": ("passes/grad_dot.cuh", "active && row < rows", "active", ADDRESS, "Sanitizer"),
-    "no tail of filters": ("passes/column_sums.cuh", "filter < p.o) {", "true) {", ADDRESS, "Sanitizer"),
+    "no barrier in a block's sum": (
+        "support/device.cuh",
+        "  __syncthreads();\n",
+        "",
+        THREAD,
+        "data race",
+    ),
+    "no tail of rows": (
+        "passes/grad_dot.cuh",
+        "active && row < rows",
+        "active",
+        ADDRESS,
+        "Sanitizer",
+    ),
+    "no tail of filters": (
+        "passes/column_sums.cuh",
+        "filter < p.o) {",
+        "true) {",
+        ADDRESS,
+        "Sanitizer",
+    ),
     "a shifted index": (
         "passes/epilogue.cuh",
         "load_vector<T, V>(u + offset + int64_t(row)",
