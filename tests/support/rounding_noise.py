@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconv.operator import functions, reference
+from dcconv.operator import convolution, functions, reference
 from dcconv.operator.numerics import compute_dtype
 
 
@@ -62,7 +62,7 @@ class Noise:
             with mock.patch.object(reference, "convolution", convolution):
                 return self(original(*args))
 
-        def convolution(x: Tensor, weight: Tensor, bias: None, *geometry: Any) -> Tensor:
+        def conv2d(x: Tensor, weight: Tensor, bias: None, *geometry: Any) -> Tensor:
             rounded: Tensor = _RoundingConvolution.apply(x, weight, geometry, self)
             return rounded
 
@@ -74,7 +74,7 @@ class Noise:
 
         original = reference.window_norm
         rounding = mock.Mock(wraps=convolution)
-        rounding.conv2d = convolution
+        rounding.conv2d = conv2d
         noisy = {name: angular(entry) for name, entry in functions.angulars.items()}
         changed = {
             "convolution": rounding,
