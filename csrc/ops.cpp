@@ -60,7 +60,7 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
       "-> Tensor"
   );
   dcconv::define_passes(m);
-  dcconv::define_one_pass(m);
+  dcconv::define_fused(m);
   m.def("magnitudes() -> str[]");
   m.def("angulars() -> str[]");
   m.def("cpu_isa() -> str");
@@ -68,14 +68,16 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   // Images per chunk of the CPU kernels, 0 for the rule: for tests and measurements.
   m.def("set_cpu_chunk(int images) -> ()");
-  // auto, library or own (csrc/cpu/strategies.h): for tests and measurements. Calls without kernels
-  // of their own go around the library's convolution under own as well.
-  m.def("set_cpu_scheme(str scheme) -> ()");
-  // What the latest call took, library or own; empty before the first.
-  m.def("cpu_scheme_taken() -> str");
+  // auto, library or fused (csrc/cpu/strategies.h), for the calls of this thread: for tests and
+  // measurements. Calls without fused kernels go around the library's convolution under fused as
+  // well.
+  m.def("set_cpu_strategy(str strategy) -> ()");
+  // What the thread's latest call took, library or fused; empty before the first.
+  m.def("cpu_strategy_taken() -> str");
   // What a call would take forward and backward.
   m.def(
-      "cpu_schemes(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "cpu_strategies(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] "
+      "dilation, "
       "SymInt groups, str padding_mode, str magnitude, str angular, str weighting) -> str[]"
   );
   // Function values and derivatives, for tests and the accuracy benchmark.

@@ -76,7 +76,7 @@ void define_passes(Library& library) {
 // gradient of the input, in one pass. kernel: "implicit_gemm", "depthwise" or "stem" (forward
 // only). tile: which of the kernel's tile configurations, -1 for its own rule.
 template <class Library>
-void define_one_pass(Library& library) {
+void define_fused(Library& library) {
   const std::string geometry =
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode";
   const std::string op =

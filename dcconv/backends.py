@@ -388,16 +388,16 @@ def _warn_slow(call: Call) -> None:
         warn_once(f"the plain PyTorch reference runs on {call.device} tensors ({said})")
 
 
-_SCHEMES = {"own": "one pass", "library": "passes around the library convolution"}
+_STRATEGIES = {"fused": "one pass", "library": "passes around the library convolution"}
 
 
-def _cpu_schemes(operands: Operands, problem: Problem) -> list[str]:
+def _cpu_strategies(operands: Operands, problem: Problem) -> list[str]:
     x, weight, *_ = operands
     geometry = native.conv2d_arguments(operands, problem)[6:14]
-    taken = torch.ops.dcconv.cpu_schemes(x, weight, *geometry)
+    taken = torch.ops.dcconv.cpu_strategies(x, weight, *geometry)
     return [
-        f"    {direction}: {_SCHEMES[scheme]}"
-        for direction, scheme in zip(("forward", "backward"), taken, strict=True)
+        f"    {direction}: {_STRATEGIES[name]}"
+        for direction, name in zip(("forward", "backward"), taken, strict=True)
     ]
 
 
@@ -454,7 +454,7 @@ def report(
             state += f" ({torch.ops.dcconv.cpu_isa()} instructions)"
         lines.append(f"  {candidate.name:<10}{state}")
         if candidate.name == "cpu" and reason is None:
-            lines += _cpu_schemes(operands, problem)
+            lines += _cpu_strategies(operands, problem)
         if candidate.name in key.BACKENDS and reason is None:
             planned = strategy.describe(candidate.name, operands, problem, mode, _benchmarks())
             lines += [f"    {line}" for line in planned]

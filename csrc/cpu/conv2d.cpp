@@ -1,4 +1,4 @@
-// The operator on the CPU, one op per direction, and the settings of its ways.
+// The operator on the CPU, one op per direction, and the settings of its strategies.
 
 #include <string>
 #include <vector>
@@ -8,10 +8,10 @@
 namespace dcconv::cpu {
 namespace {
 
-// library or own: how one direction of a call goes.
-Scheme scheme_for(const Call& call, bool backward) {
+// library or fused: how one direction of a call goes.
+Strategy strategy_for(const Call& call, bool backward) {
   const bool depthwise = backward ? takes_depthwise_backward(call) : takes_depthwise(call);
-  return depthwise || takes_one_pass(call, backward) ? Scheme::own : Scheme::library;
+  return depthwise || takes_fused(call, backward) ? Strategy::fused : Strategy::library;
 }
 
 void check_norm(const std::string& norm) {
@@ -69,11 +69,11 @@ ForwardResults conv2d_forward(
   const ForwardInputs in{
       x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot, keep_map
   };
-  const Scheme scheme = scheme_for(call, false);
-  taken_scheme() = scheme;
-  if (scheme == Scheme::library)
+  const Strategy strategy = strategy_for(call, false);
+  taken_strategy() = strategy;
+  if (strategy == Strategy::library)
     return library_forward(call, in);
-  return takes_depthwise(call) ? depthwise_forward(call, in) : one_pass_forward(call, in);
+  return takes_depthwise(call) ? depthwise_forward(call, in) : fused_forward(call, in);
 }
 
 BackwardResults conv2d_backward(
@@ -155,38 +155,37 @@ BackwardResults conv2d_backward(
       kept_is == "output" ? Kept::output : Kept::dot,
       needs
   };
-  const Scheme scheme = scheme_for(call, true);
-  taken_scheme() = scheme;
-  if (scheme == Scheme::library)
+  const Strategy strategy = strategy_for(call, true);
+  taken_strategy() = strategy;
+  if (strategy == Strategy::library)
     return library_backward(call, in);
-  return takes_depthwise_backward(call) ? depthwise_backward(call, in)
-                                        : one_pass_backward(call, in);
+  return takes_depthwise_backward(call) ? depthwise_backward(call, in) : fused_backward(call, in);
 }
 
 void set_cpu_chunk(int64_t images) {
   forced_chunk() = images;
 }
 
-void set_cpu_scheme(std::string scheme) {
-  forced_scheme() = scheme_of(scheme);
+void set_cpu_strategy(std::string strategy) {
+  forced_strategy() = strategy_of(strategy);
 }
 
-std::string name_of(Scheme scheme) {
-  switch (scheme) {
-  case Scheme::own:
-    return "own";
-  case Scheme::library:
+std::string name_of(Strategy strategy) {
+  switch (strategy) {
+  case Strategy::fused:
+    return "fused";
+  case Strategy::library:
     return "library";
   default:
     return "";
   }
 }
 
-std::string cpu_scheme_taken() {
-  return name_of(taken_scheme());
+std::string cpu_strategy_taken() {
+  return name_of(taken_strategy());
 }
 
-std::vector<std::string> cpu_schemes(
+std::vector<std::string> cpu_strategies(
     Tensor x,
     Tensor weight,
     Ints stride,
@@ -217,7 +216,7 @@ std::vector<std::string> cpu_schemes(
         0.0,
         backward
     );
-    names.push_back(name_of(scheme_for(call, backward)));
+    names.push_back(name_of(strategy_for(call, backward)));
   }
   return names;
 }
@@ -227,12 +226,12 @@ std::vector<std::string> cpu_schemes(
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_chunk", TORCH_BOX(&dcconv::cpu::set_cpu_chunk));
-  m.impl("cpu_scheme_taken", TORCH_BOX(&dcconv::cpu::cpu_scheme_taken));
-  m.impl("set_cpu_scheme", TORCH_BOX(&dcconv::cpu::set_cpu_scheme));
+  m.impl("cpu_strategy_taken", TORCH_BOX(&dcconv::cpu::cpu_strategy_taken));
+  m.impl("set_cpu_strategy", TORCH_BOX(&dcconv::cpu::set_cpu_strategy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CPU, m) {
   m.impl("conv2d_forward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::conv2d_forward>::run));
   m.impl("conv2d_backward", TORCH_BOX(&dcconv::Guarded<&dcconv::cpu::conv2d_backward>::run));
-  m.impl("cpu_schemes", TORCH_BOX(&dcconv::cpu::cpu_schemes));
+  m.impl("cpu_strategies", TORCH_BOX(&dcconv::cpu::cpu_strategies));
 }

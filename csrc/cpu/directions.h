@@ -1,4 +1,5 @@
-// The two directions of the operator on the CPU: their operands, and the ways that compute them.
+// The two directions of the operator on the CPU: their operands, and the strategies that compute
+// them.
 #pragma once
 
 #include <optional>
@@ -33,7 +34,7 @@ using BackwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 ForwardResults library_forward(const Call& call, const ForwardInputs& in);
 BackwardResults library_backward(const Call& call, const BackwardInputs& in);
 
-// Through kernels of its own: filters of one channel each, unless the library is forced.
+// Fused, filters of one channel each: unless the library is forced.
 bool takes_depthwise(const Call& call);
 bool takes_depthwise_backward(const Call& call);
 ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in);

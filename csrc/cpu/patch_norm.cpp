@@ -9,10 +9,10 @@
 
 namespace dcconv::cpu {
 
-Window::Window(const ConvShape& shape, double eps)
+PatchNorm::PatchNorm(const ConvShape& shape, double eps)
     : row_sources_(shape.rows.sources()), column_sources_(shape.columns.sources()), eps_(eps) {}
 
-WindowParams Window::params(const ConvShape& shape, int64_t count) const {
+WindowParams PatchNorm::params(const ConvShape& shape, int64_t count) const {
   return {
       planes(shape, count),
       shape.channels_last ? shape.groups : 1,
@@ -24,7 +24,7 @@ WindowParams Window::params(const ConvShape& shape, int64_t count) const {
   };
 }
 
-void Window::norms(
+void PatchNorm::norms(
     const Kernels& kernels,
     const ConvShape& shape,
     int64_t count,
@@ -48,7 +48,7 @@ void Window::norms(
   });
 }
 
-Tensor Window::transposed(
+Tensor PatchNorm::transposed(
     const Kernels& kernels, const ConvShape& shape, int64_t count, const void* t, ScalarType compute
 ) const {
   const WindowParams window = params(shape, count);
@@ -95,7 +95,7 @@ Tensor patch_norm_forward(
   Tensor b = empty(
       {shape.n, groups, shape.rows.output, shape.columns.output}, compute_type(dtype), channels_last
   );
-  Window(shape, eps)
+  PatchNorm(shape, eps)
       .norms(kernels(dtype), shape, shape.n, x.const_data_ptr(), b.mutable_data_ptr(), nullptr);
   return b;
 }
@@ -137,7 +137,8 @@ Tensor patch_norm_backward(
     );
   });
   const Tensor sums =
-      Window(shape, 0.0).transposed(table, shape, shape.n, t.const_data_ptr(), compute_type(dtype));
+      PatchNorm(shape, 0.0)
+          .transposed(table, shape, shape.n, t.const_data_ptr(), compute_type(dtype));
   Tensor grad_x = empty(
       {shape.n, shape.c, shape.rows.input, shape.columns.input}, x.scalar_type(), channels_last
   );

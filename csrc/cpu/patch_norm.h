@@ -9,10 +9,10 @@
 
 namespace dcconv::cpu {
 
-// Window geometry with its index tables.
-class Window {
+// The pass of one geometry, with its index tables.
+class PatchNorm {
 public:
-  Window(const ConvShape& shape, double eps);
+  PatchNorm(const ConvShape& shape, double eps);
 
   // b = sqrt(window sums of x^2 + eps) of `count` images; adds one sum per output row of every
   // plane to row_sums unless it is null. The output has n * groups * p * q elements.

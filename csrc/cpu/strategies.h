@@ -1,10 +1,9 @@
-// Which of its own ways the operator on the CPU goes: around the library's convolution, or through
-// kernels that hold dot products in cache. Tests and measurements may force one; `own` takes its
-// kernels beyond the rule wherever they can compute a call, and says with cpu_scheme_taken where
+// The strategies of the operator on the CPU: around the library's convolution, or fused, through
+// kernels that hold dot products in cache. Tests and measurements may force one; `fused` takes its
+// kernels beyond the rule wherever they can compute a call, and says with cpu_strategy_taken where
 // they could not.
 #pragma once
 
-#include <atomic>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -13,26 +12,28 @@
 
 namespace dcconv::cpu {
 
-enum class Scheme { automatic, library, own };
+enum class Strategy { automatic, library, fused };
 
-inline std::atomic<Scheme>& forced_scheme() {
-  static std::atomic<Scheme> scheme{Scheme::automatic};
-  return scheme;
+// Of the calling thread: an op reads it before it starts tasks, and autograd runs backward of CPU
+// tensors on the thread that asks for it.
+inline Strategy& forced_strategy() {
+  thread_local Strategy strategy = Strategy::automatic;
+  return strategy;
 }
 
-// The way that the latest call went.
-inline std::atomic<Scheme>& taken_scheme() {
-  static std::atomic<Scheme> scheme{Scheme::automatic};
-  return scheme;
+// What the thread's latest call took.
+inline Strategy& taken_strategy() {
+  thread_local Strategy strategy = Strategy::automatic;
+  return strategy;
 }
 
-inline Scheme scheme_of(const std::string& name) {
+inline Strategy strategy_of(const std::string& name) {
   if (name == "auto")
-    return Scheme::automatic;
+    return Strategy::automatic;
   if (name == "library")
-    return Scheme::library;
-  DCCONV_CHECK(name == "own", "scheme must be one of auto, library, own, got '", name, "'");
-  return Scheme::own;
+    return Strategy::library;
+  DCCONV_CHECK(name == "fused", "strategy must be one of auto, library, fused, got '", name, "'");
+  return Strategy::fused;
 }
 
 }  // namespace dcconv::cpu

@@ -170,7 +170,7 @@ struct GradInputParams {
 };
 
 // x and w -> u, b and y = h(a, b) g(u / (a b)) + bias, in one kernel.
-struct OnePassParams {
+struct FusedParams {
   int64_t n;
   int c, o, groups;
   Window window;
@@ -191,13 +191,13 @@ struct OnePassParams {
 };
 
 // du and x -> dx = transposed convolution of du + x * (transposed window sum of taps).
-struct OnePassGradInputParams {
+struct FusedGradInputParams {
   int64_t n;
   int c, o, groups;
   Window window;
   bool channels_last;
   const void* grad_u;  // T
-  const void* weight;  // T, as in OnePassParams
+  const void* weight;  // T, as in FusedParams
   const void* x;       // T
   Tap tap;
   const void* t;      // A, map over outputs
@@ -229,11 +229,11 @@ void grad_dot(Dtype dtype, const GradDotParams& p, Stream stream);
 void column_sums(Dtype dtype, const ColumnSumsParams& p, Stream stream);
 void filter_grad(Dtype dtype, const FilterGradParams& p, Stream stream);
 void grad_input(Dtype dtype, const GradInputParams& p, Stream stream);
-void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream);
-void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream);
-void depthwise(Dtype dtype, const OnePassParams& p, Stream stream);
-void depthwise_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream);
+void implicit_gemm(Dtype dtype, const FusedParams& p, Stream stream);
+void implicit_gemm_grad_input(Dtype dtype, const FusedGradInputParams& p, Stream stream);
+void depthwise(Dtype dtype, const FusedParams& p, Stream stream);
+void depthwise_grad_input(Dtype dtype, const FusedGradInputParams& p, Stream stream);
 void depthwise_grad_weight(Dtype dtype, const DepthwiseGradWeightParams& p, Stream stream);
-void stem(Dtype dtype, const OnePassParams& p, Stream stream);
+void stem(Dtype dtype, const FusedParams& p, Stream stream);
 
 }  // namespace dcconv::cuda

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_one_pass(
       keep_dot ? empty(x, sizes, x.scalar_type(), channels_last) : absent(x, x.scalar_type());
   const bool writes_norm = keep_norm && !map_is_norm;
   Tensor norm = empty(x, {writes_norm ? outputs : 0}, compute);
-  OnePassParams p{};
+  FusedParams p{};
   p.n = shape.n;
   p.c = to_int(shape.c);
   p.o = to_int(shape.o);
@@ -174,7 +174,7 @@ Tensor conv2d_one_pass_grad_input(
   parameter_stride(sigma, 1, dtype, "sigma");
   const Ints sizes = sizes_of(x);
   Tensor grad_x = empty(x, sizes, x.scalar_type(), channels_last);
-  OnePassGradInputParams p{};
+  FusedGradInputParams p{};
   p.n = shape.n;
   p.c = to_int(shape.c);
   p.o = to_int(shape.o);
@@ -259,7 +259,7 @@ Tensor depthwise_grad_weight_op(
 
 #if defined(DCCONV_SIMT)
 STABLE_TORCH_LIBRARY_FRAGMENT(dcconv_simt, m) {
-  dcconv::define_one_pass(m);
+  dcconv::define_fused(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv_simt, CPU, m) {

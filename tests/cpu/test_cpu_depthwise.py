@@ -65,13 +65,15 @@ GEOMETRIES = (
 )
 
 
-def by_scheme(inputs: Inputs, scheme: str, cotangent: torch.Tensor, **options: object) -> Results:
-    """Evaluate a call while one scheme is forced."""
-    torch.ops.dcconv.set_cpu_scheme(scheme)
+def by_strategy(
+    inputs: Inputs, strategy: str, cotangent: torch.Tensor, **options: object
+) -> Results:
+    """Evaluate a call while one strategy is forced."""
+    torch.ops.dcconv.set_cpu_strategy(strategy)
     try:
         return evaluate(functional.decoupled_conv2d, inputs, cotangent, backend="cpu", **options)
     finally:
-        torch.ops.dcconv.set_cpu_scheme("auto")
+        torch.ops.dcconv.set_cpu_strategy("auto")
 
 
 def same(one: Results, two: Results) -> bool:
@@ -145,7 +147,7 @@ def test_long_sums_over_positions(layout: str) -> None:
     inputs = make_inputs(case, torch.float32, layout, angular="sigmoid", bias=True)
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
-    got = by_scheme(inputs, "own", cotangent)
+    got = by_strategy(inputs, "fused", cotangent)
     for name in ("bias", "radius", "k"):
         check(name, got[name], truth[name], peer[name], torch.float32)
 
@@ -164,7 +166,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(by_scheme(inputs, "own", cotangent))
+            results.append(by_strategy(inputs, "fused", cotangent))
     finally:
         torch.set_num_threads(threads)
     assert same(results[0], results[1])
@@ -173,8 +175,8 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_depthwise_calls_take_their_own_kernels(layout: str) -> None:
-    """The schemes add in different orders, so their last bits tell them apart."""
-    for case, own in (
+    """The strategies add in different orders, so their last bits tell them apart."""
+    for case, fused in (
         (Case("", 2, 20, 9, 8, 20, (5, 5), padding=2, groups=20), True),
         (Case("", 2, 20, 9, 8, 40, (5, 5), padding=2, groups=20), True),
         (Case("", 2, 2, 9, 8, 18, (5, 5), padding=2, groups=2), False),
@@ -182,13 +184,13 @@ def test_depthwise_calls_take_their_own_kernels(layout: str) -> None:
     ):
         inputs = make_inputs(case, torch.float32, layout)
         cotangent = random_cotangent(inputs)
-        auto = by_scheme(inputs, "auto", cotangent)
-        library = by_scheme(inputs, "library", cotangent)
+        auto = by_strategy(inputs, "auto", cotangent)
+        library = by_strategy(inputs, "library", cotangent)
         for name, result in auto.items():
             check_equal(name, result, library[name])
-        assert same(auto, library) != own
-        if own:
-            assert same(auto, by_scheme(inputs, "own", cotangent))
+        assert same(auto, library) != fused
+        if fused:
+            assert same(auto, by_strategy(inputs, "fused", cotangent))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -198,8 +200,8 @@ def test_the_norm_map_is_left_out_where_nothing_is_kept(layout: str, norm: str) 
     inputs = make_inputs(case, torch.float32, layout, norm=norm)
     call: dict[str, Any] = {"bias": None} | inputs.tensors | inputs.options
     operands, problem, _ = check_call(**call, backend="cpu", keep="auto")
-    for scheme in ("own", "library"):
-        torch.ops.dcconv.set_cpu_scheme(scheme)
+    for strategy in ("fused", "library"):
+        torch.ops.dcconv.set_cpu_strategy(strategy)
         try:
             with torch.no_grad():
                 results = {
@@ -207,7 +209,7 @@ def test_the_norm_map_is_left_out_where_nothing_is_kept(layout: str, norm: str) 
                     for kept in (NOTHING, OUTPUT, DOT)
                 }
         finally:
-            torch.ops.dcconv.set_cpu_scheme("auto")
+            torch.ops.dcconv.set_cpu_strategy("auto")
         y, norm_map, mean, dot = results[NOTHING]
         assert norm_map.numel() == 0
         assert dot.numel() == 0
@@ -224,7 +226,7 @@ def test_unwritten_elements_would_show(deterministic: bool) -> None:
             inputs = make_inputs(case, torch.float32, layout, magnitude="ball", bias=True)
             cotangent = random_cotangent(inputs)
             truth, peer = truth_and_peer(inputs, cotangent)
-            got = by_scheme(inputs, "own", cotangent)
+            got = by_strategy(inputs, "fused", cotangent)
             check_all(f"{case.id} {layout}", got, truth, peer, torch.float32)
 
 
@@ -232,7 +234,7 @@ def test_gradients_only_where_they_are_asked_for() -> None:
     case = Case("", 2, 5, 7, 6, 5, (3, 3), padding=1, groups=5)
     inputs = make_inputs(case, torch.float64, "channels_last", norm="given", angular="sigmoid")
     cotangent = random_cotangent(inputs)
-    full = by_scheme(inputs, "own", cotangent)
+    full = by_strategy(inputs, "fused", cotangent)
     for name, tensor in inputs.tensors.items():
         leaf = tensor.detach().requires_grad_()
         y = functional.decoupled_conv2d(**(inputs.tensors | {name: leaf}), **inputs.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,12 +24,12 @@ pytestmark = pytest.mark.backend("cpu")
 def rule_afterwards() -> Iterator[None]:
     """Leave the choice to the rule when a test is done."""
     yield
-    torch.ops.dcconv.set_cpu_scheme("auto")
+    torch.ops.dcconv.set_cpu_strategy("auto")
 
 
-def run(scheme: str, inputs: Inputs, cotangent: torch.Tensor | None, **extra: str) -> Results:
+def run(strategy: str, inputs: Inputs, cotangent: torch.Tensor | None, **extra: str) -> Results:
     """Evaluate a call in one of the ways that the CPU kernels go."""
-    torch.ops.dcconv.set_cpu_scheme(scheme)
+    torch.ops.dcconv.set_cpu_strategy(strategy)
     return evaluate(functional.decoupled_conv2d, inputs, cotangent, backend="cpu", **extra)
 
 
@@ -81,8 +82,8 @@ def test_products_of_every_shape(isa: str, case: Case, layout: str) -> None:
     inputs = make_inputs(case, torch.float32, layout, norm="none", bias=True)
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
-    got = run("own", inputs, cotangent)
-    assert torch.ops.dcconv.cpu_scheme_taken() == ("own" if case.stride == 1 else "library")
+    got = run("fused", inputs, cotangent)
+    assert torch.ops.dcconv.cpu_strategy_taken() == ("fused" if case.stride == 1 else "library")
     check_all(f"{isa} {case.id}", got, truth, peer, torch.float32)
 
 
@@ -106,21 +107,21 @@ def test_tanh_cosine_from_small_to_saturated(isa: str, case: Case, dtype: torch.
         )
         inputs.tensors["radius"] *= torch.logspace(-2, 3, case.o)[torch.randperm(case.o)]
         truth, peer = truth_and_peer(inputs, None)
-        for scheme in ("own", "library"):
+        for strategy in ("fused", "library"):
             for keep in ("output", "dot"):
-                got = run(scheme, inputs, None, keep="dot" if bias else keep)
-                check_all(f"{isa} {case.id} {weighting} {scheme}", got, truth, peer, dtype)
+                got = run(strategy, inputs, None, keep="dot" if bias else keep)
+                check_all(f"{isa} {case.id} {weighting} {strategy}", got, truth, peer, dtype)
 
 
-@pytest.mark.parametrize("scheme", ["own", "library"])
-def test_tanh_cosine_keeps_infinity_and_nan_to_their_places(isa: str, scheme: str) -> None:
+@pytest.mark.parametrize("strategy", ["fused", "library"])
+def test_tanh_cosine_keeps_infinity_and_nan_to_their_places(isa: str, strategy: str) -> None:
     x = torch.ones(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     x[0, :, 2, 3] = 1e25  # its squares overflow
     x[0, 5, 4, 4] = torch.nan
     weight = torch.ones(32, 16, 1, 1) / 16
     radius = torch.full((32,), 4.0)
     radius[7] = torch.nan
-    torch.ops.dcconv.set_cpu_scheme(scheme)
+    torch.ops.dcconv.set_cpu_strategy(strategy)
     y = functional.decoupled_conv2d(x, weight, radius=radius, backend="cpu")[0]
     usual = torch.ones(8, 8, dtype=torch.bool)
     usual[2, 3] = usual[4, 4] = False
@@ -140,7 +141,7 @@ def test_every_geometry_of_the_shared_table(layout: str, keep: str) -> None:
         inputs = make_inputs(case, torch.float32, layout, norm="batch", angular="cosine")
         cotangent = random_cotangent(inputs)
         truth, peer = truth_and_peer(inputs, cotangent)
-        got = run("own", inputs, cotangent, keep=keep)
+        got = run("fused", inputs, cotangent, keep=keep)
         check_all(f"{case.id} {layout} {keep}", got, truth, peer, torch.float32)
 
 
@@ -167,7 +168,7 @@ def test_every_operator_and_mode(geometry: str, layout: str, norm: str) -> None:
             cotangent = random_cotangent(inputs)
             truth, _ = truth_and_peer(inputs, cotangent)
             library = run("library", inputs, cotangent)
-            got = run("own", inputs, cotangent)
+            got = run("fused", inputs, cotangent)
             name = f"{magnitude} {weighting} {angular}"
             check_all(name, got, truth, library, torch.float32)
 
@@ -180,7 +181,7 @@ def test_gradients_asked_for_one_by_one(geometry: str) -> None:
             case, torch.float32, "channels_last", angular="sigmoid", norm=norm, bias=True
         )
         cotangent = random_cotangent(inputs)
-        everything = run("own", inputs, cotangent)
+        everything = run("fused", inputs, cotangent)
         for wanted in inputs.tensors:
             leaf = inputs.tensors[wanted].detach().requires_grad_()
             y = functional.decoupled_conv2d(**(inputs.tensors | {wanted: leaf}), **inputs.options)
@@ -207,7 +208,7 @@ def test_results_do_not_depend_on_the_number_of_threads(case: Case, norm: str, l
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(run("own", inputs, cotangent))
+            results.append(run("fused", inputs, cotangent))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -216,29 +217,29 @@ def test_results_do_not_depend_on_the_number_of_threads(case: Case, norm: str, l
 
 # What the rule takes, forward and backward: geometry, options of the call, and the two ways.
 CHOICES = (
-    (WIDE, {}, "own", "own"),
-    (WIDE, {"layout": "contiguous"}, "own", "library"),
-    (Case("large", 2, 256, 24, 24, 64, (1, 1)), {"layout": "contiguous"}, "own", "own"),
+    (WIDE, {}, "fused", "fused"),
+    (WIDE, {"layout": "contiguous"}, "fused", "library"),
+    (Case("large", 2, 256, 24, 24, 64, (1, 1)), {"layout": "contiguous"}, "fused", "fused"),
     (SHALLOW, {"layout": "contiguous"}, "library", "library"),
     (WIDE, {"dtype": torch.bfloat16}, "library", "library"),
     (WIDE, {"magnitude": "linear"}, "library", "library"),
-    (Case("few", 4, 256, 12, 12, 64, (1, 1)), {}, "own", "library"),
+    (Case("few", 4, 256, 12, 12, 64, (1, 1)), {}, "fused", "library"),
     (Case("fewer", 1, 1024, 7, 7, 64, (1, 1)), {}, "library", "library"),
-    (Case("small-filters", 2, 64, 7, 7, 64, (1, 1)), {}, "own", "library"),
-    (Case("4x4", 2, 64, 4, 4, 64, (1, 1)), {"layout": "contiguous"}, "own", "library"),
+    (Case("small-filters", 2, 64, 7, 7, 64, (1, 1)), {}, "fused", "library"),
+    (Case("4x4", 2, 64, 4, 4, 64, (1, 1)), {"layout": "contiguous"}, "fused", "library"),
     (Case("3x5", 80, 64, 3, 5, 64, (1, 1)), {"layout": "contiguous"}, "library", "library"),
-    (Case("large-filters", 8, 1024, 12, 12, 2048, (1, 1)), {}, "own", "library"),
-    (Case("strided", 8, 512, 23, 23, 64, (1, 1), stride=2), {}, "own", "library"),
-    (SHALLOW, {}, "own", "own"),
-    (Case("n7", 7, 24, 12, 12, 18, (3, 3), padding=1), {}, "own", "library"),
-    (Case("large-image", 8, 24, 70, 70, 40, (3, 3), padding=1), {}, "own", "library"),
-    (Case("reflect", 8, 24, 9, 9, 9, (3, 3), 1, 1, padding_mode="reflect"), {}, "own", "library"),
+    (Case("large-filters", 8, 1024, 12, 12, 2048, (1, 1)), {}, "fused", "library"),
+    (Case("strided", 8, 512, 23, 23, 64, (1, 1), stride=2), {}, "fused", "library"),
+    (SHALLOW, {}, "fused", "fused"),
+    (Case("n7", 7, 24, 12, 12, 18, (3, 3), padding=1), {}, "fused", "library"),
+    (Case("large-image", 8, 24, 70, 70, 40, (3, 3), padding=1), {}, "fused", "library"),
+    (Case("reflect", 8, 24, 9, 9, 9, (3, 3), 1, 1, padding_mode="reflect"), {}, "fused", "library"),
     (Case("deep", 8, 40, 12, 12, 18, (3, 3), padding=1), {}, "library", "library"),
     (Case("grouped", 8, 32, 12, 12, 18, (3, 3), padding=1, groups=2), {}, "library", "library"),
     (Case("empty", 0, 24, 12, 12, 18, (3, 3), padding=1), {}, "library", "library"),
 )
 
-SAID = {"own": "one pass", "library": "passes around the library convolution"}
+SAID = {"fused": "one pass", "library": "passes around the library convolution"}
 
 
 @pytest.mark.parametrize(
@@ -259,13 +260,13 @@ def test_the_rule_chooses_by_the_problem(
             # Kernels of 128 bits leave all to the library, which may use longer vectors.
             wide = isa != "baseline"
             text = backends.report(**leaves, **inputs.options, backend="cpu")
-            for direction, scheme in (("forward", forward), ("backward", backward)):
-                said = SAID[scheme if wide else "library"]
+            for direction, strategy in (("forward", forward), ("backward", backward)):
+                said = SAID[strategy if wide else "library"]
                 assert f"    {direction}: {said}" in text.splitlines()
             y = functional.decoupled_conv2d(**leaves, **inputs.options, backend="cpu")
-            assert torch.ops.dcconv.cpu_scheme_taken() == (forward if wide else "library")
+            assert torch.ops.dcconv.cpu_strategy_taken() == (forward if wide else "library")
             torch.autograd.grad(y.sum(), list(leaves.values()))
-            assert torch.ops.dcconv.cpu_scheme_taken() == (backward if wide else "library")
+            assert torch.ops.dcconv.cpu_strategy_taken() == (backward if wide else "library")
     finally:
         torch.ops.dcconv.set_cpu_isa(before)
 
@@ -276,12 +277,12 @@ def test_the_norm_map_is_left_out_where_nothing_is_kept(norm: str, layout: str) 
     inputs = make_inputs(WIDE, torch.float32, layout, norm=norm)
     call: dict[str, Any] = {"bias": None} | inputs.tensors | inputs.options
     operands, problem, _ = check_call(**call, backend="cpu", keep="auto")
-    torch.ops.dcconv.set_cpu_scheme("own")
+    torch.ops.dcconv.set_cpu_strategy("fused")
     with torch.no_grad():
         kept, alone = (
             autograd.conv2d_forward(operands, problem, what, None) for what in (OUTPUT, NOTHING)
         )
-    assert torch.ops.dcconv.cpu_scheme_taken() == "own"
+    assert torch.ops.dcconv.cpu_strategy_taken() == "fused"
     assert kept[1].numel() == 8 * 12 * 12
     assert alone[1].numel() == 0
     assert torch.equal(alone[0], kept[0])
@@ -301,24 +302,24 @@ def test_calls_that_do_not_fit_are_the_librarys(
 ) -> None:
     inputs = make_inputs(WIDE, dtype, layout, **options)
     cotangent = random_cotangent(inputs)
-    own = run("own", inputs, cotangent)
-    assert torch.ops.dcconv.cpu_scheme_taken() == "library"
-    assert all(same(own, run("library", inputs, cotangent)).values())
+    fused = run("fused", inputs, cotangent)
+    assert torch.ops.dcconv.cpu_strategy_taken() == "library"
+    assert all(same(fused, run("library", inputs, cotangent)).values())
 
 
-@pytest.mark.parametrize("scheme", ["own", "library"])
+@pytest.mark.parametrize("strategy", ["fused", "library"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("channels", "filters"), [(4096, 20), (20, 4096)])
 def test_long_sums_over_channels_and_filters(
-    channels: int, filters: int, layout: str, scheme: str
+    channels: int, filters: int, layout: str, strategy: str
 ) -> None:
     case = Case("long", 1, channels, 6, 6, filters, (1, 1))
     inputs = make_inputs(case, torch.float32, layout, angular="cosine", norm="batch")
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
-    got = run(scheme, inputs, cotangent)
-    assert torch.ops.dcconv.cpu_scheme_taken() == scheme
-    check_all(f"{channels} {filters} {layout} {scheme}", got, truth, peer, torch.float32)
+    got = run(strategy, inputs, cotangent)
+    assert torch.ops.dcconv.cpu_strategy_taken() == strategy
+    check_all(f"{channels} {filters} {layout} {strategy}", got, truth, peer, torch.float32)
 
 
 def test_values_behind_a_row_do_not_leak() -> None:
@@ -326,13 +327,33 @@ def test_values_behind_a_row_do_not_leak() -> None:
     case = Case("leak", 2, 6, 5, 7, 5, (3, 3), padding=1)
     inputs = make_inputs(case, torch.float32, "channels_last", norm="none")
     cotangent = random_cotangent(inputs)
-    clean = run("own", inputs, cotangent)
+    clean = run("fused", inputs, cotangent)
     inputs.tensors["x"][1, 0, 2, 3] = float("inf")
-    dirty = run("own", inputs, cotangent)
+    dirty = run("fused", inputs, cotangent)
     assert torch.equal(dirty["y"][0], clean["y"][0])
     assert torch.equal(dirty["x"][0], clean["x"][0])
 
 
-def test_unknown_schemes_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"must be one of auto, library, own, got 'best'"):
-        torch.ops.dcconv.set_cpu_scheme("best")
+def test_a_forced_strategy_stays_on_its_thread() -> None:
+    """Forward and backward; autograd runs backward of CPU tensors on the thread that asks."""
+
+    def taken() -> list[str]:
+        found = []
+        x = torch.randn(2, 4, 5, 5, requires_grad=True)
+        y = functional.decoupled_conv2d(x, torch.randn(4, 1, 3, 3), groups=4, backend="cpu")
+        found.append(torch.ops.dcconv.cpu_strategy_taken())
+        y.sum().backward()
+        found.append(torch.ops.dcconv.cpu_strategy_taken())
+        return found
+
+    torch.ops.dcconv.set_cpu_strategy("library")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.ops.dcconv.cpu_strategy_taken).result() == ""
+        assert pool.submit(taken).result() == ["fused", "fused"]
+        pool.submit(torch.ops.dcconv.set_cpu_strategy, "fused").result()
+        assert taken() == ["library", "library"]
+
+
+def test_unknown_strategies_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"must be one of auto, library, fused, got 'best'"):
+        torch.ops.dcconv.set_cpu_strategy("best")

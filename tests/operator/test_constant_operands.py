@@ -1,6 +1,6 @@
 """Constant images, filters and cotangents in float32: sums of equal terms, which round one way.
 
-Every scheme and instruction set of the CPU kernels; other backends run the same problems.
+Every strategy and instruction set of the CPU kernels; other backends run the same problems.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ OPERATORS = (
 )
 
 
-@pytest.fixture(params=["own", "auto"])
-def scheme(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=["fused", "auto"])
+def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
     """Our own products, and what the rule takes."""
-    torch.ops.dcconv.set_cpu_scheme(request.param)
+    torch.ops.dcconv.set_cpu_strategy(request.param)
     yield request.param
-    torch.ops.dcconv.set_cpu_scheme("auto")
+    torch.ops.dcconv.set_cpu_strategy("auto")
 
 
 def constant_problems(
@@ -79,7 +79,7 @@ def compare(case: Case, layout: str, backend: str, device: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.backend("cpu")
-def test_schemes_and_instruction_sets(isa: str, scheme: str, case: Case, layout: str) -> None:
+def test_strategies_and_instruction_sets(isa: str, strategy: str, case: Case, layout: str) -> None:
     compare(case, layout, "cpu", "cpu")
 
 
@@ -91,7 +91,7 @@ def test_products_of_constants(isa: str, case: Case, layout: str) -> None:
 
     The floor alone, whatever the library's own products are off by.
     """
-    torch.ops.dcconv.set_cpu_scheme("own")
+    torch.ops.dcconv.set_cpu_strategy("fused")
     draw = random.Random(case.id + layout)
     try:
         for _ in range(8):
@@ -103,11 +103,11 @@ def test_products_of_constants(isa: str, case: Case, layout: str) -> None:
             inputs = Inputs(inputs.tensors | constant, inputs.options)
             truth, _ = truth_and_peer(inputs)
             got = evaluate(functional.decoupled_conv2d, inputs, backend="cpu")
-            scheme = torch.ops.dcconv.cpu_scheme_taken()
-            if scheme == "own":
+            strategy = torch.ops.dcconv.cpu_strategy_taken()
+            if strategy == "fused":
                 check(f"{case.id} {layout}", got["y"], truth["y"], truth["y"], torch.float32)
     finally:
-        torch.ops.dcconv.set_cpu_scheme("auto")
+        torch.ops.dcconv.set_cpu_strategy("auto")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

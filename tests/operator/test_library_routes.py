@@ -249,29 +249,29 @@ def test_narrow_bfloat16_outputs_come_from_float32(on_cpu: str, operator: str) -
             if 32 in shapes[1]
         }
 
-    with scheme("library"):
+    with strategy("library"):
         assert all(dtypes(columns) == {"float"} for columns in range(1, convolution.NARROW + 1))
         assert dtypes(convolution.NARROW + 1) == {"c10::BFloat16"}
 
 
-def scheme(name: str) -> Any:
+def strategy(name: str) -> Any:
     """Return a context in which the cpu backend goes one way, where there is such a backend."""
     if native.missing is not None:
         return nullcontext()
-    return ForcedScheme(name)
+    return ForcedStrategy(name)
 
 
-class ForcedScheme:
+class ForcedStrategy:
     """Sets how the cpu backend goes, and lets it choose again."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __enter__(self) -> None:
-        torch.ops.dcconv.set_cpu_scheme(self.name)
+        torch.ops.dcconv.set_cpu_strategy(self.name)
 
     def __exit__(self, *unused: object) -> None:
-        torch.ops.dcconv.set_cpu_scheme("auto")
+        torch.ops.dcconv.set_cpu_strategy("auto")
 
 
 def test_narrow_outputs_of_plain_layers_come_from_float32() -> None:
@@ -435,13 +435,13 @@ def test_gradients_have_the_layouts_of_a_library_convolution(
                 assert layout(value) == layout(want[key]), (key, options, kernel, operator)
 
 
-@pytest.mark.parametrize("way", ["own", "library"])
+@pytest.mark.parametrize("way", ["fused", "library"])
 @pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 def test_weight_gradients_of_both_ways_have_the_layout_of_the_result(way: str) -> None:
     x = torch.randn(2, 16, 6, 6).to(memory_format=LAST)
     weight, grad_y = torch.randn(16, 16, 1, 1), torch.randn(2, 16, 6, 6)
     deep = torch.randn(16, 16, 3, 3)
-    with scheme(way), backends.use_backend("cpu"):
+    with strategy(way), backends.use_backend("cpu"):
         for w, padding in ((weight, 0), (deep, 1)):
             got = evaluate(decoupled_conv2d, (x, w), grad_y, padding=padding)
             want = evaluate(F.conv2d, (x, w), grad_y, padding=padding)

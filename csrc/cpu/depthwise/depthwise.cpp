@@ -300,7 +300,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
 bool takes_depthwise(const Call& call) {
   const ConvShape& s = call.shape;
   return s.groups == s.c && s.o / s.c <= kMaxMultiplier && !call.norm_free &&
-         forced_scheme() != Scheme::library;
+         forced_strategy() != Strategy::library;
 }
 
 bool takes_depthwise_backward(const Call& call) {

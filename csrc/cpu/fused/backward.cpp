@@ -313,7 +313,7 @@ Tensor summed(const Call& call, const Ints& sizes, const float* weights, int64_t
 
 }  // namespace
 
-BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in) {
+BackwardResults fused_backward(const Call& call, const BackwardInputs& in) {
   const ConvShape& shape = call.shape;
   const bool last = shape.channels_last;
   const bool needs_x = in.needs & kX, needs_weight = in.needs & kWeight;
@@ -379,7 +379,7 @@ BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in) {
   if (barrier) {
     add_mean_grad(call, in.norm_map, mean_grad, t);
     const Tensor t_sums =
-        Window(shape, in.eps)
+        PatchNorm(shape, in.eps)
             .transposed(call.table, shape, shape.n, t.const_data_ptr(), call.compute);
     const float* values = static_cast<const float*>(t_sums.const_data_ptr());
     if (last) {

@@ -200,7 +200,7 @@ void windows(const Pass& pass) {
 
 }  // namespace
 
-ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
+ForwardResults fused_forward(const Call& call, const ForwardInputs& in) {
   const ConvShape& shape = call.shape;
   const bool last = shape.channels_last;
   const Tensor x = contiguous(in.x, last);
@@ -212,7 +212,7 @@ ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in) {
   Tensor dot = in.keep_dot ? empty(sizes, call.storage, last) : empty({0}, call.storage);
   double factor = 1.0;
   if (in.batch_mean) {
-    factor = batch_norms<float>(call, Window(shape, in.eps), x, norm_map, mean);
+    factor = batch_norms<float>(call, PatchNorm(shape, in.eps), x, norm_map, mean);
   } else if (in.norm_mean.has_value()) {
     factor = scalar_of<float>(*in.norm_mean, call.compute);
   }

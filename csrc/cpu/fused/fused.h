@@ -1,5 +1,5 @@
-// The operator in one pass over its tensors, for float32 without groups: products by
-// the kernels of gemm.h, block by block of positions, each block with its norms and its elementwise
+// The operator fused, in one pass over its tensors, for float32 without groups: products by the
+// kernels of gemm.h, block by block of positions, each block with its norms and its elementwise
 // part while it is in the second-level cache.
 #pragma once
 
@@ -28,7 +28,7 @@ inline bool is_sampled(const ConvShape& shape) {
 }
 
 // Whether the kernels of gemm.h compute the call at all.
-inline bool one_pass_fits(const Call& call, bool backward) {
+inline bool fused_fits(const Call& call, bool backward) {
   const ConvShape& shape = call.shape;
   if (call.dtype != Dtype::f32 || call.norm_free || shape.groups != 1 || shape.n == 0)
     return false;
@@ -72,7 +72,7 @@ inline int64_t most_groups(const ConvShape& shape) {
 //     [128, 256, 1, 1] -> 64, 1x1     7.1 : 2.9           contiguous: vectors of one pixel
 //
 // Windows of long filters are the library's: its products are as fast and it reads patches better.
-inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) {
+inline bool fused_pays(const ConvShape& shape, int64_t panel, bool backward) {
   if (panel < 16)  // the library uses vectors of 256 bits or more where these kernels do not
     return false;
   const bool pointwise = is_pointwise(shape);
@@ -94,13 +94,13 @@ inline bool one_pass_pays(const ConvShape& shape, int64_t panel, bool backward) 
   return shallow && shape.n >= 8 && image <= (int64_t{1} << 20);
 }
 
-inline bool takes_one_pass(const Call& call, bool backward) {
-  const Scheme forced = forced_scheme();
-  return forced != Scheme::library && one_pass_fits(call, backward) &&
-         (forced == Scheme::own || one_pass_pays(call.shape, call.table.panel, backward));
+inline bool takes_fused(const Call& call, bool backward) {
+  const Strategy forced = forced_strategy();
+  return forced != Strategy::library && fused_fits(call, backward) &&
+         (forced == Strategy::fused || fused_pays(call.shape, call.table.panel, backward));
 }
 
-ForwardResults one_pass_forward(const Call& call, const ForwardInputs& in);
-BackwardResults one_pass_backward(const Call& call, const BackwardInputs& in);
+ForwardResults fused_forward(const Call& call, const ForwardInputs& in);
+BackwardResults fused_backward(const Call& call, const BackwardInputs& in);
 
 }  // namespace dcconv::cpu

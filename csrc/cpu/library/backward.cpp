@@ -57,7 +57,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   p.filters = filters.pointers();
   p.kept_is = in.kept_is;
 
-  const Window window(shape, in.eps);
+  const PatchNorm patch_norm(shape, in.eps);
   const Shown shown_rows(shape.rows), shown_columns(shape.columns);
   GradInputParams g{};
   g.c = shape.c;
@@ -79,7 +79,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
                                 int64_t count,
                                 const void* library_grad,
                                 const void* t_images) {
-    const Tensor t_sums = window.transposed(call.table, shape, count, t_images, call.compute);
+    const Tensor t_sums = patch_norm.transposed(call.table, shape, count, t_images, call.compute);
     g.n = count;
     g.library_grad = library_grad;
     g.x = at(x, first * image_input);

@@ -33,10 +33,10 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
       shape.channels_last && wants_dot && !one_chunk
   );
 
-  const Window window(shape, in.eps);
+  const PatchNorm patch_norm(shape, in.eps);
   double factor = 1.0;
   if (!call.norm_free && in.batch_mean) {
-    factor = batch_norms<A>(call, window, x, norm_map, mean);
+    factor = batch_norms<A>(call, patch_norm, x, norm_map, mean);
   } else if (in.norm_mean.has_value()) {
     factor = scalar_of<A>(*in.norm_mean, call.compute);
   }
@@ -62,7 +62,7 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
     const int64_t count = std::min(call.chunk, shape.n - first);
     const Tensor x_chunk = images(x, first, count);
     if (!call.norm_free && !in.batch_mean)
-      window.norms(
+      patch_norm.norms(
           call.table,
           shape,
           count,

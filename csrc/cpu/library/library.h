@@ -127,7 +127,7 @@ inline Tensor convolution(
 
 using ConvolutionGradients = std::tuple<Tensor, Tensor, Tensor>;
 
-inline ConvolutionGradients library_backward(
+inline ConvolutionGradients library_gradients(
     const Tensor& grad,
     const Tensor& x,
     const Tensor& weight,
@@ -160,7 +160,7 @@ inline ConvolutionGradients library_backward(
 }
 
 // The same in float32, rounded once.
-inline ConvolutionGradients float_backward(
+inline ConvolutionGradients float_gradients(
     const Tensor& grad,
     const Tensor& x,
     const Tensor& weight,
@@ -168,7 +168,7 @@ inline ConvolutionGradients float_backward(
     std::array<bool, 3> wanted
 ) {
   auto [of_x, of_weight, of_bias] =
-      library_backward(to_float(grad), to_float(x), to_float(weight), g, wanted);
+      library_gradients(to_float(grad), to_float(x), to_float(weight), g, wanted);
   const auto rounded = [](bool there, const Tensor& t) {
     return there ? to_dtype(t, ScalarType::BFloat16) : t;
   };
@@ -206,24 +206,24 @@ inline ConvolutionGradients convolution_backward(
   const Tensor x = with_exact_strides(any_x, last);
   const Tensor weight = with_exact_strides(any_weight, last);
   if (takes_float(x, weight, grad.size(3), g))
-    return float_backward(grad, x, weight, g, wanted);
+    return float_gradients(grad, x, weight, g, wanted);
   const bool pointwise = weight.size(2) == 1 && weight.size(3) == 1;
   const bool gathered = wanted[1] && pointwise && (g.stride[0] > 1 || g.stride[1] > 1) &&
                         g.padding[0] == 0 && g.padding[1] == 0 && x.size(0) > 0;
   const bool in_float =
       wanted[1] && g.groups > 1 && g.dilation[0] > 1 && x.scalar_type() == ScalarType::BFloat16;
   if (!gathered && !in_float)
-    return library_backward(grad, x, weight, g, wanted);
+    return library_gradients(grad, x, weight, g, wanted);
   ConvolutionGradients others, of_weight;
   const std::array<bool, 3> weight_only{false, true, false};
   if (wanted[0] || wanted[2])
-    others = library_backward(grad, x, weight, g, {wanted[0], false, wanted[2]});
+    others = library_gradients(grad, x, weight, g, {wanted[0], false, wanted[2]});
   if (gathered) {
     const LibraryGeometry dense{{1, 1}, {0, 0}, {1, 1}, g.groups};
     of_weight =
-        library_backward(grad, strided_pixels(x, g.stride, last), weight, dense, weight_only);
+        library_gradients(grad, strided_pixels(x, g.stride, last), weight, dense, weight_only);
   } else {
-    of_weight = float_backward(grad, x, weight, g, weight_only);
+    of_weight = float_gradients(grad, x, weight, g, weight_only);
   }
   return {std::get<0>(others), std::get<1>(of_weight), std::get<2>(others)};
 }

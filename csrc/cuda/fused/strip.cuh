@@ -286,7 +286,7 @@ __device__ __forceinline__ void next_position(A (&values)[kStrip][V]) {
 // y of V elements, each with a b of its own.
 template <class T, class A, int V>
 __device__ __forceinline__ Vector<T, V> direct_outputs(
-    const OnePassParams& p,
+    const FusedParams& p,
     const Constants<A>& constants,
     const FilterValues<A, V>& filters,
     int64_t first,
@@ -323,7 +323,7 @@ __device__ __forceinline__ Vector<T, V> direct_outputs(
 // y and, where it is kept, u of V elements.
 template <class T, class A, int V>
 __device__ __forceinline__ void store_outputs(
-    const OnePassParams& p,
+    const FusedParams& p,
     const Constants<A>& constants,
     const FilterValues<A, V>& filters,
     int64_t first,
@@ -347,7 +347,7 @@ __device__ __forceinline__ void store_outputs(
 // whether the thread is the one of its group that writes b.
 template <class T, class A, int V>
 __device__ __forceinline__ void finish_position(
-    const OnePassParams& p,
+    const FusedParams& p,
     const Constants<A>& constants,
     const FilterValues<A, V>& filters,
     int64_t first,

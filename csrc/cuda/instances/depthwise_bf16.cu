@@ -6,8 +6,8 @@
 namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<BFloat16>(const GradDotParams&, Stream);
-template void depthwise_typed<BFloat16>(const OnePassParams&, Stream);
-template void depthwise_grad_input_typed<BFloat16>(const OnePassGradInputParams&, Stream);
+template void depthwise_typed<BFloat16>(const FusedParams&, Stream);
+template void depthwise_grad_input_typed<BFloat16>(const FusedGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<BFloat16>(const DepthwiseGradWeightParams&, Stream);
 
 }  // namespace dcconv::cuda

@@ -6,8 +6,8 @@
 namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<Half>(const GradDotParams&, Stream);
-template void depthwise_typed<Half>(const OnePassParams&, Stream);
-template void depthwise_grad_input_typed<Half>(const OnePassGradInputParams&, Stream);
+template void depthwise_typed<Half>(const FusedParams&, Stream);
+template void depthwise_grad_input_typed<Half>(const FusedGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<Half>(const DepthwiseGradWeightParams&, Stream);
 
 }  // namespace dcconv::cuda

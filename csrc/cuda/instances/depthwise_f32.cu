@@ -6,8 +6,8 @@
 namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<float>(const GradDotParams&, Stream);
-template void depthwise_typed<float>(const OnePassParams&, Stream);
-template void depthwise_grad_input_typed<float>(const OnePassGradInputParams&, Stream);
+template void depthwise_typed<float>(const FusedParams&, Stream);
+template void depthwise_grad_input_typed<float>(const FusedGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<float>(const DepthwiseGradWeightParams&, Stream);
 
 }  // namespace dcconv::cuda

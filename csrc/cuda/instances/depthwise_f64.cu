@@ -6,8 +6,8 @@
 namespace dcconv::cuda {
 
 template bool grad_dot_elementwise_typed<double>(const GradDotParams&, Stream);
-template void depthwise_typed<double>(const OnePassParams&, Stream);
-template void depthwise_grad_input_typed<double>(const OnePassGradInputParams&, Stream);
+template void depthwise_typed<double>(const FusedParams&, Stream);
+template void depthwise_grad_input_typed<double>(const FusedGradInputParams&, Stream);
 template void depthwise_grad_weight_typed<double>(const DepthwiseGradWeightParams&, Stream);
 
 }  // namespace dcconv::cuda

@@ -3,9 +3,9 @@
 
 namespace dcconv::cuda {
 
-template void stem_typed<double>(const OnePassParams&, Stream);
-template void stem_typed<float>(const OnePassParams&, Stream);
-template void stem_typed<BFloat16>(const OnePassParams&, Stream);
-template void stem_typed<Half>(const OnePassParams&, Stream);
+template void stem_typed<double>(const FusedParams&, Stream);
+template void stem_typed<float>(const FusedParams&, Stream);
+template void stem_typed<BFloat16>(const FusedParams&, Stream);
+template void stem_typed<Half>(const FusedParams&, Stream);
 
 }  // namespace dcconv::cuda

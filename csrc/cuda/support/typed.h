@@ -36,17 +36,17 @@ void filter_grad_typed(const FilterGradParams& p, Stream stream);
 template <class T>
 void grad_input_typed(const GradInputParams& p, Stream stream);
 template <class T>
-void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream);
+void implicit_gemm_typed(const FusedParams& p, int tile, Stream stream);
 template <class T>
-void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, Stream stream);
+void implicit_gemm_grad_input_typed(const FusedGradInputParams& p, int tile, Stream stream);
 template <class T>
 bool grad_dot_elementwise_typed(const GradDotParams& p, Stream stream);  // whether it ran
 template <class T>
-void depthwise_typed(const OnePassParams& p, Stream stream);
+void depthwise_typed(const FusedParams& p, Stream stream);
 template <class T>
-void stem_typed(const OnePassParams& p, Stream stream);
+void stem_typed(const FusedParams& p, Stream stream);
 template <class T>
-void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream);
+void depthwise_grad_input_typed(const FusedGradInputParams& p, Stream stream);
 template <class T>
 void depthwise_grad_weight_typed(const DepthwiseGradWeightParams& p, Stream stream);
 

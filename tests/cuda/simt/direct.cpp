@@ -77,12 +77,12 @@ struct Problem {
 constexpr Operator kOperator{7, 2, false, 1.25, 0.5, 2.5, 1e-6};
 
 template <class T>
-void forward(const Problem& s, bool norms_given, void (*run)(const OnePassParams&, Stream)) {
+void forward(const Problem& s, bool norms_given, void (*run)(const FusedParams&, Stream)) {
   Buffer<T> x(s.inputs(), 1), weight(s.weights(), 2), bias(s.o, 3);
   Buffer<float> a(s.o, 4, true), radius(s.o, 5, true), k(s.o, 6, true);
   Buffer<float> given(s.positions() * s.groups, 7, true), norm(s.positions() * s.groups);
   Buffer<T> y(s.positions() * s.o), dot(s.positions() * s.o);
-  OnePassParams p{};
+  FusedParams p{};
   p.n = s.n;
   p.c = s.c;
   p.o = s.o;
@@ -108,11 +108,11 @@ void forward(const Problem& s, bool norms_given, void (*run)(const OnePassParams
 }
 
 #if defined(DIRECT_DEPTHWISE)
-void grad_input(const Problem& s, void (*run)(const OnePassGradInputParams&, Stream)) {
+void grad_input(const Problem& s, void (*run)(const FusedGradInputParams&, Stream)) {
   Buffer<float> x(s.inputs(), 1), weight(s.weights(), 2), grad_u(s.positions() * s.o, 3);
   Buffer<float> t(s.positions() * s.groups, 4), b(s.positions() * s.groups, 5, true), sigma(1, 6);
   Buffer<float> grad_x(s.inputs());
-  OnePassGradInputParams p{};
+  FusedGradInputParams p{};
   p.n = s.n;
   p.c = s.c;
   p.o = s.o;

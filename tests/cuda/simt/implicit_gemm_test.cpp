@@ -197,7 +197,7 @@ public:
       }
     auto norm = place<float>(b.size());
     auto got = place<BFloat16>(y.size()), dot = place<BFloat16>(u.size());
-    OnePassParams args{};
+    FusedParams args{};
     args.n = c.n;
     args.c = c.c;
     args.o = c.o;
@@ -241,7 +241,7 @@ public:
       }
     });
     auto got = place<BFloat16>(x.size());
-    OnePassGradInputParams args{};
+    FusedGradInputParams args{};
     args.n = c.n;
     args.c = c.c;
     args.o = c.o;
@@ -280,7 +280,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (argc == 6 && std::string(argv[1]) == "fits") {
-    OnePassParams p{};
+    FusedParams p{};
     const int side = int(size(2)), kernel = int(size(5));
     const WindowAxis axis{side, side, kernel, 1, 1, kernel / 2, kernel / 2, PaddingMode::zeros};
     p.n = p.groups = 1;

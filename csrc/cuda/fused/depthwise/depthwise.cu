@@ -4,11 +4,11 @@
 
 namespace dcconv::cuda {
 
-void depthwise(Dtype dtype, const OnePassParams& p, Stream stream) {
+void depthwise(Dtype dtype, const FusedParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { depthwise_typed<decltype(t)>(p, stream); });
 }
 
-void depthwise_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream) {
+void depthwise_grad_input(Dtype dtype, const FusedGradInputParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { depthwise_grad_input_typed<decltype(t)>(p, stream); });
 }
 

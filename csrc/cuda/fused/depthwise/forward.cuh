@@ -8,7 +8,7 @@
 namespace dcconv::cuda {
 
 struct DepthwiseArgs {
-  OnePassParams p;
+  FusedParams p;
   StripGeometry geometry;
   StripLanes lanes;
 };
@@ -20,7 +20,7 @@ constexpr int kDepthwiseResident = 2 * kThreads;
 template <class T, int V, int K>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(DepthwiseArgs args) {
   using A = typename ComputeType<T>::type;
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   const StripGeometry& g = args.geometry;
   const StripLanes& lanes = args.lanes;
   const int row = static_cast<int>(threadIdx.x) / lanes.columns;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(De
 template <class T, int K>
 __global__ void __launch_bounds__(kThreads, 3) depthwise_contiguous_kernel(DepthwiseArgs args) {
   using A = typename ComputeType<T>::type;
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   const StripGeometry& g = args.geometry;
   const StripLanes& lanes = args.lanes;
   const int channels = p.c / p.groups, per_group = p.o / p.groups;
@@ -182,7 +182,7 @@ int direct_columns(int64_t values_per_channel, int vector) {
 }
 
 template <class T, int V, int K>
-void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
+void launch_depthwise_channels_last(const FusedParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int64_t values = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.c / p.groups;
   const int columns = direct_columns<A>(values, V);
@@ -209,7 +209,7 @@ void launch_depthwise_channels_last(const OnePassParams& p, Stream stream) {
 }
 
 template <class T, int K>
-void launch_depthwise_contiguous(const OnePassParams& p, Stream stream) {
+void launch_depthwise_contiguous(const FusedParams& p, Stream stream) {
   DepthwiseArgs args{
       p,
       strip_geometry(p.window, false, p.c, p.o, p.groups),
@@ -239,7 +239,7 @@ takes_channel_vectors(int c, int o, int groups, std::initializer_list<const void
 }
 
 template <class T>
-void depthwise_typed(const OnePassParams& p, Stream stream) {
+void depthwise_typed(const FusedParams& p, Stream stream) {
   constexpr bool kDouble = std::is_same<T, double>::value;
   const bool vectors = takes_channel_vectors(p.c, p.o, p.groups, {p.x, p.y, p.dot, p.map, p.norm});
   auto run =

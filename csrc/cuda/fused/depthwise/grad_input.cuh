@@ -9,7 +9,7 @@
 namespace dcconv::cuda {
 
 struct DepthwiseGradInputArgs {
-  OnePassGradInputParams p;
+  FusedGradInputParams p;
   StripGeometry geometry;    // of the forward pass
   StripGeometry transposed;  // du as input, x as output: at stride 1 a convolution like any other
   StripLanes lanes;          // of strips of x
@@ -36,7 +36,7 @@ __device__ __forceinline__ void each_tap(const WindowAxis& axis, int i, F&& f) {
 // t + sigma / b of V elements of the map
 template <class A, int V>
 __device__ __forceinline__ void
-tap_values(const OnePassGradInputParams& p, A sigma, int64_t offset, A (&values)[V]) {
+tap_values(const FusedGradInputParams& p, A sigma, int64_t offset, A (&values)[V]) {
   load_values(static_cast<const A*>(p.t) + offset, values);
   if (p.tap == Tap::plain)
     return;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void grad_input_strip(
     int64_t offset,
     Weight&& weight
 ) {
-  const OnePassGradInputParams& p = args.p;
+  const FusedGradInputParams& p = args.p;
   const StripGeometry& g = args.geometry;
   const StripGeometry& t = args.transposed;
   const int count = at_most(kStrip, g.along.input - along);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_grad_input_channels_las
     DepthwiseGradInputArgs args
 ) {
   using A = typename ComputeType<T>::type;
-  const OnePassGradInputParams& p = args.p;
+  const FusedGradInputParams& p = args.p;
   const StripGeometry& g = args.geometry;
   const StripLanes& lanes = args.lanes;
   const int row = static_cast<int>(threadIdx.x) / lanes.columns;
@@ -200,7 +200,7 @@ template <class T, int K>
 __global__ void
 __launch_bounds__(kThreads, 2) depthwise_grad_input_contiguous_kernel(DepthwiseGradInputArgs args) {
   using A = typename ComputeType<T>::type;
-  const OnePassGradInputParams& p = args.p;
+  const FusedGradInputParams& p = args.p;
   const StripGeometry& g = args.geometry;
   const StripLanes& lanes = args.lanes;
   const int channels = p.c / p.groups, per_group = p.o / p.groups;
@@ -245,7 +245,7 @@ inline WindowAxis transposed_axis(const WindowAxis& axis) {
 }
 
 inline DepthwiseGradInputArgs
-depthwise_grad_input_args(const OnePassGradInputParams& p, int vector, int columns) {
+depthwise_grad_input_args(const FusedGradInputParams& p, int vector, int columns) {
   const StripGeometry g = strip_geometry(p.window, p.channels_last, p.c, p.o, p.groups);
   StripGeometry t = g;
   t.along = transposed_axis(g.along);
@@ -262,7 +262,7 @@ depthwise_grad_input_args(const OnePassGradInputParams& p, int vector, int colum
 }
 
 template <class T, int V, int K>
-void launch_depthwise_grad_input_channels_last(const OnePassGradInputParams& p, Stream stream) {
+void launch_depthwise_grad_input_channels_last(const FusedGradInputParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int64_t values = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.o / p.groups;
   const int columns = direct_columns<A>(values, V);
@@ -285,7 +285,7 @@ void launch_depthwise_grad_input_channels_last(const OnePassGradInputParams& p, 
 }
 
 template <class T, int K>
-void launch_depthwise_grad_input_contiguous(const OnePassGradInputParams& p, Stream stream) {
+void launch_depthwise_grad_input_contiguous(const FusedGradInputParams& p, Stream stream) {
   DepthwiseGradInputArgs args = depthwise_grad_input_args(p, 1, 1);
   const Grid grid = strip_grid(args.lanes, false, kDepthwiseGradResident);
   launch(
@@ -300,7 +300,7 @@ void launch_depthwise_grad_input_contiguous(const OnePassGradInputParams& p, Str
 }
 
 template <class T>
-void depthwise_grad_input_typed(const OnePassGradInputParams& p, Stream stream) {
+void depthwise_grad_input_typed(const FusedGradInputParams& p, Stream stream) {
   constexpr bool kDouble = std::is_same<T, double>::value;
   auto run = p.channels_last ? launch_depthwise_grad_input_channels_last<T, 1, 0>
                              : launch_depthwise_grad_input_contiguous<T, 0>;

@@ -20,7 +20,7 @@ __host__ __device__ __forceinline__ int column_place(int vector, int half) {
 template <class T>
 class ColumnOperands {
 public:
-  __device__ __forceinline__ ColumnOperands(const OnePassParams& p, int64_t filter, bool exists) {
+  __device__ __forceinline__ ColumnOperands(const FusedParams& p, int64_t filter, bool exists) {
     if (!exists)
       return;
     const FilterOperands& f = p.filters;

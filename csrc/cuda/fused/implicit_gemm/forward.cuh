@@ -12,7 +12,7 @@ namespace dcconv::cuda {
 struct GemmForwardArgs {
   GemmProblem problem;
   GemmGrid grid;
-  OnePassParams p;
+  FusedParams p;
   bool per_position;  // h depends on the position alone, up to a factor a
 };
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ void store_row_operands(
     float* inverse_b,
     float* b_or_h
 ) {
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   inverse_b[row] = 1.0f / b;
   b_or_h[row] =
       args.per_position
@@ -40,7 +40,7 @@ __device__ __forceinline__ void store_row_operands(
 template <class Tile>
 __device__ __forceinline__ float
 mapped_norm(const GemmForwardArgs& args, const GemmPlace<Tile>& place, int row) {
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   const float* map = static_cast<const float*>(p.map);
   const int64_t position = place.first_row + row;
   if (p.map_is_norm)
@@ -62,7 +62,7 @@ __device__ __forceinline__ Vector<T, kPiece> outputs_of(
     float b_or_h
 ) {
   constexpr int kHalf = kPiece / 2;
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   Vector<T, kPiece> y;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_outputs(
     const float* b_or_h
 ) {
   constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int column = place.first_column + vector * kPiece;
   if (column >= args.problem.columns)
@@ -152,7 +152,7 @@ constexpr int kForwardBytes =
 template <class T, class Tile, bool Squares>
 __global__ void
 __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwardArgs args) {
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   SharedMemory shared;
   unsigned char* stages = shared.take<unsigned char>(kForwardBytes<Tile>);
   float* inverse_b = shared.take<float>(Tile::kRows);
@@ -191,7 +191,7 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
 }
 
 template <class T, class Tile>
-void launch_implicit_gemm(const OnePassParams& p, Stream stream) {
+void launch_implicit_gemm(const FusedParams& p, Stream stream) {
   const GemmProblem problem = forward_problem(p);
   const GemmForwardArgs args{
       problem, gemm_grid<Tile>(problem), p, h_per_position(Magnitudes{}, p.op, p.filters)
@@ -212,7 +212,7 @@ void launch_implicit_gemm(const OnePassParams& p, Stream stream) {
 }
 
 template <class T>
-void implicit_gemm_typed(const OnePassParams& p, int tile, Stream stream) {
+void implicit_gemm_typed(const FusedParams& p, int tile, Stream stream) {
   with_gemm_tile(tile, [&](auto type) { launch_implicit_gemm<T, decltype(type)>(p, stream); });
 }
 

@@ -10,7 +10,7 @@ namespace dcconv::cuda {
 struct GemmGradientArgs {
   GemmProblem problem;
   GemmGrid grid;
-  OnePassGradInputParams p;
+  FusedGradInputParams p;
 };
 
 // What the windows that see a row's pixel say about their norms.
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
     GemmGradientArgs args
 ) {
   constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
-  const OnePassGradInputParams& p = args.p;
+  const FusedGradInputParams& p = args.p;
   SharedMemory shared;
   unsigned char* stages = shared.take<unsigned char>(Tile::kBytes);
   float* scales = shared.take<float>(Tile::kRows);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
 }
 
 template <class T, class Tile>
-void launch_implicit_gemm_grad_input(const OnePassGradInputParams& p, Stream stream) {
+void launch_implicit_gemm_grad_input(const FusedGradInputParams& p, Stream stream) {
   const GemmProblem problem = gradient_problem(p);
   const GemmGradientArgs args{problem, gemm_grid<Tile>(problem), p};
   launch(
@@ -95,7 +95,7 @@ void launch_implicit_gemm_grad_input(const OnePassGradInputParams& p, Stream str
 }
 
 template <class T>
-void implicit_gemm_grad_input_typed(const OnePassGradInputParams& p, int tile, Stream stream) {
+void implicit_gemm_grad_input_typed(const FusedGradInputParams& p, int tile, Stream stream) {
   with_gemm_tile(tile, [&](auto type) {
     launch_implicit_gemm_grad_input<T, decltype(type)>(p, stream);
   });

@@ -49,7 +49,7 @@ int prepared(const GemmProblem& p, int64_t outputs, int tile) {
 
 }  // namespace
 
-void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
+void implicit_gemm(Dtype dtype, const FusedParams& p, Stream stream) {
   check_call(dtype, p);
   const WindowAxis& rows = p.window.rows;
   const WindowAxis& columns = p.window.columns;
@@ -75,7 +75,7 @@ void implicit_gemm(Dtype dtype, const OnePassParams& p, Stream stream) {
     implicit_gemm_typed<Half>(p, tile, stream);
 }
 
-void implicit_gemm_grad_input(Dtype dtype, const OnePassGradInputParams& p, Stream stream) {
+void implicit_gemm_grad_input(Dtype dtype, const FusedGradInputParams& p, Stream stream) {
   check_call(dtype, p);
   const WindowAxis& rows = p.window.rows;
   const WindowAxis& columns = p.window.columns;

@@ -26,7 +26,7 @@ struct GemmProblem {
   PixelOf pixel_of;  // of a row
 };
 
-inline GemmProblem forward_problem(const OnePassParams& p) {
+inline GemmProblem forward_problem(const FusedParams& p) {
   const auto axis = [](const WindowAxis& w) {
     return GatherAxis{w.input, w.kernel, w.stride, -w.before, w.dilation};
   };
@@ -46,7 +46,7 @@ inline GemmProblem forward_problem(const OnePassParams& p) {
 }
 
 // At stride 1: input i is seen by output i + before - r * dilation through tap r.
-inline GemmProblem gradient_problem(const OnePassGradInputParams& p) {
+inline GemmProblem gradient_problem(const FusedGradInputParams& p) {
   const auto axis = [](const WindowAxis& w) {
     return GatherAxis{w.output, w.kernel, 1, w.before, -w.dilation};
   };

@@ -4,7 +4,7 @@
 
 namespace dcconv::cuda {
 
-void stem(Dtype dtype, const OnePassParams& p, Stream stream) {
+void stem(Dtype dtype, const FusedParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { stem_typed<decltype(t)>(p, stream); });
 }
 

@@ -18,7 +18,7 @@ constexpr int kStemPitch = kStemFilters + 4;     // of a row of dots: rows begin
 constexpr int kStemResident = 4 * kStemThreads;  // threads per multiprocessor, registers allowing
 
 struct StemArgs {
-  OnePassParams p;
+  FusedParams p;
   PixelOf pixel_of;
   int depth;  // c r s
   int pitch;  // of a row of taps
@@ -50,7 +50,7 @@ std::size_t stem_shared(int64_t depth) {
 template <class T, class A>
 __device__ __forceinline__ A
 gather_taps(const StemArgs& args, int64_t position, bool inside, int half, T* row) {
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   const WindowAxis& rows = p.window.rows;
   const WindowAxis& columns = p.window.columns;
   const int taps = rows.kernel * columns.kernel;
@@ -129,7 +129,7 @@ tile_products(const T* taps, const T* filters, int pitch, int depth, A (&sums)[k
 template <class T, int V>
 __global__ void __launch_bounds__(kStemThreads, 4) stem_kernel(StemArgs args) {
   using A = typename ComputeType<T>::type;
-  const OnePassParams& p = args.p;
+  const FusedParams& p = args.p;
   const int thread = static_cast<int>(threadIdx.x);
   const int chunk = static_cast<int>(blockIdx.y) * kStemFilters;
   const int64_t outputs = int64_t(p.window.rows.output) * p.window.columns.output;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kStemThreads, 4) stem_kernel(StemArgs args) {
 }
 
 template <class T, int V>
-void launch_stem(const OnePassParams& p, Stream stream) {
+void launch_stem(const FusedParams& p, Stream stream) {
   const int64_t positions = p.n * int64_t(p.window.rows.output) * p.window.columns.output;
   const int64_t depth = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.c;
   const int64_t chunks = ceil_div(p.o, kStemFilters), tiles = ceil_div(positions, kStemRows);
@@ -242,7 +242,7 @@ void launch_stem(const OnePassParams& p, Stream stream) {
 constexpr std::size_t kStemShared = 99 << 10;
 
 template <class T>
-void stem_typed(const OnePassParams& p, Stream stream) {
+void stem_typed(const FusedParams& p, Stream stream) {
   const int64_t depth = int64_t(p.window.rows.kernel) * p.window.columns.kernel * p.c;
   DCCONV_CHECK(
       p.groups == 1 && stem_shared<T>(depth) <= kStemShared,
