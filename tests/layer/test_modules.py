@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 import dcconv
 from dcconv import DecoupledConv2d
 from dcconv.functional import decoupled_conv2d, patch_norm
-from dcconv.operator import checks
+from dcconv.operator import arguments
 from dcconv.operator.functions import angulars, magnitudes
+from dcconv.operator.records import Geometry
 
 T = 1e-3
 
@@ -109,7 +110,7 @@ def test_numpy_integers_are_taken_where_nn_conv2d_takes_them() -> None:
     assert torch.equal(y, decoupled_conv2d(x, layer.weight, None, 2, 2, 2, 2))
     b = patch_norm(x, np.int64(3), two, two, two, two)
     assert torch.equal(b, patch_norm(x, 3, 2, 2, 2, 2))
-    _, _, problem = checks.patch_norm(x, 3, two, two, two, two, 1e-4, "zeros")
+    _, _, problem = arguments.patch_norm(x, 3, Geometry(two, two, two, two), 1e-4)
     assert type(problem.window.groups) is int
 
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import dcconv
-from dcconv import DecoupledConv2d, backends, warn
+from dcconv import DecoupledConv2d, backends, native, warn
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.operator import functions
 from dcconv.operator.functions import angulars, magnitudes
@@ -1056,7 +1056,7 @@ def test_use_backend_restores_the_setting_after_an_error() -> None:
 
 def test_compiled_backend_without_its_library_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "the compiled library is missing: no compiler was found"
-    monkeypatch.setattr(backends.ops, "missing", sentence)
+    monkeypatch.setattr(native, "missing", sentence)
     message = re.escape(f"dcconv: backend 'cpu' cannot run this call: {sentence}")
     with pytest.raises(NotImplementedError, match=f"^{message}$"):
         decoupled_conv2d(X, WEIGHT, backend="cpu")
@@ -1109,8 +1109,8 @@ def test_tensors_on_different_devices_raise(argument: str, other: str) -> None:
 def test_gpu_without_code_is_refused(
     capability: tuple[int, int], archs: str | None, willing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends.ops, "cuda_missing", lambda: None)
-    monkeypatch.setattr(backends.ops, "_build", SimpleNamespace(ARCHS=archs))
+    monkeypatch.setattr(native, "cuda_missing", lambda: None)
+    monkeypatch.setattr(native, "_build", SimpleNamespace(ARCHS=archs))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     asked: list[int] = []
     monkeypatch.setattr(
@@ -1138,9 +1138,9 @@ def test_gpu_without_code_is_refused(
 def test_cuda_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     call = backends.Call("cuda", torch.float32, transformed=False)
     record = backends._BACKENDS[backends.names.index("cuda")]
-    monkeypatch.setattr(backends.ops, "cuda_missing", lambda: "a test says so")
+    monkeypatch.setattr(native, "cuda_missing", lambda: "a test says so")
     assert record.why_not(call) == "a test says so"
-    monkeypatch.setattr(backends.ops, "cuda_missing", lambda: None)
+    monkeypatch.setattr(native, "cuda_missing", lambda: None)
     monkeypatch.setattr(backends, "_gpus", {0: None})
     assert record.why_not(call) is None
     sentence = "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
@@ -1149,7 +1149,7 @@ def test_cuda_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slow_choice_warns_once_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "the compiled library is missing: a test says so"
-    monkeypatch.setattr(backends.ops, "missing", sentence)
+    monkeypatch.setattr(native, "missing", sentence)
     monkeypatch.setattr(warn, "_said", set())
     monkeypatch.setattr(backends, "_default", "auto")
     message = re.escape(

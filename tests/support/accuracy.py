@@ -14,8 +14,6 @@ far below the floor but where a result is the rest of a cancellation, and is onl
 A non-finite peer counts as 8 floors. A kernel value that is not finite where the truth is finite
 fails, and so does a finite value where the truth is not: NaN and infinity must propagate. An empty
 tensor has no error. A truth that is zero everywhere has no scale to be relative to; such zeros come
-from calls import convolution
-from calls import convolution
 from zero factors (a zero filter, a zero patch), which every arithmetic keeps, so the kernel must
 return exact zeros. So small a truth that a factor of it may be below the normal numbers of the
 compute dtype, a saturated magnitude's, counts as zero, and must be as small in the kernel.
