@@ -43,7 +43,7 @@ class Step(NamedTuple):
     operands: tuple[Operand, ...]
 
 
-class Operator(NamedTuple):
+class Form(NamedTuple):
     """What the expression of an operator depends on.
 
     Attributes:
@@ -167,25 +167,25 @@ def _asin(p: _Program, c: str) -> str:
     return p("select", p("less", c, 0.0), p("mul", angle, -1.0), angle)
 
 
-def _linear_angle(p: _Program, operator: Operator, c: str) -> str:
+def _linear_angle(p: _Program, operator: Form, c: str) -> str:
     return p("mul", _asin(p, c), 2.0 / torch.pi)
 
 
-def _cosine_angle(p: _Program, operator: Operator, c: str) -> str:
+def _cosine_angle(p: _Program, operator: Form, c: str) -> str:
     return c
 
 
-def _sigmoid_angle(p: _Program, operator: Operator, c: str) -> str:
+def _sigmoid_angle(p: _Program, operator: Form, c: str) -> str:
     half = p("mul", p("reciprocal", "k"), 0.5)
     scale = p("reciprocal", p("tanh", p("mul", half, torch.pi / 2)))
     return p("mul", p("tanh", p("mul", _asin(p, c), half)), scale)
 
 
-def _square_cosine_angle(p: _Program, operator: Operator, c: str) -> str:
+def _square_cosine_angle(p: _Program, operator: Form, c: str) -> str:
     return p("mul", c, p("abs", c))
 
 
-def _power_angle(p: _Program, operator: Operator, c: str) -> str:
+def _power_angle(p: _Program, operator: Form, c: str) -> str:
     # c |c|^(power - 1): neither a sign nor a logarithm of 0.
     if operator.power == 1.0:
         return c
@@ -195,55 +195,55 @@ def _power_angle(p: _Program, operator: Operator, c: str) -> str:
 Factors = tuple[Operand, ...]
 
 
-def _sphere(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _sphere(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     return (operator.alpha,)
 
 
-def _ball(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _ball(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     return _at_most_one(p, p("mul", b, p("reciprocal", rho))), operator.alpha
 
 
-def _tanh(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _tanh(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     return p("tanh", p("mul", b, p("reciprocal", rho))), operator.alpha
 
 
-def _linear(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _linear(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     return b, operator.alpha
 
 
-def _segmented(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _segmented(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     beyond = p("add", p("mul", b, operator.beta), p("mul", rho, operator.alpha - operator.beta))
     return (p("select", p("less", b, rho), p("mul", b, operator.alpha), beyond),)
 
 
-def _log(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _log(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     return p("log1p", b), operator.alpha
 
 
-def _mix(p: _Program, operator: Operator, b: str, rho: str) -> Factors:
+def _mix(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     curved = p("mul", p("log1p", b), operator.beta)
     return (p("add", p("mul", b, operator.alpha), curved),)
 
 
-def _none(p: _Program, operator: Operator, h: Factors, rho: str) -> Factors:
+def _none(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
     return h
 
 
-def _times_a(p: _Program, operator: Operator, h: Factors, rho: str) -> Factors:
+def _times_a(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
     return "a", *h
 
 
-def _product(p: _Program, operator: Operator, h: Factors, rho: str) -> Factors:
+def _product(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
     ratio = p("mul", "a", p("reciprocal", rho))
     return p("tanh", p("mul", p.carried("b"), ratio)), operator.alpha
 
 
-def _separate(p: _Program, operator: Operator, h: Factors, rho: str) -> Factors:
+def _separate(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
     return p("tanh", p("mul", "a", p("reciprocal", rho))), *h
 
 
 #: g of c, by name.
-angles: dict[str, Callable[[_Program, Operator, str], str]] = {
+angles: dict[str, Callable[[_Program, Form, str], str]] = {
     "linear": _linear_angle,
     "cosine": _cosine_angle,
     "sigmoid": _sigmoid_angle,
@@ -252,7 +252,7 @@ angles: dict[str, Callable[[_Program, Operator, str], str]] = {
 }
 
 #: h of b and rho, in factors, by name.
-magnitudes: dict[str, Callable[[_Program, Operator, str, str], Factors]] = {
+magnitudes: dict[str, Callable[[_Program, Form, str, str], Factors]] = {
     "sphere": _sphere,
     "ball": _ball,
     "tanh": _tanh,
@@ -263,7 +263,7 @@ magnitudes: dict[str, Callable[[_Program, Operator, str, str], Factors]] = {
 }
 
 #: h of the filter norm a, the unweighted h and rho, in factors, by name.
-weightings: dict[str, Callable[[_Program, Operator, Factors, str], Factors]] = {
+weightings: dict[str, Callable[[_Program, Form, Factors, str], Factors]] = {
     "none": _none,
     "linear": _times_a,
     "product": _product,
@@ -288,7 +288,7 @@ def _product_by_kind(p: _Program, factors: Iterable[Operand]) -> list[Operand]:
 
 
 @functools.lru_cache(maxsize=256)
-def forward(operator: Operator) -> Expression:
+def forward(operator: Form) -> Expression:
     """Return y as an expression of u.
 
     The leaves beside ``u`` are ``b``, the norm map; ``a``, the filter norms; and what the operator

@@ -1,11 +1,11 @@
-"""Plan G: cuDNN's graph compiler runs the convolution with the whole epilogue in it.
+"""The strategy graph: cuDNN's graph compiler runs the convolution with the whole epilogue in it.
 
 Forward: norms, one graph. Input gradient: the map of summed taps, one graph. What is saved and
-returned is plan A's, in its layouts, so that the plans of forward and backward mix. Products with
-filters, gradients of filters and the pass over dy are plan A's.
+returned is what library saves and returns, in its layouts, so that the strategies of forward and
+backward mix. Products with filters, gradients of filters and the pass over dy are those of library.
 
 cuDNN may refuse a graph that the static rules below let pass; the op then says so once and
-computes by plan A's kernels (``dcconv.cudnn.ops``).
+computes by the strategy library (``dcconv.cudnn.ops``).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def forward(
     """Evaluate an operator that :func:`why_not` accepts.
 
     Returns:
-        y, the norm map, the mean norm, u and the filter norms, as ``plan_a.forward``.
+        y, the norm map, the mean norm, u and the filter norms, as ``library.forward``.
     """
     x, weight, bias, radius, norm_mean, k = operands
     x = x.contiguous(memory_format=torch.channels_last)

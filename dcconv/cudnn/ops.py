@@ -1,11 +1,11 @@
 """Convolutions whose epilogue is an expression, as two ops that cuDNN's graph compiler runs.
 
-``cudnn_conv2d_forward`` is plan A's library convolution and epilogue in one,
+``cudnn_conv2d_forward`` is the library convolution and its epilogue in one,
 ``cudnn_conv2d_grad_input`` its data gradient and last pass. Graphs are built by the package
-nvidia-cudnn-frontend, once for every ``Key``, which takes from a tenth of a second to some seconds;
-the last ``MAX_GRAPHS`` are kept.
+nvidia-cudnn-frontend, once for every ``GraphKey``, which takes from a tenth of a second to some
+seconds; the last ``MAX_GRAPHS`` are kept.
 
-Where a graph cannot run, the op computes by plan A's kernels and warns once per reason: cuDNN
+Where a graph cannot run, the op computes by the strategy library and warns once per reason: cuDNN
 refuses to build it, or it is not there yet while a CUDA graph is captured, when nothing may be
 built. Layers that ran once before the capture run their graphs in it.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from dcconv.cudnn import epilogue
-from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Operator
+from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
 from dcconv.operator.records import output_size
 from dcconv.warn import warn_once
 
@@ -52,7 +52,7 @@ NODES: dict[str, tuple[str, tuple[str, ...]]] = {
 COMPARISONS = ("greater", "less")
 
 
-class Key(NamedTuple):
+class GraphKey(NamedTuple):
     """What a graph depends on. All its tensors are dense channels_last: no strides.
 
     Attributes:
@@ -71,7 +71,7 @@ class Key(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-    operator: Operator | None
+    operator: Form | None
     keep_dot: bool = False
 
     @property
@@ -93,7 +93,7 @@ class Key(NamedTuple):
         return (self.x[0], self.weight[0], p, q)
 
 
-class Plan(NamedTuple):
+class Compiled(NamedTuple):
     """A graph that cuDNN compiled.
 
     Attributes:
@@ -158,7 +158,9 @@ def _channels_last_strides(shape: tuple[int, ...]) -> list[int]:
     return [c * h * w, 1, c * w, c]
 
 
-def compose(key: Key, frontend: Any, **device: Any) -> tuple[Any, dict[str, Any], dict[Any, float]]:
+def compose(
+    key: GraphKey, frontend: Any, **device: Any
+) -> tuple[Any, dict[str, Any], dict[Any, float]]:
     """Write a key's graph.
 
     Args:
@@ -248,7 +250,7 @@ def plan(graph: Any, frontend: Any) -> None:
     graph.check_support()
 
 
-def build(key: Key, frontend: Any, **device: Any) -> Plan:
+def build(key: GraphKey, frontend: Any, **device: Any) -> Compiled:
     """Write, plan and compile a key's graph; arguments as for :func:`compose`.
 
     Raises:
@@ -263,7 +265,7 @@ def build(key: Key, frontend: Any, **device: Any) -> Plan:
         tensor: torch.full((1, 1, 1, 1), value, dtype=torch.float32)
         for tensor, value in scalars.items()
     }
-    return Plan(graph, tensors, constants, int(graph.get_workspace_size()))
+    return Compiled(graph, tensors, constants, int(graph.get_workspace_size()))
 
 
 #: How many graphs are kept, the least recently used one giving way: several networks at several
@@ -272,8 +274,8 @@ MAX_GRAPHS = 256
 
 # Graphs, or the sentence why there is none, the last used one last; and graphs that captured CUDA
 # graphs launch, which stay for good. Threads build and enqueue one at a time.
-_plans: dict[Key, Plan | str] = {}
-_captured: dict[Key, Plan] = {}
+_compiled: dict[GraphKey, Compiled | str] = {}
+_captured: dict[GraphKey, Compiled] = {}
 _lock = threading.Lock()
 # A handle belongs to one thread and one GPU.
 _handles = threading.local()
@@ -293,38 +295,38 @@ def _handle(device: int) -> Any:
 
 def _make_room() -> None:
     """Drop the least recently used graph where there is no room for another."""
-    while len(_plans) >= MAX_GRAPHS:
-        oldest = next(iter(_plans))
-        if isinstance(_plans[oldest], Plan):
+    while len(_compiled) >= MAX_GRAPHS:
+        oldest = next(iter(_compiled))
+        if isinstance(_compiled[oldest], Compiled):
             # It may still be running, and its kernels are unloaded with it.
             torch.cuda.synchronize(oldest.device)
-        del _plans[oldest]
+        del _compiled[oldest]
 
 
-def _graph(key: Key, handle: Any) -> Plan | str:
+def _graph(key: GraphKey, handle: Any) -> Compiled | str:
     """Return a key's graph, building it if it is new, or one sentence why there is none."""
     if key in _captured:
         return _captured[key]
     capturing = torch.cuda.is_current_stream_capturing()
-    if key in _plans:
+    if key in _compiled:
         # Moves to the end.
-        built = _plans[key] = _plans.pop(key)
-        if capturing and isinstance(built, Plan):
+        built = _compiled[key] = _compiled.pop(key)
+        if capturing and isinstance(built, Compiled):
             _captured[key] = built
-            del _plans[key]
+            del _compiled[key]
         return built
     if capturing:
         return CAPTURING
     _make_room()
     try:
-        _plans[key] = build(key, _frontend, handle=handle)
+        _compiled[key] = build(key, _frontend, handle=handle)
     except (_frontend.cudnnGraphNotSupportedError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
-        _plans[key] = f"cuDNN cannot build it: {first}"
-    return _plans[key]
+        _compiled[key] = f"cuDNN cannot build it: {first}"
+    return _compiled[key]
 
 
-def execute(key: Key, tensors: dict[str, Tensor]) -> str | None:
+def execute(key: GraphKey, tensors: dict[str, Tensor]) -> str | None:
     """Run a key's graph on the current stream.
 
     Args:
@@ -356,7 +358,7 @@ def execute(key: Key, tensors: dict[str, Tensor]) -> str | None:
 
 
 def _warn(reason: str) -> None:
-    warn_once(f"plan A runs in place of a cuDNN graph: {reason}")
+    warn_once(f"the library convolution runs in place of a cuDNN graph: {reason}")
 
 
 def _dense(t: Tensor, layout: torch.memory_format = torch.channels_last) -> Tensor:
@@ -371,10 +373,10 @@ def _key(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    operator: Operator | None,
+    operator: Form | None,
     keep_dot: bool = False,
-) -> Key:
-    return Key(
+) -> GraphKey:
+    return GraphKey(
         x.device.index or 0,
         x.dtype,
         tuple(x.shape),
@@ -410,7 +412,7 @@ def _forward(
     keep_dot: bool,
 ) -> tuple[Tensor, Tensor]:
     x, weight = _dense(x), _dense(weight)
-    operator = Operator(
+    operator = Form(
         magnitude,
         angular,
         weighting,
@@ -487,7 +489,7 @@ def _grad_input(
     key = _key(x, weight, stride, padding, dilation, None)
     n, _, h, w = x.shape
     geometry = (list(weight.shape[2:]), stride, padding, dilation, 1, "zeros", True)
-    # The pass of plan A, on one channel of ones: 0 + 1 * sum of the taps.
+    # The pass of the strategy library, on one channel of ones: 0 + 1 * sum of the taps.
     ones = torch.ones((n, 1, h, w), dtype=t.dtype, device=x.device)
     taps = torch.zeros_like(ones)
     torch.ops.dcconv.conv2d_grad_input_(taps, ones, t, norm_map, sigma, *geometry)

@@ -1,4 +1,4 @@
-"""Asks cuDNN, without a GPU, what it thinks of plan G's graphs; writes its answers as JSON.
+"""Asks cuDNN, without a GPU, what it thinks of every graph; writes its answers as JSON.
 
     python tests/cudnn/cudnn_planning.py answers.json
 
@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if str(Path(__file__).resolve().parents[1] / "support") not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 from cases import IN_STEPS
 
 from dcconv.cudnn import ops as cudnn_ops
-from dcconv.cudnn.epilogue import Operator
-from dcconv.cudnn.ops import Key
+from dcconv.cudnn.epilogue import Form
+from dcconv.cudnn.ops import GraphKey
 from dcconv.operator.records import is_norm_free
 
 # An H100 in the words of cuDNN's device descriptor.
@@ -93,14 +97,14 @@ def stand_in_driver(folder: Path) -> str | None:
     return None
 
 
-LAYER = Key(0, torch.bfloat16, (8, 64, 14, 14), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), None)
-DEFAULT = Operator("tanh", "cosine", "none", scaled_radius=True)
+LAYER = GraphKey(0, torch.bfloat16, (8, 64, 14, 14), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), None)
+DEFAULT = Form("tanh", "cosine", "none", scaled_radius=True)
 
 
-def expressible() -> dict[str, Operator]:
+def expressible() -> dict[str, Form]:
     """Return every operator that is worth a graph, with constants that none folds away."""
     return {
-        f"{magnitude} {weighting} {angular}": Operator(
+        f"{magnitude} {weighting} {angular}": Form(
             magnitude, angular, weighting, 1.5, 0.25, 3.0, scaled_radius=True, bias=True
         )
         for magnitude, weighting, angular in IN_STEPS
@@ -108,7 +112,7 @@ def expressible() -> dict[str, Operator]:
     }
 
 
-def tried(operator: Operator) -> bool:
+def tried(operator: Form) -> bool:
     """Whether to ask for engines too, a fifth of a second each: every function at least once."""
     if operator.angular != "square_cosine":
         return (operator.magnitude, operator.weighting) == ("tanh", "none")

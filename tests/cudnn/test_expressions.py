@@ -23,7 +23,7 @@ from cases import (
 from torch import Tensor
 
 from dcconv.cudnn import epilogue
-from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Operator
+from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
 from dcconv.operator import functions, reference
 from dcconv.operator.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.operator.numerics import ACCURACY_FLOOR, ANGLE_DELTA, RHO_FLOOR, angle_delta
@@ -49,10 +49,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def variants() -> list[Operator]:
+def variants() -> list[Form]:
     """All operators in steps, with every constant and shape of the parameters among them."""
     return [
-        Operator(
+        Form(
             magnitude,
             angular,
             weighting,
@@ -107,7 +107,7 @@ def evaluate_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     for name, leaf in (("radius", radius), ("mean", mean), ("k", k), ("bias", bias)):
         if leaf is not None:
             leaves[name] = shaped(leaf)
-    operator = Operator(
+    operator = Form(
         problem.operator.magnitude,
         problem.operator.angular,
         problem.operator.weighting,
@@ -163,7 +163,7 @@ def test_every_operator_agrees_with_the_reference(angular: str, dtype: torch.dty
             check(name, got, truth, peer, dtype)
 
 
-def extreme_leaves(operator: Operator, dtype: torch.dtype) -> dict[str, Tensor]:
+def extreme_leaves(operator: Form, dtype: torch.dtype) -> dict[str, Tensor]:
     """Cosines over [-1, 1] with zero, norms over eight decades and at the radius.
 
     The slope of asin enlarges the rounding of cosines near the ends: they have their own test.
@@ -190,7 +190,7 @@ def extreme_leaves(operator: Operator, dtype: torch.dtype) -> dict[str, Tensor]:
     return leaves
 
 
-def by_functions(operator: Operator, leaves: dict[str, Tensor]) -> Tensor:
+def by_functions(operator: Form, leaves: dict[str, Tensor]) -> Tensor:
     """Evaluate an operator by ``dcconv.operator.functions``."""
     a, b = leaves["a"], leaves["b"]
     rho = leaves["radius"]
@@ -219,7 +219,7 @@ def test_extreme_values_agree_with_the_functions() -> None:
 
 @pytest.mark.parametrize("angular", POLYNOMIAL)
 def test_asin_is_exact_to_the_ends(angular: str) -> None:
-    operator = Operator("sphere", angular, "none", scalar_k=True)
+    operator = Form("sphere", angular, "none", scalar_k=True)
     near = 1.0 - torch.logspace(-7, -1, 200)
     cosines = torch.cat([near, -near, torch.tensor([1.0, -1.0, 1.0000001, -1.5, 0.5, -0.5, 0.0])])
     one = torch.ones(1, 1, 1, 1)
@@ -298,14 +298,14 @@ def test_magnitudes_of_the_position_alone_are_one_map() -> None:
     """What varies with the position is one feed beside 1 / b, whatever the formula."""
     for magnitude, weighting in IN_STEPS_MAGNITUDES:
         for angular in epilogue.angles:
-            operator = Operator(magnitude, angular, weighting, scalar_radius=True)
+            operator = Form(magnitude, angular, weighting, scalar_radius=True)
             maps = [kind for _, kind in epilogue.forward(operator).feeds].count(MAP)
             most = 1 if angular == "cosine" else 2
             assert maps <= most + (weighting == "product"), operator
 
 
 def test_default_operator_is_nine_steps() -> None:
-    expression = epilogue.forward(Operator("tanh", "cosine", "none", scaled_radius=True))
+    expression = epilogue.forward(Form("tanh", "cosine", "none", scaled_radius=True))
     assert [step.op for step in expression.steps] == [
         *("min", "max", "add", "mul", "tanh"),
         *("mul", "mul", "mul"),

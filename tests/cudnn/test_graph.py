@@ -1,4 +1,4 @@
-"""Plan G on the CPU: the operator through cuDNN graphs, the package ``cudnn`` stood in for.
+"""The operator through cuDNN graphs on the CPU, the package ``cudnn`` stood in for.
 
 ``cudnn_model`` runs the graphs, ``library_model`` the small ops beside them. The last tests take
 the real package: cuDNN plans and compiles every expression for a GPU that is described to it.
@@ -41,8 +41,8 @@ from dcconv import native, warn
 from dcconv.call import saved
 from dcconv.cudnn import epilogue, graph
 from dcconv.cudnn import ops as cudnn_ops
-from dcconv.cudnn.epilogue import Operator
-from dcconv.cudnn.ops import Key
+from dcconv.cudnn.epilogue import Form
+from dcconv.cudnn.ops import GraphKey
 from dcconv.operator.functions import weightings
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
@@ -67,14 +67,14 @@ class World(SimpleNamespace):
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """Plan G's ops for CPU tensors on the models, with nothing built yet."""
+    """Its ops for CPU tensors on the models, with nothing built yet."""
     if native.missing is not None:
         pytest.skip(native.missing)
     world = World(frontend=Frontend(STREAM), capturing=False)
     monkeypatch.setattr(cudnn_ops, "_frontend", world.frontend)
     monkeypatch.setattr(cudnn_ops, "_missing", None)
     monkeypatch.setattr(cudnn_ops, "_looked", True)
-    monkeypatch.setattr(cudnn_ops, "_plans", {})
+    monkeypatch.setattr(cudnn_ops, "_compiled", {})
     monkeypatch.setattr(cudnn_ops, "_captured", {})
     monkeypatch.setattr(warn, "_said", set())
     monkeypatch.setattr(cudnn_ops, "_handles", threading.local())
@@ -94,8 +94,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         library._destroy()
 
 
-class PlanG(torch.autograd.Function):
-    """y by plan G; grad_x by plan G and the other gradients by plan A."""
+class Graph(torch.autograd.Function):
+    """y and grad_x by the strategy graph, the other gradients by library."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -129,7 +129,7 @@ def grad_x(
     problem: Problem,
     kept: str,
 ) -> Tensor:
-    """Return the input gradient: plan A's pass over dy, then plan G."""
+    """Return the input gradient: the pass over dy, then the graph."""
     x, weight, _, radius, norm_mean, k = operands
     weight = weight.contiguous(memory_format=memory_format(weight))
     batch = problem.norm == NORM_BATCH
@@ -175,21 +175,21 @@ def prepare(inputs: Inputs) -> tuple[Operands, Problem]:
     return convolution(**{**usual, **tensors, **inputs.options})
 
 
-def by_plan_g(
+def by_graph(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, keep_: str = "auto", **options: Any
 ) -> Tensor:
-    """Evaluate ``functional.decoupled_conv2d``'s call by plan G."""
+    """Evaluate ``functional.decoupled_conv2d``'s call by the strategy graph."""
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     operands, problem = prepare(Inputs(tensors, options))
     kept = saved.kept(problem, x.dtype, bias is not None, keep_)
-    return PlanG.apply(*operands, problem, kept)
+    return Graph.apply(*operands, problem, kept)
 
 
 def compare(name: str, inputs: Inputs, **extra: Any) -> None:
     """Judge y and all gradients by the accuracy rule."""
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
-    got = evaluate(by_plan_g, inputs, cotangent, **extra)
+    got = evaluate(by_graph, inputs, cotangent, **extra)
     check_all(name, got, truth, peer, inputs.tensors["x"].dtype)
 
 
@@ -232,7 +232,7 @@ def test_every_operator_runs_as_a_graph(world: World) -> None:
         )
         with torch.no_grad():
             truth, peer = truth_and_peer(inputs)
-            got = evaluate(by_plan_g, inputs)
+            got = evaluate(by_graph, inputs)
         check_all(f"{magnitude} {weighting} {angular}", got, truth, peer, torch.float32)
     assert world.frontend.executed == world.frontend.built == len(IN_STEPS)
 
@@ -271,9 +271,9 @@ def test_graphs_are_built_once_per_key(world: World) -> None:
 
 
 def test_key_tells_devices_and_directions_apart() -> None:
-    key = Key(0, torch.bfloat16, (1, 8, 4, 5), (16, 8, 3, 3), (2, 1), (1, 0), (1, 2), None)
+    key = GraphKey(0, torch.bfloat16, (1, 8, 4, 5), (16, 8, 3, 3), (2, 1), (1, 0), (1, 2), None)
     assert key.u == (1, 16, 2, 1)
-    keys = {key, key._replace(device=1), key._replace(operator=Operator("tanh", "cosine", "none"))}
+    keys = {key, key._replace(device=1), key._replace(operator=Form("tanh", "cosine", "none"))}
     assert len(keys) == 3
     assert key.expression is epilogue.input_gradient
 
@@ -287,7 +287,9 @@ def run_both(seed: int = 0) -> None:
 
 def test_capture_without_a_compiled_graph_runs_library(world: World) -> None:
     world.capturing = True
-    with pytest.warns(RuntimeWarning, match="plan A runs .*: a CUDA graph is being captured"):
+    with pytest.warns(
+        RuntimeWarning, match="the library convolution runs .*: a CUDA graph is being captured"
+    ):
         run_both()
     assert world.frontend.built == world.frontend.executed == 0
     assert not world.frontend.handles
@@ -357,7 +359,7 @@ def test_refusals_give_way_too(world: World, waits: list[int]) -> None:
     cases = ("3x3-p1", "3x3-s2-p1", "1x1-s2", "3x3-p1", "1x1-s2")
     with pytest.warns(RuntimeWarning, match="no engine"):
         assert [built_for(world, case) for case in cases] == [1, 1, 1, 1, 0]
-    assert len(cudnn_ops._plans) == 2 and not waits
+    assert len(cudnn_ops._compiled) == 2 and not waits
 
 
 def test_graphs_that_were_captured_stay(world: World, waits: list[int]) -> None:
@@ -480,7 +482,7 @@ def refused(
     device: str = "cuda",
     gradient: bool = False,
 ) -> str | None:
-    """Return plan G's sentence for a call on fake tensors."""
+    """Return the strategy graph's sentence for a call on fake tensors."""
     with FakeTensorMode():
         x = torch.empty(2, channels, 5, 5, dtype=dtype, device=device, memory_format=layout)
         weight = torch.empty(filters, channels, 3, 3, dtype=dtype, device=device)
@@ -577,7 +579,7 @@ def test_a_package_that_does_not_load_is_named(
 
 def test_every_primitive_has_a_node() -> None:
     for magnitude, weighting, angular in IN_STEPS:
-        expression = epilogue.forward(Operator(magnitude, angular, weighting, power=3.0))
+        expression = epilogue.forward(Form(magnitude, angular, weighting, power=3.0))
         assert {step.op for step in expression.steps} <= set(cudnn_ops.NODES)
 
 
@@ -590,7 +592,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(reason)
     path = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "cudnn_planning.py", folder / "said.json"],
+        [sys.executable, ROOT / "tests" / "cudnn" / "cudnn_planning.py", folder / "said.json"],
         env=os.environ | {"LD_LIBRARY_PATH": path, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -646,4 +648,4 @@ def test_graphs_agree_with_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
             continue
         assert reason is None
         compare(f"{magnitude} {weighting} {angular}", inputs)
-    assert all(isinstance(built, cudnn_ops.Plan) for built in cudnn_ops._plans.values())
+    assert all(isinstance(built, cudnn_ops.Compiled) for built in cudnn_ops._compiled.values())
