@@ -412,7 +412,7 @@ def test_file_of_another_version_is_another_file(cache: Path, monkeypatch: Any) 
     assert first.name == (
         f"NVIDIA-H100-80GB-HBM3-dcconv-{dcconv.__version__}-torch-{torch.__version__}-format-2.json"
     )
-    monkeypatch.setattr(dcconv, "__version__", "99.0")
+    monkeypatch.setattr(tables, "__version__", "99.0")
     renewed = tables.Cache(GPU)
     assert renewed.table.times == {}
     renewed.add(KEY, {"A": 3.0})
@@ -1003,7 +1003,7 @@ def test_unknown_strategies_are_refused(names: Any) -> None:
 
 
 def test_environment_names_the_allowed_strategies(world: World, monkeypatch: Any) -> None:
-    code = "from dcconv.dispatch import choice; print(strategy._allowed.names)"
+    code = "from dcconv.call import strategy; print(strategy._allowed.names)"
     environ = os.environ | {"DCCONV_PLANS": "B,A"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True

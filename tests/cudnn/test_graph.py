@@ -32,7 +32,7 @@ from cases import (
 from cudnn_model import Frontend, NotSupportedError
 from cudnn_planning import expressible, stand_in_driver
 from library_model import implementations
-from paths import ROOT
+from paths import TESTS, python_path
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -592,8 +592,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(reason)
     path = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "cudnn" / "cudnn_planning.py", folder / "said.json"],
-        env=os.environ | {"LD_LIBRARY_PATH": path, "PYTHONPATH": str(ROOT)},
+        [sys.executable, TESTS / "cudnn" / "cudnn_planning.py", folder / "said.json"],
+        env=os.environ | {"LD_LIBRARY_PATH": path, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from train.engine import folder as folders
 from train.engine.checkpoint import Checkpoints
@@ -245,9 +246,8 @@ def test_write_that_the_system_cuts_off_leaves_what_was_saved(saved):
         "except OSError as error:\n"
         "    sys.exit(error.errno)\n"
     )
-    root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", code, str(saved)], env=os.environ | {"PYTHONPATH": str(root)}
+        [sys.executable, "-c", code, str(saved)], env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == errno.EFBIG
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
