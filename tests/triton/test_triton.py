@@ -235,8 +235,9 @@ def test_what_fused_takes() -> None:
     ]
     assert reasons(window[:, :1], grouped) == [None] * 3
     everything = {"stride": (2, 3), "dilation": (2, 1), "padding_mode": "circular"}
-    assert reasons(window[:, :1], grouped._replace(**everything)) == [None] * 3
-    assert reasons(window[:, :1], grouped._replace(magnitude="linear")) == [norm_free] * 3
+    assert reasons(window[:, :1], problem_with(groups=4, **everything)) == [None] * 3
+    linear = problem_with(groups=4, magnitude="linear")
+    assert reasons(window[:, :1], linear) == [norm_free] * 3
 
 
 def test_tiles_and_kernels_that_are_not_there(interpreter: Worker) -> None:
