@@ -8,7 +8,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
@@ -41,7 +40,8 @@ void cuda_arch(torch::stable::Tensor out) {
   cuda_arch_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<int32_t*>(out.mutable_data_ptr())
   );
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const cudaError_t error = cudaGetLastError();
+  DCCONV_CHECK(error == cudaSuccess, "kernel cuda_arch did not start: ", cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ def test_a_gpu_has_a_class_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_message_of_compiled_code_names_a_file_of_the_build() -> None:
     """PyTorch's own checks begin with file and line, and its own wrappers print a stack."""
     checks = re.compile(
-        r"\b(STD_TORCH_CHECK|(STABLE_)?TORCH_ERROR_CODE_CHECK|TORCH_CHECK)\s*\("
+        r"\b((STD_)?TORCH_CHECK|STD_CUDA_(KERNEL_LAUNCH_)?CHECK|(STABLE_)?TORCH_ERROR_CODE_CHECK)\s*\("
         r"|torch::stable::(empty|empty_like|fill_|pad|parallel_for|new_empty|clone)\("
         r"|__FILE__"
     )
