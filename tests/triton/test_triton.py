@@ -100,6 +100,25 @@ def test_a_missing_twin_refuses_its_function_alone(interpreter: Worker) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("magnitude", "angular", "named"),
+    [
+        ("fraction", "cosine", "magnitude 'fraction'"),
+        ("tanh", "cubic", "angular function 'cubic'"),
+        ("fraction", "cubic", "magnitude 'fraction'"),
+    ],
+)
+def test_a_function_of_python_alone_is_refused(
+    interpreter: Worker, magnitude: str, angular: str, named: str
+) -> None:
+    sentence = f"it has no Triton twin of the {named}"
+    assert interpreter.ask("registered_alone", magnitude=magnitude, angular=angular) == {
+        "asked": sentence,
+        "called": f"dcconv: backend 'triton' cannot run this call: {sentence}",
+        "known": None,
+    }
+
+
 def require_twin(interpreter: Worker, magnitude: str, angular: str, weighting: str) -> None:
     """Skip where the operator's functions have no twins, with the backend's sentence."""
     reason = interpreter.ask("twinless", magnitude=magnitude, angular=angular, weighting=weighting)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import new_functions
 import torch
 import torch._dynamo.testing
 from accuracy import check, check_all, evaluate, judge, random_cotangent, truth_and_peer
@@ -831,6 +832,20 @@ def absent_twin() -> dict[str, str | None]:
         )
     finally:
         functions.ANGULARS, functions.MAGNITUDES = known
+    return found
+
+
+def registered_alone(magnitude: str, angular: str) -> dict[str, str | None]:
+    """What an operator hears whose functions are new and have no twin, and a call of it."""
+    x, weight = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
+    with new_functions.registered():
+        found = {"asked": backends.why_not("triton", x, magnitude, angular)}
+        try:
+            functional.decoupled_conv2d(x, weight, magnitude=magnitude, angular=angular)
+        except NotImplementedError as refused:
+            found["called"] = str(refused)
+        found["known"] = backends.why_not("triton", x)
+        assert functional.decoupled_conv2d(x, weight).isfinite().all()
     return found
 
 
