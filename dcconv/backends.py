@@ -179,8 +179,7 @@ def _differentiated(operands: Operands) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
 
-def _one_op_conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
-    mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+def _one_op_conv2d(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Tensor | None]:
     if _differentiated(operands):
         results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, None)
     else:
@@ -191,8 +190,7 @@ def _one_op_conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Ten
 def _planned_conv2d_by(
     backend: str,
 ) -> Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]:
-    def conv2d(operands: Operands, problem: Problem, keep: str) -> tuple[Tensor, Tensor | None]:
-        mode = kept(problem, operands.x.dtype, operands.bias is not None, keep)
+    def conv2d(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Tensor | None]:
         if not _differentiated(operands):
             chosen = strategy.choose(backend, operands, problem, NOTHING, 0, _benchmarks())
             results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
@@ -216,9 +214,8 @@ def _patch_norm_by(plan: str) -> Callable[[Tensor, tuple[int, int], Problem], Te
 
 
 def _reference_conv2d(
-    operands: Operands, problem: Problem, keep: str
+    operands: Operands, problem: Problem, mode: str
 ) -> tuple[Tensor, Tensor | None]:
-    kept(problem, operands.x.dtype, operands.bias is not None, keep)
     return reference.forward(operands, problem)
 
 
@@ -299,6 +296,12 @@ def describe(x: Tensor, operator: Operator | None = None) -> Call:
     recorded = torch.is_grad_enabled() and recording()
     index = x.device.index or 0
     return Call(x.device.type, x.dtype, is_transformed(), index, functions, recorded)
+
+
+def setting() -> str:
+    """Return the backend's name, or ``auto``, that holds for a call which names none."""
+    own = settings.backend.own()
+    return _default if own is None else own
 
 
 def is_transformed() -> bool:

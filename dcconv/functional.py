@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from dcconv.call import run
-from dcconv.operator.records import CURVATURE, RADIUS, Geometry, Operator
+from dcconv.operator.records import (
+    CURVATURE,
+    RADIUS,
+    Geometry,
+    Operator,
+    geometry_of,
+    operator_of,
+)
 
 
 def decoupled_conv2d(
@@ -85,8 +92,8 @@ def decoupled_conv2d(
         >>> y.shape, bool(y.abs().max() <= 1.0)
         (torch.Size([2, 4, 8, 8]), True)
     """
-    operator = Operator(magnitude, angular, weighting, alpha, beta, power, eps)
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    operator = operator_of(magnitude, angular, weighting, alpha, beta, power, eps)
+    geometry = geometry_of(stride, padding, dilation, groups, padding_mode)
     y, _ = run.conv2d(x, weight, bias, radius, norm_mean, k, operator, geometry, keep, backend)
     return y
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dcconv import backends, folding, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
@@ -96,6 +97,24 @@ def _field(record: str, name: str) -> Any:
         setattr(layer, record, changed(getattr(layer, record), name, value))
 
     return property(get, put)
+
+
+def _in_dtype(value: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """Return a tensor in a dtype, itself where it may be."""
+    return value if value.dtype == dtype and not copy else value.to(dtype, copy=copy)
+
+
+def _is_plain_on_cpu(mean: Tensor, average: Tensor, steps: Tensor) -> bool:
+    """Whether numbers of an update can be looked at: nothing traces, transforms or watches it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(mean) is type(average) is type(steps) is Tensor
+        and mean.device == average.device == steps.device == torch.device("cpu")
+        and mean.dtype == average.dtype
+        and not torch._C._is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not backends.is_transformed()
+    )
 
 
 class DecoupledConv2d(nn.Module):
@@ -301,6 +320,8 @@ class DecoupledConv2d(nn.Module):
         """Return the buffer of the average; one with fewer digits than ``dtype`` gets them back."""
         mean = self.norm_mean
         assert mean is not None
+        if mean.dtype == dtype:
+            return mean
         if needs_digits(mean, dtype):
             if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
                 # The buffer stands in for the layer's own for one call, and must not outlive it.
@@ -354,7 +375,7 @@ class DecoupledConv2d(nn.Module):
             return self.initial_radius
         # The square keeps its argument for backward: as it is now, since another may be loaded.
         copy = torch.is_grad_enabled() or tracing.recording()
-        raw = self.radius_raw.to(self._compute_dtype(), copy=copy)
+        raw = _in_dtype(self.radius_raw, self._compute_dtype(), copy)
         offset: float = constant("RADIUS_OFFSET")
         return raw.square() + offset
 
@@ -363,16 +384,17 @@ class DecoupledConv2d(nn.Module):
         """The curvature k: [o] in compute dtype if learned, else a number."""
         if self.k_raw is None:
             return self.initial_k
-        raw = self.k_raw.to(self._compute_dtype())
+        raw = _in_dtype(self.k_raw, self._compute_dtype())
         offset: float = constant("K_OFFSET")
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
         return torch.where(raw < 0.0, -raw, raw) + offset
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call forward and hooks; ``torch.fx`` records the call of a leaf, hooks and all."""
-        proxy = tracing.proxy_in(arguments, options)
-        if proxy is not None:
-            return tracing.leaf(self, proxy, arguments, options)
+        if not arguments or type(arguments[0]) is not Tensor:
+            proxy = tracing.proxy_in(arguments, options)
+            if proxy is not None:
+                return tracing.leaf(self, proxy, arguments, options)
         return super().__call__(*arguments, **options)
 
     @property
@@ -382,21 +404,23 @@ class DecoupledConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""
-        proxy = tracing.proxy_in((x,), {})
-        if proxy is not None:
-            recorded: Tensor = tracing.leaf(self, proxy, (x,), {})
+        if isinstance(x, Proxy):
+            recorded: Tensor = tracing.leaf(self, x, (x,), {})
             return recorded
+        weight = self.weight
         norm_mean: Tensor | str | None = None
         seen: Tensor | None = None  # whether any rank had a patch
         if self.uses_norm_mean:
-            norm_mean = self._average(self._compute_dtype())
+            norm_mean = self._average(compute_dtype(weight.dtype))
             if self.training and self._must_synchronise():
                 norm_mean, seen = self._synchronised_mean(x)
             elif self.training:
                 norm_mean = NORM_BATCH
+        if self.gradient_scales:
+            weight = weighed(weight, self.gradient_scales, self.operator.eps)
         y, mean = run.conv2d(
             x,
-            weighed(self.weight, self.gradient_scales, self.operator.eps),
+            weight,
             self.bias,
             self.radius,
             norm_mean,
@@ -429,6 +453,14 @@ class DecoupledConv2d(nn.Module):
 
     def _update_norm_mean(self, mean: Tensor, seen: Tensor | None = None) -> None:
         assert self.norm_mean is not None and self.norm_mean_steps is not None
+        if seen is None and _is_plain_on_cpu(mean, self.norm_mean, self.norm_mean_steps):
+            # Values at hand are cheaper to ask than to select by.
+            if self.norm_init == "first" and not self.norm_mean_steps.item():
+                self.norm_mean.copy_(mean)
+            else:
+                self.norm_mean.lerp_(mean, self.norm_momentum)
+            self.norm_mean_steps.add_(1)
+            return
         with torch.no_grad():
             mean = mean.to(self.norm_mean.dtype)
             average = torch.lerp(self.norm_mean, mean, self.norm_momentum)

@@ -111,26 +111,12 @@ def as_pytorch(error: RuntimeError) -> RuntimeError:
 
 def conv2d_arguments(operands: Operands, problem: Problem) -> tuple[Any, ...]:
     """Return the arguments shared by the forward op, in schema order."""
-    x, weight, bias, radius, norm_mean, k = operands
+    operator = problem.operator
     return (
-        x,
-        weight,
-        bias,
-        radius,
-        norm_mean,
-        k,
-        list(problem.window.stride),
-        list(problem.window.padding),
-        list(problem.window.dilation),
-        problem.window.groups,
-        problem.window.padding_mode,
-        problem.operator.magnitude,
-        problem.operator.angular,
-        problem.operator.weighting,
-        problem.operator.alpha,
-        problem.operator.beta,
-        problem.operator.power,
-        problem.operator.eps,
+        *operands,
+        *problem.window,
+        *operator.constants,
+        operator.eps,
         problem.delta,
         problem.norm,
     )

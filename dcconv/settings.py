@@ -51,6 +51,8 @@ class Setting(Generic[T]):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        # Whether any context was ever entered: looking for one takes half a microsecond.
+        self.used = False
         self.variable: ContextVar[T | None] = ContextVar(f"dcconv.{name}", default=None)
 
     def own(self) -> T | None:
@@ -58,6 +60,8 @@ class Setting(Generic[T]):
         if torch.compiler.is_compiling():
             traced: T | None = getattr(_traced, self.name)
             return traced
+        if not self.used:
+            return None
         value = self.variable.get()
         return _of_backward(self.variable) if value is None else value
 
@@ -72,6 +76,7 @@ class Setting(Generic[T]):
             finally:
                 setattr(_traced, self.name, outside)
         else:
+            self.used = True
             before = self.variable.get()
             self.variable.set(value)
             setattr(_traced, self.name, value)

@@ -39,9 +39,8 @@ def conv2d_forward(
         if plans is not None:
             return plans.forward(operands, problem, kept)
         arguments = native.conv2d_arguments(operands, problem)
-        results: tuple[Tensor, ...] = torch.ops.dcconv.conv2d_forward(
-            *arguments, kept == DOT, kept != NOTHING
-        )
+        op = torch.ops.dcconv.conv2d_forward.default
+        results: tuple[Tensor, ...] = op(*arguments, kept == DOT, kept != NOTHING)
         return results
     except RuntimeError as error:
         known = native.as_pytorch(error)
@@ -118,7 +117,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                 )
                 return (*_in_layout(planned, x, weight), None, None, None)
             arguments = native.conv2d_arguments(operands, problem)
-            grads = torch.ops.dcconv.conv2d_backward(
+            grads = torch.ops.dcconv.conv2d_backward.default(
                 grad_y,
                 x,
                 weight,

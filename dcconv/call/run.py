@@ -1,17 +1,68 @@
-"""Runs a call: checks it against its records, chooses a backend, and calls it."""
+"""Runs a call: checks it against its records, chooses a backend, and calls it.
+
+A layer of 8 channels on 4x4 pixels takes microseconds, and so do checks. What they say depends on
+static facts alone (sizes, strides, dtypes, devices, records, settings), so a call whose facts have
+been checked is run at once: ``_prepared`` has them.
+"""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcconv import backends
+from dcconv.call.saved import kept
 from dcconv.operator import arguments, checks
-from dcconv.operator.records import Geometry, Operator, knows_autocast, without_autocast
+from dcconv.operator.convolution import batched, fitted
+from dcconv.operator.layout import PLAIN
+from dcconv.operator.numerics import tf32_convolutions
+from dcconv.operator.records import (
+    Geometry,
+    Operands,
+    Operator,
+    Problem,
+    as_compute,
+    knows_autocast,
+    without_autocast,
+)
 from dcconv.tracing import quietly, recording
+
+
+class Prepared(NamedTuple):
+    """What is known of a call whose facts have been checked.
+
+    Attributes:
+        problem: the call without its tensors.
+        backend: what runs it.
+        mode: what its backward keeps.
+        image: whether x is [c, h, w].
+        fits: whether x and weight are operands as they are.
+        radius, k: the operands of plain numbers; None for tensors and for operators without them.
+        uses_rho, uses_k: whether the operator has them.
+    """
+
+    problem: Problem
+    backend: backends.Backend
+    mode: str
+    image: bool
+    fits: bool
+    radius: Tensor | None
+    k: Tensor | None
+    uses_rho: bool
+    uses_k: bool
+
+
+# Emptied when full: images of ever new sizes would fill it.
+_MOST_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+
+
+def forget() -> None:
+    """Have every call checked again, and its backend chosen anew."""
+    _prepared.clear()
 
 
 def _autocast(
@@ -32,6 +83,87 @@ def _autocast(
     return cast(x), cast(weight), cast(bias)
 
 
+# Arguments that are what they say.
+_CONSTANTS = (float, int, str, type(None))
+
+
+def _facts_of(t: Any) -> Any:
+    """Return the static facts of a plain tensor, a number or None; TypeError for anything else."""
+    kind = type(t)
+    if kind in PLAIN:
+        return t.shape, t.stride(), t.dtype, t.device, t.layout
+    if kind in _CONSTANTS:
+        return kind, t
+    raise TypeError
+
+
+def _facts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | float,
+    norm_mean: Tensor | str | None,
+    k: Tensor | float,
+    *records: Any,
+) -> tuple[Any, ...] | None:
+    """Return what the checks and choices of a call depend on; None where it is more than this."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or backends.is_transformed()
+    ):
+        return None
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
+        return None
+    try:
+        # Tensors that are no arrays have no strides, or no shape: the checks have their sentences.
+        tensors = (
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.device,
+            x.layout,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            weight.device,
+            weight.layout,
+            bias if bias is None else _facts_of(bias),
+            _facts_of(radius),
+            _facts_of(norm_mean),
+            _facts_of(k),
+        )
+    except (RuntimeError, TypeError):
+        return None
+    tf32 = x.is_cuda and tf32_convolutions()
+    return *tensors, *records, backends.setting(), tf32
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | float,
+    norm_mean: Tensor | str | None,
+    k: Tensor | float,
+    operator: Operator,
+    geometry: Geometry,
+    keep: str,
+    backend: str | None,
+    norm_grad: bool,
+) -> tuple[Operands, Problem, backends.Backend, str]:
+    operands, problem = arguments.convolution(
+        x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
+    )
+    checks.choice("keep", keep, checks.KEEPS)
+    if backend is not None:
+        backends.check_name("backend", backend)
+    chosen = backends.choose(operands.x, backend, operator)
+    mode = kept(problem, operands.x.dtype, bias is not None, keep)
+    return operands, problem, chosen, mode
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -50,18 +182,87 @@ def conv2d(
     The mean is a scalar in compute dtype where ``norm_mean="batch"`` and the magnitude has a
     radius, else None or an empty tensor. The layer keeps its moving average from it.
     """
+    facts: tuple[Any, ...] | None = None
+    if not torch.compiler.is_compiling():
+        records = (operator, geometry, keep, backend, norm_grad)
+        facts = _facts(x, weight, bias, radius, norm_mean, k, *records)
+        known = None if facts is None else _prepared.get(facts)
+        if known is not None:
+            operands = _operands(x, weight, bias, radius, norm_mean, k, known)
+            y, mean = known.backend.conv2d(operands, known.problem, known.mode)
+            if mean is not None and mean.requires_grad:
+                mean = mean.detach()
+            return y.squeeze(0) if known.image else y, mean
     with quietly() if recording() else nullcontext():
         x, weight, bias = _autocast(x, weight, bias)
-        operands, problem = arguments.convolution(
-            x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
+        operands, problem, chosen, mode = _check(
+            x,
+            weight,
+            bias,
+            radius,
+            norm_mean,
+            k,
+            operator,
+            geometry,
+            keep,
+            backend,
+            norm_grad,
         )
-        checks.choice("keep", keep, checks.KEEPS)
-        if backend is not None:
-            backends.check_name("backend", backend)
-        chosen = backends.choose(operands.x, backend, operator)
     with without_autocast(operands.x):
-        y, mean = chosen.conv2d(operands, problem, keep)
+        y, mean = chosen.conv2d(operands, problem, mode)
+    if facts is not None:
+        fits = operands.x is x and operands.weight is weight
+        _remember(facts, problem, chosen, mode, fits, x, radius, k)
     return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()
+
+
+def _remember(
+    facts: tuple[Any, ...],
+    problem: Problem,
+    chosen: backends.Backend,
+    mode: str,
+    fits: bool,
+    x: Tensor,
+    radius: Tensor | float,
+    k: Tensor | float,
+) -> None:
+    """Keep what the checks of a call have said."""
+    uses_rho, uses_k = problem.operator.uses_rho, problem.operator.uses_k
+    # Constants of inference mode could not be saved for backward.
+    with torch.inference_mode(False):
+        constants = [
+            as_compute(value, x) if uses and not isinstance(value, Tensor) else None
+            for value, uses in ((radius, uses_rho), (k, uses_k))
+        ]
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    image = x.dim() == 3
+    _prepared[facts] = Prepared(
+        problem, chosen, mode, image, fits, *constants, uses_rho, uses_k
+    )
+
+
+def _operands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    radius: Tensor | float,
+    norm_mean: Tensor | str | None,
+    k: Tensor | float,
+    known: Prepared,
+) -> Operands:
+    """Return the operands of a call that has been checked before."""
+    own_radius, own_k, mean = known.radius, known.k, None
+    if known.uses_rho:
+        if own_radius is None:
+            own_radius = as_compute(radius, x)
+        if type(norm_mean) is not str:
+            mean = as_compute(norm_mean, x)  # type: ignore[arg-type]
+    if known.uses_k and own_k is None:
+        own_k = as_compute(k, x)
+    if not known.fits:
+        x, weight = batched(x), fitted(weight)
+    return Operands(x, weight, bias, own_radius, mean, own_k)
 
 
 def patch_norm(
@@ -69,9 +270,9 @@ def patch_norm(
 ) -> Tensor:
     """Run a patch norm."""
     with quietly() if recording() else nullcontext():
-        batched, kernel, problem = arguments.patch_norm(x, kernel_size, geometry, eps)
+        image, kernel, problem = arguments.patch_norm(x, kernel_size, geometry, eps)
     if backend is not None:
         backends.check_name("backend", backend)
     with without_autocast(x):
-        b = backends.choose(batched, backend).patch_norm(batched, kernel, problem)
+        b = backends.choose(image, backend).patch_norm(image, kernel, problem)
     return b if x.dim() == 4 else b.squeeze(0)

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dcconv.tracing import sizes
 
 
-def is_channels_last(t: Tensor) -> bool:
-    """Whether a 4-d tensor suggests channels_last, by PyTorch's own rule on strides."""
-    smallest, shape = 0, sizes(t)
+#: The classes of tensors that are one array with numbers for sizes, outside of transforms.
+PLAIN = (Tensor, Parameter)
+
+# Answers by sizes and strides: the rule in Python takes 3 us. Emptied when full.
+_MOST_ANSWERS = 4096
+_answers: dict[tuple[Any, ...], bool] = {}
+
+
+def _suggests_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    smallest = 0
     for axis in (1, 3, 2, 0):
-        size, stride = shape[axis], t.stride(axis)
+        size, stride = shape[axis], strides[axis]
         if size == 0 or stride < smallest:
             return False
-        if axis == 0 and smallest == t.stride(1):
+        if axis == 0 and smallest == strides[1]:
             return False
         smallest = stride * size if size > 1 else stride
-    return t.stride(1) != 0
+    return strides[1] != 0
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether a 4-d tensor suggests channels_last, by PyTorch's own rule on strides."""
+    if type(t) not in PLAIN or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return _suggests_channels_last(sizes(t), t.stride())
+    key = (t.shape, t.stride())
+    found = _answers.get(key)
+    if found is None:
+        found = _suggests_channels_last(*key)
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[key] = found
+    return found
 
 
 def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_format:

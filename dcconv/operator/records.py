@@ -79,6 +79,18 @@ class Operator:
         for name in ("alpha", "beta", "power", "eps"):
             object.__setattr__(self, name, float(getattr(self, name)))
 
+    def __hash__(self) -> int:
+        """Return the hash of the fields, taken once: every call looks its operator up."""
+        found: int | None = self.__dict__.get("_hash")
+        if found is None:
+            found = hash((*self.constants, self.eps))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a copy is made: hashes of names differ between processes."""
+        return Operator, (*self.constants, self.eps)
+
     def __repr__(self) -> str:
         """Show what differs from the defaults."""
         changed = self.changes()
@@ -170,6 +182,54 @@ class Geometry(_Geometry):
             checks.size("groups", groups, 1),
             padding_mode,
         )
+
+
+# Records by what they were made of, with its types, so that True is not taken for 1. Emptied when
+# full.
+_MOST_RECORDS = 1024
+_records: dict[tuple[Any, ...], Any] = {}
+
+
+def _found(kind: type[Any], arguments: tuple[Any, ...]) -> Any:
+    """Return a record of these arguments, the one that was made before where there is one."""
+    if torch.compiler.is_compiling():
+        return kind(*arguments)
+    types = [type(part) if type(part) is not tuple else (*map(type, part),) for part in arguments]
+    key = (*arguments, *types)
+    try:
+        record = _records.get(key)
+    except TypeError:  # a list, or something wrong
+        return kind(*arguments)
+    if record is None:
+        record = kind(*arguments)
+        if len(_records) >= _MOST_RECORDS:
+            _records.clear()
+        _records[key] = record
+    return record
+
+
+def operator_of(
+    magnitude: str,
+    angular: str,
+    weighting: str,
+    alpha: float,
+    beta: float,
+    power: float,
+    eps: float,
+) -> Operator:
+    """Return the ``Operator`` of these arguments, checked once."""
+    found: Operator = _found(
+        Operator, (magnitude, angular, weighting, alpha, beta, power, eps)
+    )
+    return found
+
+
+def geometry_of(
+    stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str
+) -> Geometry:
+    """Return the ``Geometry`` of these arguments, checked once."""
+    found: Geometry = _found(Geometry, (stride, padding, dilation, groups, padding_mode))
+    return found
 
 
 class Window(NamedTuple):
@@ -283,7 +343,8 @@ def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
             # A sum of one. Compiled code saves the source of a copy and makes the copy in backward;
             # sums it keeps.
             return value.to(compute_dtype(x.dtype)).sum()
-        return value.to(compute_dtype(x.dtype), copy=changes)
+        dtype = compute_dtype(x.dtype)
+        return value if value.dtype == dtype and not changes else value.to(dtype, copy=changes)
     return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
 
 
