@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from dcconv import backends, folding, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
@@ -18,7 +17,15 @@ from dcconv.call import run
 from dcconv.casts import Cast
 from dcconv.operator import checks
 from dcconv.operator.numerics import EPS, FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
-from dcconv.operator.records import CURVATURE, NORM_BATCH, RADIUS, Geometry, Operator, changed
+from dcconv.operator.records import (
+    CURVATURE,
+    NORM_BATCH,
+    RADIUS,
+    Geometry,
+    Learned,
+    Operator,
+    changed,
+)
 from dcconv.weights import weighed
 
 _STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")
@@ -99,17 +106,14 @@ def _field(record: str, name: str) -> Any:
     return property(get, put)
 
 
-def _in_dtype(value: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """Return a tensor in a dtype, itself where it may be."""
-    return value if value.dtype == dtype and not copy else value.to(dtype, copy=copy)
-
-
 def _is_plain_on_cpu(mean: Tensor, average: Tensor, steps: Tensor) -> bool:
     """Whether numbers of an update can be looked at: nothing traces, transforms or watches it."""
     return (
         not torch.compiler.is_compiling()
         and type(mean) is type(average) is type(steps) is Tensor
-        and mean.device == average.device == steps.device == torch.device("cpu")
+        and mean.is_cpu
+        and average.is_cpu
+        and steps.is_cpu
         and mean.dtype == average.dtype
         and not torch._C._is_tracing()
         and not torch._C._len_torch_dispatch_stack()
@@ -373,18 +377,14 @@ class DecoupledConv2d(nn.Module):
         """The radius r: [o] in compute dtype if learned, else a number."""
         if self.radius_raw is None:
             return self.initial_radius
-        # The square keeps its argument for backward: as it is now, since another may be loaded.
-        copy = torch.is_grad_enabled() or tracing.recording()
-        raw = _in_dtype(self.radius_raw, self._compute_dtype(), copy)
-        offset: float = constant("RADIUS_OFFSET")
-        return raw.square() + offset
+        return Learned(self.radius_raw).value(self._compute_dtype())
 
     @property
     def k(self) -> Tensor | float:
         """The curvature k: [o] in compute dtype if learned, else a number."""
         if self.k_raw is None:
             return self.initial_k
-        raw = _in_dtype(self.k_raw, self._compute_dtype())
+        raw = self.k_raw.to(self._compute_dtype())
         offset: float = constant("K_OFFSET")
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
         return torch.where(raw < 0.0, -raw, raw) + offset
@@ -404,17 +404,26 @@ class DecoupledConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator; in training also update the moving average of the mean norm."""
-        if isinstance(x, Proxy):
-            recorded: Tensor = tracing.leaf(self, x, (x,), {})
-            return recorded
-        weight = self.weight
+        if type(x) is not Tensor:
+            proxy = tracing.proxy_in((x,), {})
+            if proxy is not None:
+                recorded: Tensor = tracing.leaf(self, proxy, (x,), {})
+                return recorded
+        weight: Tensor = self.weight
+        radius: Tensor | float | Learned = self.initial_radius
+        raw = self.radius_raw
+        if raw is not None:
+            # A layer of a class of one's own may have another radius.
+            plain = type(self).radius is DecoupledConv2d.radius
+            radius = Learned(raw) if plain else self.radius
         norm_mean: Tensor | str | None = None
         seen: Tensor | None = None  # whether any rank had a patch
+        training = self.training
         if self.uses_norm_mean:
             norm_mean = self._average(compute_dtype(weight.dtype))
-            if self.training and self._must_synchronise():
+            if training and self._must_synchronise():
                 norm_mean, seen = self._synchronised_mean(x)
-            elif self.training:
+            elif training:
                 norm_mean = NORM_BATCH
         if self.gradient_scales:
             weight = weighed(weight, self.gradient_scales, self.operator.eps)
@@ -422,16 +431,16 @@ class DecoupledConv2d(nn.Module):
             x,
             weight,
             self.bias,
-            self.radius,
+            radius,
             norm_mean,
-            self.k,
+            self.initial_k if self.k_raw is None else self.k,
             self.operator,
             self.geometry,
             self.keep,
             self.backend,
             self.norm_mean_grad,
         )
-        if self.uses_norm_mean and self.training and settings.norm_updates.own() is not False:
+        if training and self.uses_norm_mean and settings.norm_updates.own() is not False:
             if isinstance(norm_mean, Tensor):
                 # Also with an empty batch here: the ranks' averages stay equal.
                 self._update_norm_mean(norm_mean.detach(), seen)

@@ -17,6 +17,7 @@ import torch
 from willing import device_of, why_not
 
 from dcconv import backends
+from dcconv.call import run
 
 SEED = 0
 
@@ -135,7 +136,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """The seed of PyTorch's generators, set before every test."""
+    """The seed of PyTorch's generators, set before every test, which finds no call prepared."""
+    run.forget()
     torch.manual_seed(SEED)
     return SEED
 

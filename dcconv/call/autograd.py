@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dcconv.call.implementations import Plans
 from dcconv.call.saved import DOT, NOTHING, OUTPUT
 from dcconv.operator import reference
 from dcconv.operator.layout import memory_format
+from dcconv.operator.numerics import RADIUS_OFFSET, compute_dtype
 from dcconv.operator.records import Operands, Problem, without_autocast
 from dcconv.passes import library
 from dcconv.triton import fused as triton_fused
@@ -71,34 +73,47 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         kept: str,
         plans: Plans | None,
     ) -> tuple[Tensor, ...]:
+        raw: Tensor | None = None
+        if problem.learned:
+            assert radius is not None
+            dtype = compute_dtype(x.dtype)
+            # As it is now: another may be loaded before backward.
+            raw = radius.to(dtype, copy=True) if radius.dtype != dtype else radius.clone()
+            ctx.learned, radius = radius, raw.square().add_(RADIUS_OFFSET)
         operands = Operands(x, weight, bias, radius, norm_mean, k)
         results = conv2d_forward(operands, problem, kept, plans)
-        y, norm_map, mean, dot, *more = results
-        ctx.mark_non_differentiable(norm_map, mean, dot, *more)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
+        y, norm_map, mean, dot, *more = results
         kept_tensor = y if kept == OUTPUT else dot
         # Without bias: no gradient depends on it, and nn.Conv2d lets it change before backward.
-        ctx.save_for_backward(x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean, *more)
-        ctx.problem = problem
-        ctx.kept = kept
-        ctx.plans = plans
+        parameters = (raw, radius, norm_mean, k)
+        ctx.save_for_backward(x, weight, *parameters, kept_tensor, norm_map, mean, *more)
+        ctx.call = problem, kept, plans
         return results
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
         if grad_y is None:
             return (None,) * 9
-        x, weight, radius, norm_mean, k, kept_tensor, norm_map, mean, *more = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        wanted = ctx.needs_input_grad[:6]
+        x, weight, raw, radius, norm_mean, k, *saved = ctx.saved_tensors
+        kept_tensor, norm_map, mean, *more = saved
+        problem, kept, plans = ctx.call
+        wanted = ctx.needs_input_grad
         if torch.is_grad_enabled():
             bias = weight.new_zeros(weight.shape[0]).requires_grad_() if wanted[2] else None
+            if raw is not None:
+                # With the value kept and the slope of the parameter.
+                raw = ctx.learned + (raw - ctx.learned).detach()
+                radius = raw.square() + RADIUS_OFFSET
             operands = Operands(x, weight, bias, radius, norm_mean, k)
-            return (*reference_gradients(operands, problem, grad_y, wanted), None, None, None)
+            exact = reference_gradients(operands, problem, grad_y, wanted[:6])
+            return (*_of_raw(exact, raw, ctx), None, None, None)
         operands = Operands(x, weight, None, radius, norm_mean, k)
         try:
-            needs = sum(1 << i for i, want in enumerate(wanted) if want)
-            plans: Plans | None = ctx.plans
+            needs = 0
+            for i in range(6):
+                needs |= wanted[i] << i
             if plans is not None:
                 (a,) = more
                 planned = library.backward(
@@ -109,36 +124,39 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                     a,
                     operands,
                     problem,
-                    ctx.kept,
+                    kept,
                     needs,
                     plans.namespace,
                     plans.input_gradient,
                     plans.weight_gradient,
                 )
-                return (*_in_layout(planned, x, weight), None, None, None)
+                own = _in_layout(planned, x, weight)
+                return (*_of_raw(own, raw, ctx), None, None, None)
             arguments = native.conv2d_arguments(operands, problem)
-            grads = torch.ops.dcconv.conv2d_backward.default(
-                grad_y,
-                x,
-                weight,
-                kept_tensor,
-                norm_map,
-                mean,
-                *arguments[3:],
-                problem.norm_grad,
-                ctx.kept,
-                needs,
-            )
-            found = tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
-            return (*_in_layout(found, x, weight), None, None, None)
+            others = (kept_tensor, norm_map, mean, *arguments[3:], problem.norm_grad, kept, needs)
+            op = torch.ops.dcconv.conv2d_backward.default
+            grads = op(grad_y, x, weight, *others)
+            found = [grads[i] if wanted[i] else None for i in range(6)]
+            own = _in_layout(found, x, weight)
+            return (*_of_raw(own, raw, ctx), None, None, None)
         except RuntimeError as error:
             known = native.as_pytorch(error)
             raise known from None
 
 
+def _of_raw(
+    grads: Sequence[Tensor | None], raw: Tensor | None, ctx: Any
+) -> Sequence[Tensor | None]:
+    """Return gradients of which the radius's is that of what is learned, r = raw^2 + 1e-4."""
+    grad = grads[3]
+    if raw is None or grad is None:
+        return grads
+    return *grads[:3], (grad * raw * 2.0).to(ctx.learned.dtype), *grads[4:]
+
+
 def _in_layout(
-    grads: tuple[Tensor | None, ...], x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, ...]:
+    grads: Sequence[Tensor | None], x: Tensor, weight: Tensor
+) -> Sequence[Tensor | None]:
     """Return gradients of which the weight's has the layout that either operand decides.
 
     The ops give it in the weight's own; ``F.conv2d`` gives it in the result's.

@@ -18,9 +18,10 @@ from dcconv.call.saved import kept
 from dcconv.operator import arguments, checks
 from dcconv.operator.convolution import batched, fitted
 from dcconv.operator.layout import PLAIN
-from dcconv.operator.numerics import tf32_convolutions
+from dcconv.operator.numerics import compute_dtype, tf32_convolutions
 from dcconv.operator.records import (
     Geometry,
+    Learned,
     Operands,
     Operator,
     Problem,
@@ -36,6 +37,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         problem: the call without its tensors.
+        squares: the same with a raw radius, where that is squared by the backend's own function.
         backend: what runs it.
         mode: what its backward keeps.
         image: whether x is [c, h, w].
@@ -45,6 +47,7 @@ class Prepared(NamedTuple):
     """
 
     problem: Problem
+    squares: Problem | None
     backend: backends.Backend
     mode: str
     image: bool
@@ -94,6 +97,8 @@ def _facts_of(t: Any) -> Any:
         return t.shape, t.stride(), t.dtype, t.device, t.layout
     if kind in _CONSTANTS:
         return kind, t
+    if kind is Learned:
+        return kind, _facts_of(t.raw)
     raise TypeError
 
 
@@ -101,7 +106,7 @@ def _facts(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    radius: Tensor | float,
+    radius: Tensor | float | Learned,
     norm_mean: Tensor | str | None,
     k: Tensor | float,
     *records: Any,
@@ -168,7 +173,7 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    radius: Tensor | float,
+    radius: Tensor | float | Learned,
     norm_mean: Tensor | str | None,
     k: Tensor | float,
     operator: Operator,
@@ -188,18 +193,19 @@ def conv2d(
         facts = _facts(x, weight, bias, radius, norm_mean, k, *records)
         known = None if facts is None else _prepared.get(facts)
         if known is not None:
-            operands = _operands(x, weight, bias, radius, norm_mean, k, known)
-            y, mean = known.backend.conv2d(operands, known.problem, known.mode)
+            operands, problem = _operands(x, weight, bias, radius, norm_mean, k, known)
+            y, mean = known.backend.conv2d(operands, problem, known.mode)
             if mean is not None and mean.requires_grad:
                 mean = mean.detach()
             return y.squeeze(0) if known.image else y, mean
     with quietly() if recording() else nullcontext():
         x, weight, bias = _autocast(x, weight, bias)
+        value = radius.value(compute_dtype(x.dtype)) if isinstance(radius, Learned) else radius
         operands, problem, chosen, mode = _check(
             x,
             weight,
             bias,
-            radius,
+            value,
             norm_mean,
             k,
             operator,
@@ -212,7 +218,7 @@ def conv2d(
         y, mean = chosen.conv2d(operands, problem, mode)
     if facts is not None:
         fits = operands.x is x and operands.weight is weight
-        _remember(facts, problem, chosen, mode, fits, x, radius, k)
+        _remember(facts, problem, chosen, mode, fits, x, value, k)
     return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()
 
 
@@ -230,15 +236,14 @@ def _remember(
     uses_rho, uses_k = problem.operator.uses_rho, problem.operator.uses_k
     # Constants of inference mode could not be saved for backward.
     with torch.inference_mode(False):
-        constants = [
-            as_compute(value, x) if uses and not isinstance(value, Tensor) else None
-            for value, uses in ((radius, uses_rho), (k, uses_k))
-        ]
+        own_radius = as_compute(radius, x) if uses_rho and not isinstance(radius, Tensor) else None
+        own_k = as_compute(k, x) if uses_k and not isinstance(k, Tensor) else None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
     image = x.dim() == 3
+    squares = None if chosen.name == "reference" else problem._replace(learned=True)
     _prepared[facts] = Prepared(
-        problem, chosen, mode, image, fits, *constants, uses_rho, uses_k
+        problem, squares, chosen, mode, image, fits, own_radius, own_k, uses_rho, uses_k
     )
 
 
@@ -246,15 +251,25 @@ def _operands(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    radius: Tensor | float,
+    radius: Tensor | float | Learned,
     norm_mean: Tensor | str | None,
     k: Tensor | float,
     known: Prepared,
-) -> Operands:
-    """Return the operands of a call that has been checked before."""
-    own_radius, own_k, mean = known.radius, known.k, None
+) -> tuple[Operands, Problem]:
+    """Return the operands and the problem of a call that has been checked before."""
+    own_radius, own_k, mean, problem = known.radius, known.k, None, known.problem
     if known.uses_rho:
-        if own_radius is None:
+        if isinstance(radius, Learned):
+            own_radius = radius.raw
+            if (
+                known.squares is not None
+                and torch.is_grad_enabled()
+                and (own_radius.requires_grad or weight.requires_grad or x.requires_grad)
+            ):
+                problem = known.squares
+            else:
+                own_radius = radius.value(compute_dtype(x.dtype))
+        elif own_radius is None:
             own_radius = as_compute(radius, x)
         if type(norm_mean) is not str:
             mean = as_compute(norm_mean, x)  # type: ignore[arg-type]
@@ -262,7 +277,7 @@ def _operands(
         own_k = as_compute(k, x)
     if not known.fits:
         x, weight = batched(x), fitted(weight)
-    return Operands(x, weight, bias, own_radius, mean, own_k)
+    return Operands(x, weight, bias, own_radius, mean, own_k), problem
 
 
 def patch_norm(

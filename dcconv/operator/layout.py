@@ -10,7 +10,6 @@ from torch.nn import Parameter
 
 from dcconv.tracing import sizes
 
-
 #: The classes of tensors that are one array with numbers for sizes, outside of transforms.
 PLAIN = (Tensor, Parameter)
 
@@ -35,6 +34,9 @@ def is_channels_last(t: Tensor) -> bool:
     """Whether a 4-d tensor suggests channels_last, by PyTorch's own rule on strides."""
     if type(t) not in PLAIN or torch.compiler.is_compiling() or torch._C._is_tracing():
         return _suggests_channels_last(sizes(t), t.stride())
+    # The usual case by PyTorch's own words, which say nothing of axes of one element.
+    if t.is_contiguous() and t.size(1) > 1 and (t.size(2) > 1 or t.size(3) > 1):
+        return False
     key = (t.shape, t.stride())
     found = _answers.get(key)
     if found is None:

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dcconv.operator import checks
 from dcconv.operator.functions import angulars, magnitudes, weightings
-from dcconv.operator.numerics import ANGLE_DELTA, EPS, compute_dtype
+from dcconv.operator.numerics import ANGLE_DELTA, EPS, compute_dtype, constant
 from dcconv.tracing import recording
 
 NORM_NONE, NORM_BATCH, NORM_GIVEN = "none", "batch", "given"
@@ -218,9 +218,7 @@ def operator_of(
     eps: float,
 ) -> Operator:
     """Return the ``Operator`` of these arguments, checked once."""
-    found: Operator = _found(
-        Operator, (magnitude, angular, weighting, alpha, beta, power, eps)
-    )
+    found: Operator = _found(Operator, (magnitude, angular, weighting, alpha, beta, power, eps))
     return found
 
 
@@ -259,6 +257,26 @@ class Window(NamedTuple):
         return self.padding_mode == "zeros" and top == bottom and left == right
 
 
+class Learned(NamedTuple):
+    """A radius as a layer learns it: r = raw^2 + 1e-4.
+
+    Attributes:
+        raw: [o].
+    """
+
+    raw: Tensor
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """Return r in a dtype, differentiable; backward keeps raw as it is here."""
+        # The square keeps its argument, and another may be loaded before backward.
+        copy = torch.is_grad_enabled() or recording()
+        raw = self.raw
+        if copy or raw.dtype != dtype:
+            raw = raw.to(dtype, copy=copy)
+        offset: float = constant("RADIUS_OFFSET")
+        return raw.square() + offset
+
+
 class Problem(NamedTuple):
     """One call of the operator, tensors apart.
 
@@ -268,6 +286,8 @@ class Problem(NamedTuple):
         norm: ``none`` (rho = radius), ``batch`` (times this batch's mean norm) or ``given``.
         norm_grad: whether the gradient flows through the batch's mean norm.
         delta: floor of (1 - c)(1 + c) in angular derivatives.
+        learned: whether the radius among the operands is the raw one of ``Learned``, for
+            ``call.autograd`` to square.
     """
 
     operator: Operator = Operator()
@@ -275,6 +295,7 @@ class Problem(NamedTuple):
     norm: str = NORM_NONE
     norm_grad: bool = True
     delta: float = ANGLE_DELTA[torch.float32]
+    learned: bool = False
 
 
 class Operands(NamedTuple):
@@ -344,7 +365,9 @@ def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
             # sums it keeps.
             return value.to(compute_dtype(x.dtype)).sum()
         dtype = compute_dtype(x.dtype)
-        return value if value.dtype == dtype and not changes else value.to(dtype, copy=changes)
+        if value.dtype == dtype:
+            return value.clone() if changes else value
+        return value.to(dtype)
     return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
 
 
