@@ -60,7 +60,7 @@ gpu-gate: ## everything that needs a GPU, on a machine that has one
 	$(GATE_PYTHON) tests/cuda/gate/gpu_gate.py $(GATE_OPTIONS)
 
 build: $(VENV)/built ## the environment and the compiled library
-	@$(BIN)/python -c "from dcconv import ops; print('dcconv:', ops.missing or ops.cuda_missing() or 'the compiled library has CUDA code')"
+	@$(BIN)/python -c "from dcconv import native; print('dcconv:', native.missing or native.cuda_missing() or 'the compiled library has CUDA code')"
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info dcconv/_C.* dcconv/_build.py

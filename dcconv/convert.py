@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from dcconv import heads as special
 from dcconv import weights
-from dcconv.folding import guard, is_plain
+from dcconv.folding import guard
 from dcconv.modules import DecoupledConv2d
 from dcconv.operator import checks
 from dcconv.warn import name_some, warn_user
@@ -186,7 +186,7 @@ def _listed(parts: dict[str, nn.Module]) -> str:
 
 
 def _warn_of_heads(found: dict[str, str], layer: DecoupledConv2d) -> None:
-    if not is_plain(layer):
+    if not layer.operator.is_plain:
         warn_user(
             "convert took over what looks like last layers, gates or heads, whose output a bounded "
             "operator ends at alpha (heads='plain' leaves them, heads='convert' is silent): "
@@ -198,7 +198,7 @@ def _warn_of_statistics(module: nn.Module, layer: DecoupledConv2d) -> None:
     """Say that averages are stale, unless batch normalisation shows that nothing was trained."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-    if is_plain(layer) or layer.weight.is_meta or any(count.is_meta for count in counts):
+    if layer.operator.is_plain or layer.weight.is_meta or any(count.is_meta for count in counts):
         return
     if any(int(count) for count in counts) or (layer.uses_norm_mean and not counts):
         warn_user(

@@ -10,15 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from dcconv.operator import checks
-
-if TYPE_CHECKING:
-    from dcconv.modules import DecoupledConv2d
+from dcconv.operator.records import Operator
 
 # What libraries call the method that turns a block's branches and norms into one nn.Conv2d: timm,
 # ultralytics, torchvision, and the authors' code of RepVGG, RepLKNet, MobileOne and the like.
@@ -33,14 +31,10 @@ WHY = "the output does not scale with the weight, so batch normalisation cannot 
 _PARALLEL = 2.0**-6
 
 
-def scales_with_weight(layer: DecoupledConv2d) -> bool:
-    """Whether s times a filter gives s times its output: folding into the layer is right."""
-    return layer.weighting == "linear" and layer.angular == "cosine"
-
-
-def is_plain(layer: DecoupledConv2d) -> bool:
-    """Whether the layer is ``F.conv2d``: a plain layer may take its weight over."""
-    return scales_with_weight(layer) and layer.magnitude == "linear" and layer.alpha == 1.0
+def _refuses(part: nn.Module) -> bool:
+    """Whether a module is a decoupled layer into which nothing can be folded."""
+    operator = getattr(part, "operator", None)
+    return isinstance(operator, Operator) and not operator.is_plain
 
 
 def is_rescaled(old: object, new: object) -> bool:
@@ -90,10 +84,8 @@ class GuardedFolding:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the method, or raise ValueError where a decoupled layer is among the module's."""
-        from dcconv.modules import DecoupledConv2d
-
         for name, part in self.module.named_modules():
-            if isinstance(part, DecoupledConv2d) and not is_plain(part):
+            if _refuses(part):
                 rule = (
                     f"have no decoupled layer for {self.method}() to fold batch normalisation "
                     f"into ({WHY})"
@@ -109,14 +101,10 @@ def guard(network: nn.Module) -> None:
     Args:
         network: the converted network.
     """
-    from dcconv.modules import DecoupledConv2d
-
     for module in network.modules():
         kind: Any = type(module)
         methods = _folding_methods(kind)
-        if methods and any(
-            isinstance(part, DecoupledConv2d) and not is_plain(part) for part in module.modules()
-        ):
+        if methods and any(_refuses(part) for part in module.modules()):
             for method in methods:
                 # On the instance, where libraries that look for the method find it first.
                 module.__dict__.setdefault(method, GuardedFolding(module, method))

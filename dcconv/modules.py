@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from dcconv.averages import KeptAverage, needs_digits
 from dcconv.call import run
 from dcconv.casts import Cast
 from dcconv.operator import checks
-from dcconv.operator.numerics import EPS, FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
+from dcconv.operator.numerics import FLOATING_DTYPES, K_OFFSET, compute_dtype, constant
 from dcconv.operator.records import (
     CURVATURE,
     NORM_BATCH,
@@ -492,7 +493,7 @@ class DecoupledConv2d(nn.Module):
                 multiples of the former ones, and the operator does not scale with its weight.
         """
         former = self._parameters.get(name)
-        if name == "bias" and param is not None and not folding.scales_with_weight(self):
+        if name == "bias" and param is not None and not self.operator.scales_with_weight:
             try:
                 self._check_bias(former, param)
             except ValueError:
@@ -625,31 +626,12 @@ class DecoupledConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}",
             f"kernel_size={self.kernel_size}",
         ]
-        shown = {
-            "stride": (self.stride, (1, 1)),
-            "padding": (self.padding, (0, 0)),
-            "dilation": (self.dilation, (1, 1)),
-            "groups": (self.groups, 1),
-            "bias": (self.bias is not None, False),
-            "padding_mode": (self.padding_mode, "zeros"),
-            "magnitude": (self.magnitude, "tanh"),
-            "angular": (self.angular, "cosine"),
-            "weighting": (self.weighting, "none"),
-            "alpha": (self.alpha, 1.0),
-            "beta": (self.beta, 0.5),
-            "radius": (self.initial_radius, 1.0),
-            "learn_radius": (self.learn_radius, True),
-            "radius_unit": (self.radius_unit, "mean_norm"),
-            "norm_momentum": (self.norm_momentum, 1e-3),
-            "norm_init": (self.norm_init, "first"),
-            "norm_mean_grad": (self.norm_mean_grad, True),
-            "sync_norm": (self.sync_norm, False),
-            "k": (self.initial_k, 0.3),
-            "learn_k": (self.learn_k, False),
-            "power": (self.power, 2.0),
-            "eps": (self.eps, EPS),
-            "keep": (self.keep, "auto"),
-            "backend": (self.backend, None),
-        }
-        parts += [f"{name}={value!r}" for name, (value, usual) in shown.items() if value != usual]
+        usual = inspect.signature(DecoupledConv2d).parameters
+        own = {"radius": self.initial_radius, "k": self.initial_k, "bias": self.bias is not None}
+        pairs = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+        for name in list(usual)[3:]:
+            value = own[name] if name in own else getattr(self, name, None)
+            default = pairs.get(name, usual[name].default)
+            if name not in ("device", "dtype") and value != default:
+                parts.append(f"{name}={value!r}")
         return ", ".join(parts)

@@ -129,6 +129,16 @@ class Operator:
         return angulars[self.angular].uses_k
 
     @property
+    def scales_with_weight(self) -> bool:
+        """Whether s times a filter gives s times its output, as in a plain convolution."""
+        return self.weighting == "linear" and self.angular == "cosine"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the operator is ``F.conv2d``: a plain layer may take its weight over."""
+        return self.scales_with_weight and self.magnitude == "linear" and self.alpha == 1.0
+
+    @property
     def norm_free(self) -> bool:
         """Whether the patch norm cancels: alpha b c = alpha u / a needs no norm at all."""
         return is_norm_free(self.magnitude, self.angular, self.weighting)
