@@ -42,6 +42,8 @@ lint: $(VENV)/installed ## linters, types and formatting
 
 # A warning is an error. The generator's word about its own next release is none of ours.
 docs: $(VENV)/installed ## the documentation site, in build/site
+	@$(BIN)/python -c 'import material, mkdocs, mkdocstrings_handlers.python' || \
+	  { echo "dcconv: the site needs its tools: $(BIN)/pip install --editable '.[docs]'"; exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
 
 # BENCH_OPTIONS go to every measuring sub-command: make bench BENCH_OPTIONS=--quick
