@@ -91,15 +91,15 @@ _CONSTANTS = (float, int, str, type(None))
 
 
 def _facts_of(t: Any) -> Any:
-    """Return the static facts of a plain tensor, a number or None; TypeError for anything else."""
+    """Return the static facts of a plain tensor, a number or None; None for anything else."""
     kind = type(t)
     if kind in PLAIN:
         return t.shape, t.stride(), t.dtype, t.device, t.layout
     if kind in _CONSTANTS:
         return kind, t
     if kind is Learned:
-        return kind, _facts_of(t.raw)
-    raise TypeError
+        return _facts_of(t.raw)
+    return None
 
 
 def _facts(
@@ -123,6 +123,7 @@ def _facts(
         return None
     try:
         # Tensors that are no arrays have no strides, or no shape: the checks have their sentences.
+        others = (_facts_of(bias), _facts_of(radius), _facts_of(norm_mean), _facts_of(k))
         tensors = (
             x.shape,
             x.stride(),
@@ -134,15 +135,13 @@ def _facts(
             weight.dtype,
             weight.device,
             weight.layout,
-            bias if bias is None else _facts_of(bias),
-            _facts_of(radius),
-            _facts_of(norm_mean),
-            _facts_of(k),
         )
-    except (RuntimeError, TypeError):
+    except RuntimeError:
+        return None
+    if None in others:
         return None
     tf32 = x.is_cuda and tf32_convolutions()
-    return *tensors, *records, backends.setting(), tf32
+    return *tensors, *others, *records, backends.setting(), tf32
 
 
 def _check(
