@@ -31,6 +31,9 @@ from dcconv.weights import weighed
 
 _STATE = ("radius_raw", "k_raw", "norm_mean", "norm_mean_steps")
 
+# The attributes that stand in a layer's records.
+_FIELDS = {"operator": tuple(Operator.__dataclass_fields__), "geometry": Geometry._fields}
+
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over the ranks of the default process group, differentiable."""
@@ -538,7 +541,12 @@ class DecoupledConv2d(nn.Module):
         return {**vars(self), "_unscaled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a copy's or a pickle's attributes."""
+        """Take a copy's or a pickle's attributes; a pickle may have single ones for the records."""
+        state = dict(state)
+        for record, made in (("operator", Operator), ("geometry", Geometry)):
+            if record not in state:
+                own = [name for name in state if name in _FIELDS[record]]
+                state[record] = made(**{name: state.pop(name) for name in own})
         super().__setstate__(state)
         self.__dict__.setdefault("_unscaled", None)
         mean, kept = self._buffers.get("norm_mean"), self.__dict__.get("_kept")

@@ -42,7 +42,8 @@ class Prepared(NamedTuple):
         mode: what its backward keeps.
         image: whether x is [c, h, w].
         fits: whether x and weight are operands as they are.
-        radius, k: the operands of plain numbers; None for tensors and for operators without them.
+        radius, k: the operands of plain numbers on the CPU; None where a call makes its own, and
+            for operators without them.
         uses_rho, uses_k: whether the operator has them.
     """
 
@@ -233,10 +234,13 @@ def _remember(
 ) -> None:
     """Keep what the checks of a call have said."""
     uses_rho, uses_k = problem.operator.uses_rho, problem.operator.uses_k
+    # On a GPU a constant belongs to the stream that makes it, or to the graph that is captured.
+    keeps_rho = uses_rho and x.device.type == "cpu" and not isinstance(radius, Tensor)
+    keeps_k = uses_k and x.device.type == "cpu" and not isinstance(k, Tensor)
     # Constants of inference mode could not be saved for backward.
     with torch.inference_mode(False):
-        own_radius = as_compute(radius, x) if uses_rho and not isinstance(radius, Tensor) else None
-        own_k = as_compute(k, x) if uses_k and not isinstance(k, Tensor) else None
+        own_radius = as_compute(radius, x) if keeps_rho else None
+        own_k = as_compute(k, x) if keeps_k else None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
     image = x.dim() == 3

@@ -281,7 +281,8 @@ class Learned(NamedTuple):
         # The square keeps its argument, and another may be loaded before backward.
         copy = torch.is_grad_enabled() or recording()
         raw = self.raw
-        if copy or raw.dtype != dtype:
+        # Programs that are recorded keep a cast that has nothing to do.
+        if copy or raw.dtype != dtype or torch.compiler.is_compiling():
             raw = raw.to(dtype, copy=copy)
         offset: float = constant("RADIUS_OFFSET")
         return raw.square() + offset
@@ -375,9 +376,10 @@ def as_compute(value: Tensor | float | None, x: Tensor) -> Tensor | None:
             # sums it keeps.
             return value.to(compute_dtype(x.dtype)).sum()
         dtype = compute_dtype(x.dtype)
-        if value.dtype == dtype:
+        # Programs that are recorded keep the cast: their tensors may have another dtype later.
+        if value.dtype == dtype and not torch.compiler.is_compiling() and not recording():
             return value.clone() if changes else value
-        return value.to(dtype)
+        return value.to(dtype, copy=changes)
     return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
 
 

@@ -243,6 +243,68 @@ def eval_free_copy(text: str) -> DecoupledConv2d:
     return DecoupledConv2d(*(ast.literal_eval(value) for value in call.args), **named)
 
 
+SET = {
+    "stride": (2, 1),
+    "padding": "same",
+    "dilation": 2,
+    "groups": 1,
+    "padding_mode": "reflect",
+    "magnitude": "ball",
+    "angular": "square_cosine",
+    "weighting": "product",
+    "alpha": 2,
+    "beta": 0.25,
+    "power": 3.0,
+    "eps": 1e-3,
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_attributes_of_the_records_can_be_set(name: str) -> None:
+    options: dict[str, Any] = {"padding": 1}
+    if name == "beta":
+        options["magnitude"] = "segmented"
+    if name == "power":
+        options["angular"] = "power"
+    layer = DecoupledConv2d(4, 6, 3, **options)
+    x = images(2, 4, 8, 8)
+    twin, before = copy.deepcopy(layer), layer.eval()(x)
+    setattr(layer, name, SET[name])
+    built = DecoupledConv2d(4, 6, 3, **(options | {name: SET[name]})).eval()
+    built.load_state_dict(layer.state_dict())
+    assert getattr(layer, name) == getattr(built, name)
+    assert repr(layer) == repr(built)
+    assert torch.equal(layer(x), built(x))
+    assert torch.equal(twin.eval()(x), before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("stride", 0), ("alpha", -1.0), ("magnitude", "tahn")])
+def test_attributes_that_are_wrong_change_nothing(name: str, value: Any) -> None:
+    layer = DecoupledConv2d(4, 6, 3)
+    said = repr(layer)
+    with pytest.raises(ValueError, match=f"^dcconv: {name} must "):
+        setattr(layer, name, value)
+    assert repr(layer) == said
+
+
+def test_a_pickle_with_single_attributes_for_the_records_loads() -> None:
+    options: dict[str, Any] = {"padding": 1, "padding_mode": "reflect", "magnitude": "ball"}
+    layer = DecoupledConv2d(4, 6, 3, 2, alpha=2.0, **options)
+    layer(images(2, 4, 8, 8))
+    state = layer.__getstate__()
+    for record in ("operator", "geometry"):
+        held = state.pop(record)
+        names = held._fields if record == "geometry" else held.__dataclass_fields__
+        state |= {name: getattr(held, name) for name in names}
+    loaded = DecoupledConv2d.__new__(DecoupledConv2d)
+    loaded.__setstate__(state)
+    assert repr(loaded) == repr(layer)
+    assert loaded.operator == layer.operator and loaded.geometry == layer.geometry
+    assert vars(loaded).keys() == vars(layer).keys()
+    x = images(2, 4, 8, 8)
+    assert torch.equal(loaded.eval()(x), layer.eval()(x))
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_are_equal_and_independent(how: str) -> None:
     layer = DecoupledConv2d(3, 4, 3, angular="sigmoid", learn_k=True, bias=True, padding="same")
