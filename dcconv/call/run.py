@@ -17,6 +17,7 @@ from dcconv import backends
 from dcconv.call.saved import kept
 from dcconv.operator import arguments, checks
 from dcconv.operator.convolution import batched, fitted
+from dcconv.operator.functions import Angular, Magnitude, angulars, magnitudes
 from dcconv.operator.layout import PLAIN
 from dcconv.operator.numerics import compute_dtype, tf32_convolutions
 from dcconv.operator.records import (
@@ -45,6 +46,7 @@ class Prepared(NamedTuple):
         radius, k: the operands of plain numbers on the CPU; None where a call makes its own, and
             for operators without them.
         uses_rho, uses_k: whether the operator has them.
+        magnitude, angular: the functions, of which another may be registered under the same name.
     """
 
     problem: Problem
@@ -57,6 +59,15 @@ class Prepared(NamedTuple):
     k: Tensor | None
     uses_rho: bool
     uses_k: bool
+    magnitude: Magnitude
+    angular: Angular
+
+    def holds(self, operator: Operator) -> bool:
+        """Whether the operator's functions are still these."""
+        return (
+            magnitudes.get(operator.magnitude) is self.magnitude
+            and angulars.get(operator.angular) is self.angular
+        )
 
 
 # Emptied when full: images of ever new sizes would fill it.
@@ -158,6 +169,7 @@ def _check(
     backend: str | None,
     norm_grad: bool,
 ) -> tuple[Operands, Problem, backends.Backend, str]:
+    checks.functions(operator.magnitude, operator.angular, operator.weighting)
     operands, problem = arguments.convolution(
         x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
     )
@@ -192,7 +204,7 @@ def conv2d(
         records = (operator, geometry, keep, backend, norm_grad)
         facts = _facts(x, weight, bias, radius, norm_mean, k, *records)
         known = None if facts is None else _prepared.get(facts)
-        if known is not None:
+        if known is not None and known.holds(operator):
             operands, problem = _operands(x, weight, bias, radius, norm_mean, k, known)
             y, mean = known.backend.conv2d(operands, problem, known.mode)
             if mean is not None and mean.requires_grad:
@@ -246,7 +258,18 @@ def _remember(
     image = x.dim() == 3
     squares = None if chosen.name == "reference" else problem._replace(learned=True)
     _prepared[facts] = Prepared(
-        problem, squares, chosen, mode, image, fits, own_radius, own_k, uses_rho, uses_k
+        problem,
+        squares,
+        chosen,
+        mode,
+        image,
+        fits,
+        own_radius,
+        own_k,
+        uses_rho,
+        uses_k,
+        magnitudes[problem.operator.magnitude],
+        angulars[problem.operator.angular],
     )
 
 

@@ -229,6 +229,8 @@ def operator_of(
 ) -> Operator:
     """Return the ``Operator`` of these arguments, checked once."""
     found: Operator = _found(Operator, (magnitude, angular, weighting, alpha, beta, power, eps))
+    if found.magnitude not in magnitudes or found.angular not in angulars:
+        checks.functions(magnitude, angular, weighting)  # a function that has been taken back
     return found
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,6 +149,38 @@ def test_a_name_is_taken_once() -> None:
     assert (functions.magnitudes["tanh"], functions.angulars["power"]) == before
     # The same function from a cell or module that ran again.
     register()
+
+
+def test_a_function_that_is_defined_again_or_taken_back_counts() -> None:
+    """What is kept of checked calls ends with the functions that it was said of."""
+    x, weight, rho = tensors()
+
+    def define(with_radius: bool) -> None:
+        source = "b / rho" if with_radius else "b"
+        scope = {"functions": functions, "__name__": "cell"}
+        code = f"@functions.magnitude('{source}', rho={with_radius})\n"
+        exec(f"{code}def mine(b, rho, alpha, beta): return alpha * {source}", scope)  # noqa: S102
+
+    call: dict[str, Any] = {"magnitude": "mine", "radius": rho, "backend": "reference"}
+    layer_of = partial(dcconv.DecoupledConv2d, 3, 4, 3, magnitude="mine", backend="reference")
+    try:
+        define(False)
+        layer = layer_of()
+        first = [decoupled_conv2d(x, weight, **call) for _ in range(2)][1]
+        layer(x.detach().float())
+        define(True)
+        for _ in range(2):
+            scaled = decoupled_conv2d(x, weight, **call) * rho.view(-1, 1, 1)
+            check_equal("y", scaled.detach(), first.detach())
+        sizes = [p.shape for p in layer_of().parameters()]
+        assert torch.Size([4]) in sizes
+    finally:
+        del functions.magnitudes["mine"]
+    said = r"^dcconv: magnitude must be one of .*, got 'mine'$"
+    with pytest.raises(ValueError, match=said):
+        decoupled_conv2d(x, weight, **call)
+    with pytest.raises(ValueError, match=said):
+        layer(x.detach().float())
 
 
 PROBE = """
