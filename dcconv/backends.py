@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import dcconv.passes.fakes
-import dcconv.passes.fakes_fused  # noqa: F401  (registers them)
+import dcconv.passes.fakes  # noqa: F401  (registers them)
 from dcconv import native, settings
 from dcconv.call import autograd, key, strategy
 from dcconv.call.autograd import ONE_OP, PLAN_A, TRITON
@@ -26,6 +25,7 @@ from dcconv.call.strategy import allowed as plans
 from dcconv.call.strategy import pin_table
 from dcconv.operator import arguments, checks, reference
 from dcconv.operator.records import CURVATURE, RADIUS, Geometry, Operands, Operator, Problem
+from dcconv.passes import records
 from dcconv.tracing import recording
 from dcconv.triton import environment
 from dcconv.warn import warn_once
@@ -206,9 +206,9 @@ def _planned_conv2d_by(
             chosen = strategy.choose(backend, operands, problem, NOTHING, 0, _benchmarks())
             results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
             return results[0], results[2]
-        backward = native.NEEDS_X if operands.x.requires_grad else 0
+        backward = records.NEEDS_X if operands.x.requires_grad else 0
         if operands.weight.requires_grad:
-            backward |= native.NEEDS_WEIGHT
+            backward |= records.NEEDS_WEIGHT
         chosen = strategy.choose(backend, operands, problem, mode, backward, _benchmarks())
         results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
         return results[0], results[2]

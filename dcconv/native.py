@@ -14,11 +14,6 @@ import torch
 
 from dcconv.operator.records import Operands, Problem
 
-# Bits of the ``needs`` argument of conv2d_backward, in the order of its results.
-NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RADIUS, NEEDS_NORM_MEAN, NEEDS_K = (
-    1 << i for i in range(6)
-)
-
 _build: Any = None
 try:
     _build = importlib.import_module("dcconv._build")

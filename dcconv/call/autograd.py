@@ -15,7 +15,7 @@ from dcconv.operator import reference
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import RADIUS_OFFSET, compute_dtype
 from dcconv.operator.records import Operands, Problem, without_autocast
-from dcconv.passes import library
+from dcconv.passes import backward, library, records
 from dcconv.triton import fused as triton_fused
 
 # How a patch norm runs: one compiled op per direction, or plan A's composition, of compiled passes
@@ -23,7 +23,7 @@ from dcconv.triton import fused as triton_fused
 ONE_OP, PLAN_A, TRITON = "one_op", "plan_a", "triton"
 
 # Namespace of the passes that a plan composes.
-PASSES = {PLAN_A: library.COMPILED, TRITON: triton_fused.NAMESPACE}
+PASSES = {PLAN_A: records.COMPILED, TRITON: triton_fused.NAMESPACE}
 
 
 def conv2d_forward(
@@ -116,7 +116,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                 needs |= wanted[i] << i
             if plans is not None:
                 (a,) = more
-                planned = library.backward(
+                planned = backward.backward(
                     grad_y,
                     kept_tensor,
                     norm_map,
@@ -222,7 +222,7 @@ class PatchNormFunction(torch.autograd.Function):
                 (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
             return grad_x, None, None, None
         if ctx.plan in PASSES:
-            grad_x = library.window_norm_grad(grad_b, x, b, ctx.kernel, problem, PASSES[ctx.plan])
+            grad_x = backward.window_norm_grad(grad_b, x, b, ctx.kernel, problem, PASSES[ctx.plan])
             return grad_x, None, None, None
         grad_x = torch.ops.dcconv.patch_norm_backward(
             grad_b,

@@ -10,8 +10,9 @@ from torch import Tensor
 from dcconv.call.key import CUDA, FORWARD, INPUT_GRADIENT, TRITON
 from dcconv.cudnn import graph
 from dcconv.operator.records import Operands, Problem
-from dcconv.passes import fused, library
-from dcconv.passes.library import InputGradient, WeightGradient
+from dcconv.passes import backward, fused, library
+from dcconv.passes.backward import InputGradient, InputSide, WeightGradient
+from dcconv.passes.records import COMPILED, OWN_RULE
 from dcconv.triton import fused as triton_fused
 
 Forward: TypeAlias = Callable[[Operands, Problem, str], tuple[Tensor, ...]]
@@ -23,12 +24,12 @@ class Plans(NamedTuple):
 
     Attributes:
         forward: as ``library.forward``.
-        namespace: of the passes of ``library.backward``.
+        namespace: of the passes of ``backward.backward``.
         input_gradient, weight_gradient: what it is given for them; None for the library.
     """
 
     forward: Forward
-    namespace: str = library.COMPILED
+    namespace: str = COMPILED
     input_gradient: InputGradient | None = None
     weight_gradient: WeightGradient | None = None
 
@@ -67,22 +68,14 @@ def _passes(namespace: str) -> Plan:
     def forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
         return library.forward(operands, problem, kept, namespace)
 
-    def input_gradient(
-        grad_u: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        t: Tensor,
-        norm_map: Tensor,
-        sigma: Tensor | None,
-        problem: Problem,
-    ) -> Tensor:
-        return library.input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, namespace)
+    def input_gradient(side: InputSide, problem: Problem) -> Tensor:
+        return backward.input_gradient(side, problem, namespace)
 
     return Plan(
         "library convolution and fused passes",
         forward,
         input_gradient,
-        library.weight_gradient,
+        backward.weight_gradient,
         _never,
         _never,
         _never,
@@ -95,16 +88,8 @@ def _triton_one_pass(tile: int) -> Plan:
     def forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
         return triton_fused.forward(operands, problem, kept, tile)
 
-    def input_gradient(
-        grad_u: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        t: Tensor,
-        norm_map: Tensor,
-        sigma: Tensor | None,
-        problem: Problem,
-    ) -> Tensor:
-        return triton_fused.input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, tile)
+    def input_gradient(side: InputSide, problem: Problem) -> Tensor:
+        return triton_fused.input_gradient(side, problem, tile)
 
     return Plan(
         "one pass",
@@ -130,19 +115,19 @@ _GRAPH = Plan(
     "cuDNN graph",
     graph.forward,
     graph.input_gradient,
-    library.weight_gradient,
+    backward.weight_gradient,
     graph.why_not,
     graph.why_not_input_gradient,
     _library_only,
 )
 
 #: Namespace of each backend's passes.
-namespaces: dict[str, str] = {CUDA: library.COMPILED, TRITON: triton_fused.NAMESPACE}
+namespaces: dict[str, str] = {CUDA: COMPILED, TRITON: triton_fused.NAMESPACE}
 
 #: The plans of each backend by name, plan A first.
 registry: dict[str, dict[str, Plan]] = {
     CUDA: {"A": _passes(namespaces[CUDA]), "B": _ONE_PASS, "G": _GRAPH},
-    TRITON: {"A": _passes(namespaces[TRITON]), "B": _triton_one_pass(fused.OWN_RULE)},
+    TRITON: {"A": _passes(namespaces[TRITON]), "B": _triton_one_pass(OWN_RULE)},
 }
 
 #: The same where benchmark mode counts: kernels that can be tuned are timed, and run, as tuned.

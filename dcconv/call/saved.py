@@ -26,8 +26,9 @@ import torch
 from dcconv.operator.checks import value_error
 from dcconv.operator.functions import angulars
 from dcconv.operator.records import Problem
+from dcconv.passes import records
 
-OUTPUT, DOT, NOTHING = "output", "dot", "nothing"
+OUTPUT, DOT, NOTHING = records.OUTPUT, records.DOT, records.NOTHING
 
 
 def why_not_output(problem: Problem, dtype: torch.dtype, bias: bool) -> str | None:

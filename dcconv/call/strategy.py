@@ -29,7 +29,9 @@ from dcconv.call.saved import DOT
 from dcconv.operator.checks import value_error
 from dcconv.operator.layout import memory_format
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
-from dcconv.passes import library
+from dcconv.passes import library, records
+from dcconv.passes.backward import InputSide
+from dcconv.passes.records import Taps
 from dcconv.warn import warn_once
 
 
@@ -266,7 +268,7 @@ def _runs(
     sigma = norm_map.new_ones(()) if barrier else None
     return {
         name: lambda run=plans[name].input_gradient: run(
-            grad_u, x, weight, norm_map, norm_map, sigma, problem
+            InputSide(grad_u, x, weight, Taps(norm_map, norm_map, sigma)), problem
         )
         for name in willing
     }
@@ -335,7 +337,7 @@ def choose(
         backend: one of ``key.BACKENDS``.
         operands, problem: the call.
         kept: what its backward keeps.
-        backward: bits ``native.NEEDS_X`` and ``native.NEEDS_WEIGHT``: the gradients that may come.
+        backward: bits NEEDS_X and NEEDS_WEIGHT of ``records``: the gradients that may come.
         benchmark: whether to measure what is not known, and to tune what runs.
     """
     x, weight, bias, radius, norm_mean, k = operands
@@ -389,9 +391,9 @@ def choose(
 
 def _wanted(backward: int) -> tuple[str, ...]:
     wanted: tuple[str, ...] = (FORWARD,)
-    if backward & native.NEEDS_X:
+    if backward & records.NEEDS_X:
         wanted = (*wanted, INPUT_GRADIENT)
-    if backward & native.NEEDS_WEIGHT:
+    if backward & records.NEEDS_WEIGHT:
         wanted = (*wanted, WEIGHT_GRADIENT)
     return wanted
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcconv.call.saved import DOT
 from dcconv.cudnn import epilogue
 from dcconv.cudnn import ops as cudnn_ops
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
+from dcconv.passes import ops
+from dcconv.passes.backward import InputSide
+from dcconv.passes.records import DOT, Norms, Parameters, functions
 
 # Channels and filters come in multiples of this: 16 bytes of half precision.
 CHANNELS = 8
@@ -69,8 +71,8 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
     return why_not(operands, problem)
 
 
-def _geometry(problem: Problem) -> tuple[list[int], list[int], list[int]]:
-    return list(problem.window.stride), list(problem.window.padding), list(problem.window.dilation)
+def _geometry(problem: Problem) -> cudnn_ops.Geometry:
+    return cudnn_ops.Geometry(*problem.window[:3])
 
 
 def forward(
@@ -84,66 +86,22 @@ def forward(
     x, weight, bias, radius, norm_mean, k = operands
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
+    eps = problem.operator.eps
     # With the mean: that variant returns the norm map itself, not the sums of squares.
-    a, norms, mean = torch.ops.dcconv.conv2d_norms(
-        x,
-        weight,
-        *_geometry(problem),
-        problem.window.groups,
-        problem.window.padding_mode,
-        problem.operator.eps,
-        True,
-        True,
-    )
+    a, norms, mean = ops.conv2d_norms(Norms(x, weight, problem.window, eps, True, True))
     batch_mean = problem.norm == NORM_BATCH
-    y, dot = torch.ops.dcconv.cudnn_conv2d_forward(
-        x,
-        weight,
-        a,
-        norms,
-        bias,
-        radius,
-        mean if batch_mean else norm_mean,
-        k,
-        *_geometry(problem),
-        problem.operator.magnitude,
-        problem.operator.angular,
-        problem.operator.weighting,
-        problem.operator.alpha,
-        problem.operator.beta,
-        problem.operator.power,
-        problem.delta,
-        problem.operator.eps,
-        kept == DOT,
-    )
+    parameters = Parameters(radius, mean if batch_mean else norm_mean, k)
+    formula = (functions(problem), problem.delta, eps)
+    tensors = (x, weight, a, norms, bias, parameters)
+    call = cudnn_ops.GraphForward(*tensors, _geometry(problem), *formula, kept == DOT)
+    y, dot = cudnn_ops.conv2d_forward(call)
     return y, norms, mean if batch_mean else mean.new_empty(0), dot, a
 
 
-def input_gradient(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    t: Tensor,
-    norm_map: Tensor,
-    sigma: Tensor | None,
-    problem: Problem,
-) -> Tensor:
-    """Return grad_x of a call that :func:`why_not_input_gradient` accepts.
-
-    Args:
-        grad_u: gradient of the convolution's result.
-        x, weight: as in forward.
-        t, norm_map, sigma: what ``conv2d_grad_dot`` and ``conv2d_grad_filters`` give; the tap of a
-            position is t + sigma / b, and t without sigma.
-        problem: the call.
-    """
-    grad_x: Tensor = torch.ops.dcconv.cudnn_conv2d_grad_input(
-        grad_u.contiguous(memory_format=torch.channels_last),
-        x.contiguous(memory_format=torch.channels_last),
-        weight.contiguous(memory_format=torch.channels_last),
-        t,
-        norm_map,
-        sigma,
-        *_geometry(problem),
-    )
-    return grad_x
+def input_gradient(side: InputSide, problem: Problem) -> Tensor:
+    """Return grad_x of a call that :func:`why_not_input_gradient` accepts."""
+    grad_u = side.grad_u.contiguous(memory_format=torch.channels_last)
+    x = side.x.contiguous(memory_format=torch.channels_last)
+    weight = side.weight.contiguous(memory_format=torch.channels_last)
+    call = cudnn_ops.GraphGradInput(grad_u, x, weight, side.taps, _geometry(problem))
+    return cudnn_ops.conv2d_grad_input(call)

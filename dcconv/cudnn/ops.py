@@ -15,15 +15,19 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count
 
 from dcconv.cudnn import epilogue
 from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
-from dcconv.operator.records import output_size
+from dcconv.operator.records import Window, output_size
+from dcconv.passes import fakes, ops
+from dcconv.passes.ops import Op
+from dcconv.passes.products import size_of
+from dcconv.passes.records import COMPILED, Epilogue, Functions, GradInput, Parameters, Taps
 from dcconv.warn import warn_once
 
 # cuDNN plans without a device from 9.11 on; nothing older was tried.
@@ -367,68 +371,81 @@ def _dense(t: Tensor, layout: torch.memory_format = torch.channels_last) -> Tens
     return t.clone(memory_format=layout) if t.data_ptr() % ALIGNMENT else t
 
 
+_Two: TypeAlias = Annotated[tuple[int, int], "int[]"]
+
+
+class Geometry(NamedTuple):
+    """The windows of an ungrouped convolution that pads with zeros."""
+
+    stride: _Two
+    padding: Annotated[tuple[int, int, int, int], "int[]"]
+    dilation: _Two
+
+
+class GraphForward(NamedTuple):
+    """As ``OnePass``, with what a graph can do."""
+
+    x: Tensor
+    weight: Tensor
+    a: Tensor
+    norms: Tensor
+    bias: Tensor | None
+    parameters: Parameters
+    geometry: Geometry
+    functions: Functions
+    delta: float
+    eps: float
+    keep_dot: bool
+
+
+class GraphGradInput(NamedTuple):
+    """As ``OnePassGradInput``, with what a graph can do."""
+
+    grad_u: Tensor
+    x: Tensor
+    weight: Tensor
+    taps: Taps
+    geometry: Geometry
+
+
+conv2d_forward = Op[GraphForward, tuple[Tensor, Tensor]](
+    "cudnn_conv2d_forward", GraphForward, "(Tensor, Tensor)"
+)
+conv2d_grad_input = Op[GraphGradInput, Tensor]("cudnn_conv2d_grad_input", GraphGradInput, "Tensor")
+
+
+def _window(geometry: Geometry) -> Window:
+    return Window(*geometry, 1, "zeros")
+
+
 def _key(
     x: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    geometry: Geometry,
     operator: Form | None,
     keep_dot: bool = False,
 ) -> GraphKey:
-    return GraphKey(
-        x.device.index or 0,
-        x.dtype,
-        tuple(x.shape),
-        tuple(weight.shape),
-        (stride[0], stride[1]),
-        (padding[0], padding[2]),
-        (dilation[0], dilation[1]),
-        operator,
-        keep_dot,
-    )
+    (top, _, left, _), device = geometry.padding, x.device.index or 0
+    (rows, columns), (row_steps, column_steps) = geometry.stride, geometry.dilation
+    windows = ((rows, columns), (top, left), (row_steps, column_steps))
+    sizes = (tuple(x.shape), tuple(weight.shape))
+    return GraphKey(device, x.dtype, *sizes, *windows, operator, keep_dot)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    norms: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    delta: float,
-    eps: float,
-    keep_dot: bool,
-) -> tuple[Tensor, Tensor]:
-    x, weight = _dense(x), _dense(weight)
+def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:
+    x, weight = _dense(call.x), _dense(call.weight)
+    a, bias, (radius, mean, k) = call.a, call.bias, call.parameters
     operator = Form(
-        magnitude,
-        angular,
-        weighting,
-        alpha,
-        beta,
-        power,
+        *call.functions,
         scalar_radius=radius is not None and radius.dim() == 0,
         scalar_k=k is not None and k.dim() == 0,
         scaled_radius=radius is not None and mean is not None,
         bias=bias is not None,
     )
-    key = _key(x, weight, stride, padding, dilation, operator, keep_dot)
+    key = _key(x, weight, call.geometry, operator, call.keep_dot)
+    y, dot = _forward_fake(call)
     n, _, p, q = key.u
-    y = torch.empty(key.u, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    dot = torch.empty_like(y) if keep_dot else x.new_empty(0)
-    leaves = {"b": norms.view(n, 1, p, q)}
+    leaves = {"b": call.norms.view(n, 1, p, q)}
     for name, leaf in (("a", a), ("radius", radius), ("mean", mean), ("k", k), ("bias", bias)):
         if leaf is not None:
             leaves[name] = leaf.to(a.dtype).reshape(1, -1, 1, 1)
@@ -440,159 +457,84 @@ def _forward(
     if reason is None:
         return y, dot
     _warn(reason)
+    window = _window(call.geometry)
     u = torch.ops.aten.convolution(
-        x, weight, None, stride, key.padding, dilation, False, [0, 0], 1
+        x, weight, None, window.stride, key.padding, window.dilation, False, [0, 0], 1
     ).contiguous(memory_format=torch.channels_last)
-    if keep_dot:
+    if call.keep_dot:
         dot.copy_(u)
-    y, _ = torch.ops.dcconv.conv2d_epilogue(
-        u,
-        a,
-        norms,
-        bias,
-        radius,
-        mean,
-        k,
-        list(x.shape[2:]),
-        list(weight.shape[2:]),
-        stride,
-        padding,
-        dilation,
-        1,
-        "zeros",
-        magnitude,
-        angular,
-        weighting,
-        alpha,
-        beta,
-        power,
-        delta,
-        eps,
-        True,
-        True,
-    )
+    windows = (size_of(x), size_of(weight), window)
+    formula = (call.functions, call.delta, call.eps)
+    operands = (u, a, call.norms, bias, call.parameters)
+    y, _ = ops.conv2d_epilogue(Epilogue(*operands, *windows, *formula, True, True))
     return y, dot
 
 
-def _grad_input(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    t: Tensor,
-    norm_map: Tensor,
-    sigma: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    grad_u, x, weight = _dense(grad_u), _dense(x), _dense(weight)
-    key = _key(x, weight, stride, padding, dilation, None)
+def _grad_input(call: GraphGradInput) -> Tensor:
+    grad_u, x, weight = _dense(call.grad_u), _dense(call.x), _dense(call.weight)
+    key, window = _key(x, weight, call.geometry, None), _window(call.geometry)
     n, _, h, w = x.shape
-    geometry = (list(weight.shape[2:]), stride, padding, dilation, 1, "zeros", True)
-    # The pass of the strategy library, on one channel of ones: 0 + 1 * sum of the taps.
-    ones = torch.ones((n, 1, h, w), dtype=t.dtype, device=x.device)
+    # The pass on one channel of ones: 0 + 1 * sum of the taps.
+    ones = torch.ones((n, 1, h, w), dtype=call.taps.t.dtype, device=x.device)
     taps = torch.zeros_like(ones)
-    torch.ops.dcconv.conv2d_grad_input_(taps, ones, t, norm_map, sigma, *geometry)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    rest = (call.taps, size_of(weight), window, False, True)
+    ops.conv2d_grad_input_(GradInput(taps, ones, *rest))
+    grad_x = _grad_input_fake(call)
     tensors = {"grad_u": grad_u, "weight": weight, "x": x, "t": taps, "y": grad_x}
     reason = execute(key, tensors)
     if reason is None:
         return grad_x
     _warn(reason)
+    geometry = (window.stride, key.padding, window.dilation, False, [0, 0], 1)
     library_grad, _, _ = torch.ops.aten.convolution_backward(
-        grad_u,
-        x,
-        weight,
-        None,
-        stride,
-        key.padding,
-        dilation,
-        False,
-        [0, 0],
-        1,
-        [True, False, False],
+        grad_u, x, weight, None, *geometry, [True, False, False]
     )
     grad_x.copy_(library_grad)
-    torch.ops.dcconv.conv2d_grad_input_(grad_x, x, t, norm_map, sigma, *geometry)
+    ops.conv2d_grad_input_(GradInput(grad_x, x, *rest))
     return grad_x
 
 
-def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    norms: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    *operator: Any,
-) -> tuple[Tensor, Tensor]:
-    keep_dot = operator[-1]
+def _forward_fake(call: GraphForward) -> tuple[Tensor, Tensor]:
+    x, weight, (stride, padding, dilation) = call.x, call.weight, call.geometry
     p = output_size(x.shape[2], weight.shape[2], stride[0], padding[0], padding[1], dilation[0])
     q = output_size(x.shape[3], weight.shape[3], stride[1], padding[2], padding[3], dilation[1])
-    shape = (x.shape[0], weight.shape[0], p, q)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, torch.empty_like(y) if keep_dot else x.new_empty(0)
+    shape, layout = (x.shape[0], weight.shape[0], p, q), torch.channels_last
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return y, torch.empty_like(y) if call.keep_dot else x.new_empty(0)
 
 
-def _grad_input_fake(grad_u: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _grad_input_fake(call: GraphGradInput) -> Tensor:
+    x, layout = call.x, torch.channels_last
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
-
-def _forward_flops(
-    x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return conv_flop_count(x_shape, w_shape, out_shape[0])
-
-
-def _grad_input_flops(
-    grad_u_shape: Any, x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return conv_flop_count(x_shape, w_shape, grad_u_shape)
-
-
-_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
-
-#: Schemas, after the name of the op: what csrc/schemas.h has for ``conv2d_epilogue`` and
-#: ``conv2d_grad_input``, with x and weight or grad_u in place of the convolution's result.
-SCHEMAS = {
-    "cudnn_conv2d_forward": (
-        "(Tensor x, Tensor weight, Tensor a, Tensor norms, Tensor? bias, Tensor? radius, "
-        f"Tensor? mean, Tensor? k, {_GEOMETRY}, str magnitude, str angular, str weighting, "
-        "float alpha, float beta, float power, float delta, float eps, bool keep_dot) "
-        "-> (Tensor, Tensor)"
-    ),
-    "cudnn_conv2d_grad_input": (
-        "(Tensor grad_u, Tensor x, Tensor weight, Tensor t, Tensor norm_map, Tensor? sigma, "
-        f"{_GEOMETRY}) -> Tensor"
-    ),
-}
-implementations: dict[str, Callable[..., Any]] = {
-    "cudnn_conv2d_forward": _forward,
-    "cudnn_conv2d_grad_input": _grad_input,
-}
-_FAKES: dict[str, Callable[..., Any]] = {
-    "cudnn_conv2d_forward": _forward_fake,
-    "cudnn_conv2d_grad_input": _grad_input_fake,
-}
-_FLOPS: dict[str, Callable[..., int]] = {
-    "cudnn_conv2d_forward": _forward_flops,
-    "cudnn_conv2d_grad_input": _grad_input_flops,
-}
 
 _library = torch.library.Library("dcconv", "FRAGMENT")
 
-
-def _register() -> None:
-    for name, schema in SCHEMAS.items():
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, implementations[name], "CUDA")
-        torch.library.register_fake(f"dcconv::{name}", _FAKES[name])
-        register_flop_formula(getattr(torch.ops.dcconv, name))(_FLOPS[name])
+#: What runs on GPUs, by the name of the op.
+implementations: dict[str, Callable[..., Any]] = {}
 
 
-_register()
+def _register(
+    op: Op[Any, Any],
+    implementation: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    count: Callable[[Any, Any], int],
+) -> None:
+    implementations[op.name] = op.taking(implementation)
+    _library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op.name, implementations[op.name], "CUDA")
+    fakes.register(op, COMPILED, fake, count)
+
+
+_register(
+    conv2d_forward,
+    _forward,
+    _forward_fake,
+    lambda call, results: conv_flop_count(call.x, call.weight, results[0]),
+)
+_register(
+    conv2d_grad_input,
+    _grad_input,
+    _grad_input_fake,
+    lambda call, _: conv_flop_count(call.x, call.weight, call.grad_u),
+)

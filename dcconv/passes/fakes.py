@@ -1,4 +1,8 @@
-"""Fakes and FLOP formulas of the ops: what tracing and counting need to know of each result."""
+"""Fakes and FLOP formulas of the ops: what tracing and counting need to know of each result.
+
+A fake takes the record of a call, requires that its sizes fit together, and returns tensors of the
+shapes, dtypes and layouts of the results. It is the same for every library that has the op.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from dcconv import native
-from dcconv.native import NEEDS_BIAS, NEEDS_K, NEEDS_NORM_MEAN, NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import compute_dtype
-from dcconv.operator.records import NORM_BATCH, is_norm_free
-from dcconv.passes import guards
-from dcconv.passes.library import SUM_A, SUM_BIAS, SUM_K, SUM_RHO
+from dcconv.operator.records import NORM_BATCH, Window, is_norm_free
+from dcconv.passes import guards, ops, records
+from dcconv.passes.records import COMPILED, Parameters
 
 
 def layout_of(channels_last: bool) -> torch.memory_format:
@@ -25,153 +28,44 @@ def layout_of(channels_last: bool) -> torch.memory_format:
 
 def check_sums(sums: int, rows: int, filters: int) -> None:
     """Require bits of known sums, and a number of partial sums that there is room for."""
-    every = SUM_RHO | SUM_A | SUM_K | SUM_BIAS
+    every = records.SUM_RHO | records.SUM_A | records.SUM_K | records.SUM_BIAS
     if not 0 <= sums <= every:
         raise guards.error("sums", f"be bits of {every}", sums)
     guards.bounded("rows", rows, 1)
     guards.countable("parts", [4, rows, filters])
 
 
-def check_epilogue(
-    u: Tensor,
-    a: Tensor,
-    map: Tensor,
-    input_size: Any,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    map_is_norm: bool,
-) -> None:
-    """Require that the sizes of the epilogue's operands fit together."""
-    guards.dimensions("u", u, 4)
-    guards.numbers("input_size", input_size, 2)
-    n, filters = u.shape[:2]
-    window = (kernel_size, stride, padding, dilation, groups, padding_mode)
-    p, q = guards.windows([n, groups, *input_size], filters, *window)
-    guards.shape("u", u, [n, filters, p, q])
-    height, width = (p, q) if map_is_norm else input_size
-    guards.values("map", map, n * groups * height * width)
-    guards.values("a", a, filters)
+def _windows_of(x: Tensor, weight: Tensor, window: Window) -> tuple[Any, Any]:
+    """Require a weight that fits x; return the rows and columns of windows."""
+    guards.filters_of(x, weight, window.groups)
+    return guards.windows(x.shape, weight.shape[0], weight.shape[2:], window)
 
 
-def check_grad_dot(
-    grad_y: Tensor, kept: Tensor, norm_map: Tensor, a: Tensor, groups: int, sums: int, rows: int
-) -> None:
-    """Require that the sizes of the operands of the pass over dy fit together."""
-    guards.dimensions("grad_y", grad_y, 4)
-    n, filters, p, q = grad_y.shape
-    guards.groups(groups, filters, filters)
-    guards.shape("kept", kept, [n, filters, p, q])
-    guards.values("norm_map", norm_map, n * groups * p * q)
-    guards.values("a", a, filters)
-    check_sums(sums, rows, filters)
+def _like(t: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(t, memory_format=layout_of(channels_last))
 
 
-def check_grad_filters(
-    parts: Tensor, library_grad: Tensor | None, weight: Tensor, a: Tensor, sums: int
-) -> None:
-    """Require that the sizes of the operands of the filter side fit together."""
-    guards.dimensions("weight", weight, 4)
-    filters = weight.shape[0]
-    check_sums(sums, 1, filters)
-    guards.values("a", a, filters)
-    if sums:
-        guards.dimensions("parts", parts, 3)
-        guards.shape("parts", parts, [bin(sums).count("1"), parts.shape[1], filters])
-    if library_grad is not None:
-        guards.shape("library_grad", library_grad, weight.shape)
+def _own_layout(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=memory_format(t))
 
 
-def check_grad_input(
-    library_grad: Tensor,
-    x: Tensor,
-    t: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    padded: bool,
-) -> None:
-    """Require that the sizes of the operands of the pass that finishes grad_x fit together."""
-    window = (kernel_size, stride, padding, dilation, groups, padding_mode)
-    p, q = guards.windows(x.shape, groups, *window)
-    n, c, height, width = x.shape
-    guards.values("t", t, n * groups * p * q)
-    if padded:
-        height, width = height + padding[0] + padding[1], width + padding[2] + padding[3]
-    guards.shape("library_grad", library_grad, [n, c, height, width])
-
-
-def check_window_grad(
-    grad_b: Tensor,
-    x: Tensor,
-    b: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-) -> None:
-    """Require that the sizes of the operands of the norm's gradient fit together."""
-    window = (kernel_size, stride, padding, dilation, groups, padding_mode)
-    p, q = guards.windows(x.shape, groups, *window)
-    for name, t in (("b", b), ("grad_b", grad_b)):
-        guards.shape(name, t, [x.shape[0], groups, p, q])
-
-
-def _conv2d_forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    norm_mean: Tensor | None,
-    k: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    eps: float,
-    delta: float,
-    norm: str,
-    keep_dot: bool,
-    keep_map: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    guards.filters_of(x, weight, groups)
-    kernel = (weight.shape[2], weight.shape[3])
-    p, q = guards.windows(
-        x.shape, weight.shape[0], kernel, stride, padding, dilation, groups, padding_mode
-    )
-    shape = (x.shape[0], weight.shape[0], p, q)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
+def conv2d_forward(call: records.ConvForward) -> ops.Four:
+    x, weight = call.operands.x, call.operands.weight
+    n, groups = x.shape[0], call.window.groups
+    p, q = _windows_of(x, weight, call.window)
+    shape, layout = (n, weight.shape[0], p, q), memory_format(x, weight)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     compute = compute_dtype(x.dtype)
-    norm_free = is_norm_free(magnitude, angular, weighting)
-    count = 0 if norm_free or not keep_map else x.shape[0] * groups * p * q
+    norm_free = is_norm_free(*call.functions[:3])
+    count = 0 if norm_free or not call.keep_map else n * groups * p * q
     norm_map = x.new_empty(count, dtype=compute)
-    mean = x.new_empty(() if norm == NORM_BATCH else (0,), dtype=compute)
-    dot = torch.empty_like(y) if keep_dot and not norm_free else x.new_empty(0)
+    mean = x.new_empty(() if call.norm == NORM_BATCH else (0,), dtype=compute)
+    dot = torch.empty_like(y) if call.keep_dot and not norm_free else x.new_empty(0)
     return y, norm_map, mean, dot
 
 
 def _parameter_grads(
-    weight: Tensor,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    compute: torch.dtype,
-    needs: int,
+    weight: Tensor, parameters: Parameters, compute: torch.dtype, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of weight, bias, radius, mean norm and k; [0] for the unwanted."""
 
@@ -180,317 +74,256 @@ def _parameter_grads(
             return weight.new_empty(0, dtype=compute)
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
-    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
-    if needs & NEEDS_WEIGHT:
-        grad_weight = torch.empty_like(weight, memory_format=memory_format(weight))
-    if needs & NEEDS_BIAS:
-        grad_bias = weight.new_empty(weight.shape[0])
+    bits = (records.NEEDS_RADIUS, records.NEEDS_NORM_MEAN, records.NEEDS_K)
+    radius, mean, k = (like(t, bit) for t, bit in zip(parameters, bits, strict=True))
     return (
-        grad_weight,
-        grad_bias,
-        like(radius, NEEDS_RADIUS),
-        like(mean, NEEDS_NORM_MEAN),
-        like(k, NEEDS_K),
+        _own_layout(weight) if needs & records.NEEDS_WEIGHT else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if needs & records.NEEDS_BIAS else 0),
+        *(radius, mean, k),
     )
 
 
-def _conv2d_backward_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    norm_map: Tensor,
-    mean: Tensor,
-    radius: Tensor | None,
-    norm_mean: Tensor | None,
-    k: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    eps: float,
-    delta: float,
-    norm: str,
-    norm_grad: bool,
-    kept_is: str,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    guards.filters_of(x, weight, groups)
-    kernel = (weight.shape[2], weight.shape[3])
-    p, q = guards.windows(
-        x.shape, weight.shape[0], kernel, stride, padding, dilation, groups, padding_mode
-    )
-    guards.shape("grad_y", grad_y, [x.shape[0], weight.shape[0], p, q])
+def conv2d_backward(call: records.ConvBackward) -> ops.Six:
+    x, weight = call.x, call.weight
+    p, q = _windows_of(x, weight, call.window)
+    guards.shape("grad_y", call.grad_y, [x.shape[0], weight.shape[0], p, q])
     layout = memory_format(x, weight)
-    grad_x = torch.empty_like(x, memory_format=layout) if needs & NEEDS_X else x.new_empty(0)
+    grad_x = (
+        torch.empty_like(x, memory_format=layout)
+        if call.needs & records.NEEDS_X
+        else x.new_empty(0)
+    )
+    parameters = Parameters(call.radius, call.norm_mean, call.k)
+    return grad_x, *_parameter_grads(weight, parameters, compute_dtype(x.dtype), call.needs)
+
+
+def window_norm(call: records.WindowNorm) -> Tensor:
+    x, groups = call.x, call.window.groups
+    shape = (x.shape[0], groups, *guards.windows(x.shape, groups, call.kernel_size, call.window))
+    dtype, layout = compute_dtype(x.dtype), memory_format(x)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+def window_norm_grad(call: records.WindowNormGrad) -> Tensor:
+    x, groups = call.x, call.window.groups
+    p, q = guards.windows(x.shape, groups, call.kernel_size, call.window)
+    for name, t in (("b", call.b), ("grad_b", call.grad_b)):
+        guards.shape(name, t, [x.shape[0], groups, p, q])
+    return _own_layout(x)
+
+
+def conv2d_norms(call: records.Norms) -> ops.Three:
+    x, weight = call.x, call.weight
     compute = compute_dtype(x.dtype)
-    return grad_x, *_parameter_grads(weight, radius, norm_mean, k, compute, needs)
-
-
-def _patch_norm_forward_fake(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    eps: float,
-) -> Tensor:
-    p, q = guards.windows(
-        x.shape, groups, kernel_size, stride, padding, dilation, groups, padding_mode
-    )
-    return torch.empty(
-        (x.shape[0], groups, p, q),
-        dtype=compute_dtype(x.dtype),
-        device=x.device,
-        memory_format=memory_format(x),
-    )
-
-
-def _patch_norm_backward_fake(
-    grad_b: Tensor,
-    x: Tensor,
-    b: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-) -> Tensor:
-    check_window_grad(grad_b, x, b, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
-def _conv2d_norms_fake(
-    x: Tensor,
-    weight: Tensor,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    eps: float,
-    batch_mean: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute = compute_dtype(x.dtype)
-    guards.filters_of(x, weight, groups)
-    kernel = (weight.shape[2], weight.shape[3])
-    p, q = guards.windows(
-        x.shape, weight.shape[0], kernel, stride, padding, dilation, groups, padding_mode
-    )
-    if not batch_mean:
+    p, q = _windows_of(x, weight, call.window)
+    if not call.batch_mean:
         p, q = x.shape[2], x.shape[3]
     return (
         x.new_empty(weight.shape[0], dtype=compute),
-        x.new_empty(x.shape[0] * groups * p * q, dtype=compute),
-        x.new_empty(() if batch_mean else (0,), dtype=compute),
+        x.new_empty(x.shape[0] * call.window.groups * p * q, dtype=compute),
+        x.new_empty(() if call.batch_mean else (0,), dtype=compute),
     )
 
 
-def _norm_map_of(u: Tensor, a: Tensor, groups: int, map_is_norm: bool) -> Tensor:
-    count = 0 if map_is_norm else u.shape[0] * groups * u.shape[2] * u.shape[3]
-    return a.new_empty(count)
+def conv2d_epilogue_(call: records.Epilogue) -> Tensor:
+    u, a, groups = call.u, call.a, call.window.groups
+    guards.dimensions("u", u, 4)
+    guards.numbers("input_size", call.input_size, 2)
+    n, filters = u.shape[:2]
+    p, q = guards.windows([n, groups, *call.input_size], filters, call.kernel_size, call.window)
+    guards.shape("u", u, [n, filters, p, q])
+    height, width = (p, q) if call.map_is_norm else call.input_size
+    guards.values("map", call.map, n * groups * height * width)
+    guards.values("a", a, filters)
+    return a.new_empty(0 if call.map_is_norm else n * groups * u.shape[2] * u.shape[3])
 
 
-def _conv2d_epilogue_fake(
-    u: Tensor,
-    a: Tensor,
-    map: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    input_size: Any,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    delta: float,
-    eps: float,
-    map_is_norm: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
-    check_epilogue(
-        u,
-        a,
-        map,
-        input_size,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        padding_mode,
-        map_is_norm,
-    )
-    y = torch.empty_like(u, memory_format=layout_of(channels_last))
-    return y, _norm_map_of(u, a, groups, map_is_norm)
+def conv2d_epilogue(call: records.Epilogue) -> ops.Two:
+    norm_map = conv2d_epilogue_(call)
+    return _like(call.u, call.channels_last), norm_map
 
 
-def _conv2d_epilogue_inplace_fake(u: Tensor, a: Tensor, *arguments: Any) -> Tensor:
-    return _conv2d_epilogue_fake(u, a, *arguments)[1]
+def check_grad_dot(call: records.GradDot) -> None:
+    """Require that the sizes of the operands of the pass over dy fit together."""
+    guards.dimensions("grad_y", call.grad_y, 4)
+    n, filters, p, q = call.grad_y.shape
+    guards.groups(call.groups, filters, filters)
+    guards.shape("kept", call.kept, [n, filters, p, q])
+    guards.values("norm_map", call.norm_map, n * call.groups * p * q)
+    guards.values("a", call.a, filters)
+    check_sums(call.sums, call.rows, filters)
 
 
-def _conv2d_grad_dot_fake(
-    grad_y: Tensor,
-    kept: Tensor,
-    norm_map: Tensor,
-    a: Tensor,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    groups: int,
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    delta: float,
-    kept_is: str,
-    wants_t: bool,
-    sums: int,
-    rows: int,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_grad_dot(grad_y, kept, norm_map, a, groups, sums, rows)
-    kinds = bin(sums).count("1")
+def conv2d_grad_dot(call: records.GradDot) -> ops.Three:
+    check_grad_dot(call)
+    kinds = bin(call.sums).count("1")
     return (
-        torch.empty_like(grad_y, memory_format=layout_of(channels_last)),
-        torch.empty_like(norm_map) if wants_t else a.new_empty(0),
-        a.new_empty((kinds, rows, a.shape[0]) if kinds else 0),
+        _like(call.grad_y, call.channels_last),
+        torch.empty_like(call.norm_map) if call.wants_t else call.a.new_empty(0),
+        call.a.new_empty((kinds, call.rows, call.a.shape[0]) if kinds else 0),
     )
 
 
-def _conv2d_grad_filters_fake(
-    parts: Tensor,
-    library_grad: Tensor | None,
-    weight: Tensor,
-    a: Tensor,
-    radius: Tensor | None,
-    mean: Tensor | None,
-    k: Tensor | None,
-    map_count: int,
-    sums: int,
-    barrier: bool,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_grad_filters(parts, library_grad, weight, a, sums)
-    return (
-        *_parameter_grads(weight, radius, mean, k, a.dtype, needs),
-        a.new_empty(() if barrier else (0,)),
-    )
-
-
-def _conv2d_grad_input_fake(
-    library_grad: Tensor,
-    x: Tensor,
-    t: Tensor,
-    norm_map: Tensor,
-    sigma: Tensor | None,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-    padded: bool,
-    channels_last: bool,
-) -> Tensor:
-    check_grad_input(
-        library_grad, x, t, kernel_size, stride, padding, dilation, groups, padding_mode, padded
-    )
-    return torch.empty_like(x, memory_format=layout_of(channels_last))
-
-
-def _conv2d_grad_input_inplace_fake(library_grad: Tensor, *arguments: Any) -> None:
-    _conv2d_grad_input_fake(*(library_grad, *arguments[:-1], False, arguments[-1]))
-
-
-def _filter_scale_fake(
-    weight: Tensor, alpha: float, eps: float, divide: bool
-) -> tuple[Tensor, Tensor]:
+def conv2d_grad_filters(call: records.GradFilters) -> ops.Six:
+    weight, a, sums = call.weight, call.a, call.sums
     guards.dimensions("weight", weight, 4)
-    a = weight.new_empty(weight.shape[0], dtype=compute_dtype(weight.dtype))
-    return torch.empty_like(weight, memory_format=memory_format(weight)), a
+    filters = weight.shape[0]
+    check_sums(sums, 1, filters)
+    guards.values("a", a, filters)
+    if sums:
+        guards.dimensions("parts", call.parts, 3)
+        shape = [bin(sums).count("1"), call.parts.shape[1], filters]
+        guards.shape("parts", call.parts, shape)
+    if call.library_grad is not None:
+        guards.shape("library_grad", call.library_grad, weight.shape)
+    grads = _parameter_grads(weight, call.parameters, a.dtype, call.needs)
+    return *grads, a.new_empty(() if call.barrier else (0,))
 
 
-def _filter_scale_grad_fake(
-    library_grad: Tensor, weight: Tensor, a: Tensor, alpha: float, divide: bool
-) -> Tensor:
-    guards.dimensions("weight", weight, 4)
-    guards.shape("library_grad", library_grad, weight.shape)
-    return torch.empty_like(weight, memory_format=memory_format(weight))
+def conv2d_grad_input_(call: records.GradInput) -> None:
+    x, groups = call.x, call.window.groups
+    p, q = guards.windows(x.shape, groups, call.kernel_size, call.window)
+    n, c, height, width = x.shape
+    guards.values("t", call.taps.t, n * groups * p * q)
+    if call.padded:
+        top, bottom, left, right = call.window.padding
+        height, width = height + top + bottom, width + left + right
+    guards.shape("library_grad", call.library_grad, [n, c, height, width])
 
 
-def _conv2d_forward_flops(
-    x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Count the library convolution only, as PyTorch does for fused attention and convolution."""
-    return conv_flop_count(x_shape, w_shape, out_shape[0])
+def conv2d_grad_input(call: records.GradInput) -> Tensor:
+    conv2d_grad_input_(call)
+    return _like(call.x, call.channels_last)
 
 
-def _conv2d_backward_flops(
-    grad_y_shape: Any, x_shape: Any, w_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Count the convolution once for each of grad_x and grad_weight that is computed."""
-    wanted = sum(1 for shape in out_shape[:2] if len(shape) == 4)
-    return wanted * conv_flop_count(x_shape, w_shape, grad_y_shape)
+def filter_norm(call: records.FilterNorm | records.FilterScale) -> Tensor:
+    guards.dimensions("weight", call.weight, 4)
+    return call.weight.new_empty(call.weight.shape[0], dtype=compute_dtype(call.weight.dtype))
 
 
-def no_flops(*args: Any, **kwargs: Any) -> int:
+def filter_scale(call: records.FilterScale) -> ops.Two:
+    a = filter_norm(call)
+    return _own_layout(call.weight), a
+
+
+def filter_scale_grad(call: records.FilterScaleGrad) -> Tensor:
+    guards.dimensions("weight", call.weight, 4)
+    guards.values("a", call.a, call.weight.shape[0])
+    guards.shape("library_grad", call.library_grad, call.weight.shape)
+    return _own_layout(call.weight)
+
+
+def conv2d_one_pass(call: records.OnePass) -> ops.Three:
+    x, weight, a, groups = call.x, call.weight, call.a, call.window.groups
+    p, q = _windows_of(x, weight, call.window)
+    n, filters = x.shape[0], weight.shape[0]
+    guards.values("a", a, filters)
+    if call.map is not None:
+        height, width = (p, q) if call.map_is_norm else x.shape[2:]
+        guards.values("map", call.map, n * groups * height * width)
+    shape, layout = (n, filters, p, q), layout_of(call.channels_last)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    writes_norm = call.keep_norm and not call.map_is_norm
+    norm_map = a.new_empty(n * groups * p * q if writes_norm else 0)
+    return y, norm_map, torch.empty_like(y) if call.keep_dot else x.new_empty(0)
+
+
+def conv2d_one_pass_grad_input(call: records.OnePassGradInput) -> Tensor:
+    x, weight = call.x, call.weight
+    p, q = _windows_of(x, weight, call.window)
+    guards.shape("grad_u", call.grad_u, [x.shape[0], weight.shape[0], p, q])
+    guards.values("t", call.taps.t, x.shape[0] * call.window.groups * p * q)
+    return _like(x, call.channels_last)
+
+
+def depthwise_grad_weight(call: records.DepthwiseGradWeight) -> Tensor:
+    x, grad_u, groups = call.x, call.grad_u, call.window.groups
+    guards.dimensions("grad_u", grad_u, 4)
+    filters = grad_u.shape[1]
+    p, q = guards.windows(x.shape, filters, call.kernel_size, call.window)
+    (n, channels), (height, width) = x.shape[:2], call.kernel_size
+    guards.shape("grad_u", grad_u, [n, filters, p, q])
+    guards.groups(groups, channels, channels)
+    if channels != groups:
+        raise guards.error("groups", f"be the {channels} channels of x", groups)
+    check_sums(0, call.rows, filters * height * width)
+    shape, layout = (filters, 1, height, width), layout_of(call.weight_channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _no_flops(call: Any, result: Any) -> int:
     """Passes are not matrix work; PyTorch's counter leaves elementwise work out as well."""
     return 0
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "conv2d_forward": _conv2d_forward_fake,
-    "conv2d_backward": _conv2d_backward_fake,
-    "patch_norm_forward": _patch_norm_forward_fake,
-    "patch_norm_backward": _patch_norm_backward_fake,
-    "conv2d_norms": _conv2d_norms_fake,
-    "conv2d_epilogue": _conv2d_epilogue_fake,
-    "conv2d_epilogue_": _conv2d_epilogue_inplace_fake,
-    "conv2d_grad_dot": _conv2d_grad_dot_fake,
-    "conv2d_grad_filters": _conv2d_grad_filters_fake,
-    "conv2d_grad_input": _conv2d_grad_input_fake,
-    "conv2d_grad_input_": _conv2d_grad_input_inplace_fake,
-    "filter_scale": _filter_scale_fake,
-    "filter_scale_grad": _filter_scale_grad_fake,
-    "window_norm": _patch_norm_forward_fake,
-    "window_norm_grad": _patch_norm_backward_fake,
+def _forward_flops(x: Any, weight: Any, result: Any) -> int:
+    """Count the library convolution only, as PyTorch does for fused attention and convolution."""
+    return conv_flop_count(x, weight, result[0])
+
+
+def _backward_flops(call: records.ConvBackward, result: Any) -> int:
+    """Count the convolution once for each of grad_x and grad_weight that is computed."""
+    shapes: tuple[Any, ...] = (call.x, call.weight, call.grad_y)
+    wanted = sum(1 for shape in result[:2] if len(shape) == 4)
+    return wanted * conv_flop_count(*shapes)
+
+
+#: The fake of every op.
+FAKES: dict[ops.Op[Any, Any], Callable[[Any], Any]] = {
+    ops.conv2d_forward: conv2d_forward,
+    ops.conv2d_backward: conv2d_backward,
+    ops.patch_norm_forward: window_norm,
+    ops.patch_norm_backward: window_norm_grad,
+    ops.conv2d_norms: conv2d_norms,
+    ops.conv2d_epilogue: conv2d_epilogue,
+    ops.conv2d_epilogue_: conv2d_epilogue_,
+    ops.conv2d_grad_dot: conv2d_grad_dot,
+    ops.conv2d_grad_filters: conv2d_grad_filters,
+    ops.conv2d_grad_input: conv2d_grad_input,
+    ops.conv2d_grad_input_: conv2d_grad_input_,
+    ops.filter_scale: filter_scale,
+    ops.filter_scale_grad: filter_scale_grad,
+    ops.window_norm: window_norm,
+    ops.window_norm_grad: window_norm_grad,
+    ops.filter_norm: filter_norm,
+    ops.conv2d_one_pass: conv2d_one_pass,
+    ops.conv2d_one_pass_grad_input: conv2d_one_pass_grad_input,
+    ops.depthwise_grad_weight: depthwise_grad_weight,
 }
-_FLOPS: dict[str, Callable[..., int]] = {
-    "conv2d_forward": _conv2d_forward_flops,
-    "conv2d_backward": _conv2d_backward_flops,
+# Of records with shapes in the place of tensors, and the shapes of the results.
+_FLOPS: dict[ops.Op[Any, Any], Callable[[Any, Any], int]] = {
+    ops.conv2d_forward: lambda call, y: _forward_flops(call.operands.x, call.operands.weight, y),
+    ops.conv2d_backward: _backward_flops,
+    ops.conv2d_one_pass: lambda call, y: _forward_flops(call.x, call.weight, y),
+    ops.conv2d_one_pass_grad_input: lambda call, grad_x: conv_flop_count(
+        call.x, call.weight, call.grad_u
+    ),
+    ops.depthwise_grad_weight: lambda call, weight: conv_flop_count(call.x, weight, call.grad_u),
 }
 
 
-def register(fakes: dict[str, Callable[..., Any]], flops: dict[str, Callable[..., int]]) -> None:
-    """Register fakes and, where an op has none, the FLOP formula of a pass, by op name."""
-    if native.missing is not None:
-        return
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"dcconv::{name}", fake)
-        register_flop_formula(getattr(torch.ops.dcconv, name))(flops.get(name, no_flops))
+def register(
+    op: ops.Op[Any, Any],
+    namespace: str,
+    fake: Callable[[Any], Any] | None = None,
+    count: Callable[[Any, Any], int] | None = None,
+) -> None:
+    """Register the fake and the FLOP formula of an op that a namespace has defined.
+
+    Args:
+        op, namespace: which.
+        fake, count: of an op that is not one of ``FAKES``.
+    """
+    formula = count or _FLOPS.get(op, _no_flops)
+
+    def flops(*arguments: Any, out_shape: Any = None, **others: Any) -> int:
+        return formula(op.record_of(*arguments), out_shape)
+
+    op.bind(namespace)
+    torch.library.register_fake(f"{namespace}::{op.name}", op.taking(fake or FAKES[op]))
+    register_flop_formula(getattr(getattr(torch.ops, namespace), op.name))(flops)
 
 
-register(_FAKES, _FLOPS)
+if native.missing is None:
+    for _op in FAKES:
+        register(_op, COMPILED)

@@ -9,16 +9,33 @@ elsewhere.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from dcconv.call.saved import DOT, NOTHING
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
-from dcconv.passes import library
-
-DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"
+from dcconv.passes import ops
+from dcconv.passes.backward import InputSide, rows_of
+from dcconv.passes.products import size_of
+from dcconv.passes.records import (
+    COMPILED,
+    DEPTHWISE,
+    DOT,
+    IMPLICIT_GEMM,
+    NOTHING,
+    OWN_RULE,
+    STEM,
+    DepthwiseGradWeight,
+    FilterNorm,
+    Norms,
+    OnePass,
+    OnePassGradInput,
+    Parameters,
+    functions,
+)
 
 # Groups of fewer channels are the depthwise kernel's.
 SMALL_GROUP = 8
@@ -35,8 +52,6 @@ VECTOR_BYTES = 16
 GEMM_DTYPES = (torch.bfloat16, torch.float16)
 # Tensor cores for both 16-bit types, asynchronous copies, shared memory beyond 96 KiB.
 CAPABILITY = (8, 0)
-# Let each kernel choose its tile.
-OWN_RULE = -1
 
 _capabilities: dict[int, tuple[int, int]] = {}
 
@@ -165,114 +180,62 @@ def compose(
     kernel: str,
     finds_norms: bool,
     tile: int = OWN_RULE,
-    namespace: str = library.COMPILED,
+    namespace: str = COMPILED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator by a kernel and tile of a namespace's ops.
 
     ``finds_norms``: on the way; the mean of the norms must be there before the first h.
     """
-    passes = getattr(torch.ops, namespace)
     x, weight, bias, radius, norm_mean, k = operands
     layout = memory_format(x, weight)
-    channels_last = layout == torch.channels_last
-    x = x.contiguous(memory_format=layout)
-    weight = weight.contiguous(memory_format=layout)
-    batch_mean = problem.norm == NORM_BATCH
+    last = layout == torch.channels_last
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    batch_mean, eps, window = problem.norm == NORM_BATCH, problem.operator.eps, problem.window
     norms: Tensor | None = None
     if batch_mean or not finds_norms:
-        a, norms, mean = passes.conv2d_norms(
-            x, weight, *problem.window, problem.operator.eps, batch_mean, channels_last
-        )
+        norms_of = Norms(x, weight, window, eps, batch_mean, last)
+        a, norms, mean = ops.conv2d_norms(norms_of, namespace)
     else:
-        a = passes.filter_norm(weight, problem.operator.eps)
+        a = ops.filter_norm(FilterNorm(weight, eps), namespace)
         mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
-    y, norm_map, dot = passes.conv2d_one_pass(
-        x,
-        weight,
-        a,
-        norms,
-        bias,
-        radius,
-        mean if batch_mean else norm_mean,
-        k,
-        *problem.window,
-        *library.functions(problem),
-        problem.operator.eps,
-        batch_mean,
-        kept != NOTHING,
-        kept == DOT,
-        kernel,
-        tile,
-        channels_last,
-    )
+    parameters = Parameters(radius, mean if batch_mean else norm_mean, k)
+    formula = (functions(problem), problem.delta, eps)
+    keeps = (kept != NOTHING, kept == DOT)
+    tensors = (x, weight, a, norms, bias, parameters)
+    call = OnePass(*tensors, window, *formula, batch_mean, *keeps, kernel, tile, last)
+    y, norm_map, dot = ops.conv2d_one_pass(call, namespace)
     return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
 
 
-def input_gradient(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    t: Tensor,
-    norm_map: Tensor,
-    sigma: Tensor | None,
-    problem: Problem,
-) -> Tensor:
-    """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
-    kernel = kernel_of(weight, problem)
-    return compose_input_gradient(grad_u, x, weight, t, norm_map, sigma, problem, kernel)
+def input_gradient(side: InputSide, problem: Problem) -> Tensor:
+    """Return grad_x: the convolution's, and x times the window sums of the taps."""
+    return compose_input_gradient(side, problem, kernel_of(side.weight, problem))
 
 
 def compose_input_gradient(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    t: Tensor,
-    norm_map: Tensor,
-    sigma: Tensor | None,
+    side: InputSide,
     problem: Problem,
     kernel: str,
     tile: int = OWN_RULE,
-    namespace: str = library.COMPILED,
+    namespace: str = COMPILED,
 ) -> Tensor:
     """Return the gradient of x by a kernel and tile of a namespace's ops."""
+    grad_u, x, weight, taps = side
     layout = memory_format(x, weight)
-    grad_x: Tensor = getattr(torch.ops, namespace).conv2d_one_pass_grad_input(
-        grad_u,
-        weight.contiguous(memory_format=layout),
-        x,
-        t,
-        norm_map,
-        sigma,
-        *problem.window,
-        kernel,
-        tile,
-        layout == torch.channels_last,
-    )
-    return grad_x
+    weight, last = weight.contiguous(memory_format=layout), layout == torch.channels_last
+    call = OnePassGradInput(grad_u, weight, x, taps, problem.window, kernel, tile, last)
+    return ops.conv2d_one_pass_grad_input(call, namespace)
 
 
 def weight_gradient(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    problem: Problem,
-    namespace: str = library.COMPILED,
+    grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem, namespace: str = COMPILED
 ) -> Tensor:
     """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
-    channels_last = memory_format(x, weight) == torch.channels_last
-    positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
-    # Triton's programs span channels in both layouts.
-    spans = channels_last or namespace != library.COMPILED
-    rows = library.partial_rows(x, positions, problem.window.groups, spans)
+    last = memory_format(x, weight) == torch.channels_last
+    own = memory_format(weight) == torch.channels_last
     # The partial sums of long filters take no more elements than grad_u.
+    positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
     most = torch.sym_max(1, positions // (weight.shape[2] * weight.shape[3]))
-    grad_weight: Tensor = getattr(torch.ops, namespace).depthwise_grad_weight(
-        grad_u,
-        x,
-        [weight.shape[2], weight.shape[3]],
-        *problem.window,
-        torch.sym_min(rows, most),
-        memory_format(weight) == torch.channels_last,
-        channels_last,
-    )
-    return grad_weight
+    rows = cast(int, torch.sym_min(rows_of(x, grad_u, problem, last, namespace), most))
+    call = DepthwiseGradWeight(grad_u, x, size_of(weight), problem.window, rows, own, last)
+    return ops.depthwise_grad_weight(call, namespace)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcconv.operator.checks import PADDING_MODES
 from dcconv.operator.numerics import MOST_ELEMENTS, MOST_PIXELS
-from dcconv.operator.records import output_size
+from dcconv.operator.records import Window, output_size
 
 
 def error(argument: str, rule: str, got: object) -> RuntimeError:
@@ -119,25 +119,19 @@ def _axis(
 
 
 def windows(
-    sizes: Sequence[Any],
-    filters: Any,
-    kernel_size: Sequence[Any],
-    stride: Sequence[Any],
-    padding: Sequence[Any],
-    dilation: Sequence[Any],
-    in_groups: Any,
-    mode: str,
+    sizes: Sequence[Any], filters: Any, kernel_size: Sequence[Any], window: Window
 ) -> tuple[Any, Any]:
     """Return the rows and columns of windows.
 
     Args:
         sizes: n, c, h, w of x.
         filters: how many.
-        kernel_size, stride, padding, dilation, in_groups, mode: as ops take them.
+        kernel_size, window: as ops take them.
 
     Raises:
         RuntimeError: a number is none that kernels can divide by or multiply.
     """
+    stride, padding, dilation, in_groups, mode = window
     numbers("x", sizes, 4)
     numbers("kernel_size", kernel_size, 2)
     numbers("stride", stride, 2)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dcconv.operator.records import Operands, Problem
 from dcconv.passes import fused
-from dcconv.passes.fused import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
+from dcconv.passes.backward import InputSide
+from dcconv.passes.records import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
 
 NAMESPACE = "dcconv_triton"
 
@@ -80,21 +81,10 @@ def forward(
     return fused.compose(operands, problem, kept, kernel, finds_norms, tile, NAMESPACE)
 
 
-def input_gradient(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    t: Tensor,
-    norm_map: Tensor,
-    sigma: Tensor | None,
-    problem: Problem,
-    tile: int = OWN_RULE,
-) -> Tensor:
-    """Return grad_x: the convolution's, and x times the window sums of t + sigma / b."""
-    kernel = kernel_of(weight, problem)
-    return fused.compose_input_gradient(
-        grad_u, x, weight, t, norm_map, sigma, problem, kernel, tile, NAMESPACE
-    )
+def input_gradient(side: InputSide, problem: Problem, tile: int = OWN_RULE) -> Tensor:
+    """Return grad_x: the convolution's, and x times the window sums of the taps."""
+    kernel = kernel_of(side.weight, problem)
+    return fused.compose_input_gradient(side, problem, kernel, tile, NAMESPACE)
 
 
 def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
+from dcconv.passes import fakes
+from dcconv.passes.ops import Op, Record, Result
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.fused import NAMESPACE
 
@@ -43,18 +45,23 @@ class Tiling(NamedTuple):
     """A cover of positions times channels by tiles.
 
     Attributes:
+        images, pixels, groups, per_group: what is covered: channels of a group.
+        last: whether channels are the neighbours in memory.
         positions: of a tile.
         in_group, by_group: lanes of a tile are ``in_group`` channels of ``by_group`` groups.
-        exact: whether a group has exactly ``in_group`` channels.
         chunks: number of tiles that share a group.
         group_chunks: number of tiles for all groups, where each takes whole groups.
         tiles: number of tiles for all positions.
     """
 
+    images: Any
+    pixels: Any
+    groups: int
+    per_group: int
+    last: bool
     positions: int
     in_group: int
     by_group: int
-    exact: bool
     chunks: int
     group_chunks: int
     tiles: Any
@@ -63,6 +70,27 @@ class Tiling(NamedTuple):
     def all_chunks(self) -> int:
         """Number of tiles for all channels."""
         return self.chunks * self.group_chunks
+
+    @property
+    def grid(self) -> tuple[Any]:
+        """One program per tile."""
+        return (self.tiles * self.all_chunks,)
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Arguments ``images`` to ``all_chunks`` of a kernel."""
+        return (*self[:4], self.chunks, self.all_chunks)
+
+    @property
+    def map_constants(self) -> dict[str, Any]:
+        """Constants of a kernel whose lanes are groups."""
+        return {"LAST": self.last, "P": self.positions, "BY_GROUP": self.by_group}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constants of a kernel; EXACT: a group has exactly IN_GROUP channels."""
+        exact = self.in_group == self.per_group
+        return {**self.map_constants, "IN_GROUP": self.in_group, "EXACT": exact}
 
 
 def tiling(
@@ -76,15 +104,9 @@ def tiling(
     by_group = min(power_of_two_at_least(groups), widest // in_group)
     positions = min(longest, elements // (in_group * by_group))
     tiles = blocks(images * pixels, positions) if last else images * blocks(pixels, positions)
-    return Tiling(
-        positions,
-        in_group,
-        by_group,
-        in_group == per_group,
-        blocks(per_group, in_group),
-        blocks(groups, by_group),
-        tiles,
-    )
+    tile = (positions, in_group, by_group)
+    chunks = (blocks(per_group, in_group), blocks(groups, by_group))
+    return Tiling(images, pixels, groups, per_group, last, *tile, *chunks, tiles)
 
 
 def gradient_tiling(
@@ -106,18 +128,25 @@ def on_device(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
+#: Names of the registered ops.
+names: list[str] = []
+
+
 def op(
-    name: str, fake: Callable[..., Any], mutates: Iterable[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an op of ``NAMESPACE``.
+    op: Op[Record, Result],
+) -> Callable[[Callable[[Record], Result]], Callable[[Record], Result]]:
+    """Register a function of an op's record as that op of ``NAMESPACE``.
 
     ``torch.compile`` looks into it and sees the kernels; interpreted ones are no kernels to it.
     """
     define: Any = custom_op if INTERPRETED else triton_op
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        defined = define(f"{NAMESPACE}::{name}", function, mutates_args=mutates)
-        defined.register_fake(fake)
+    def register(function: Callable[[Record], Result]) -> Callable[[Record], Result]:
+        mutates = (op.writes,) if op.writes else ()
+        full_name, run = f"{NAMESPACE}::{op.name}", op.taking(function)
+        define(full_name, run, mutates_args=mutates, schema=op.schema)
+        fakes.register(op, NAMESPACE)
+        names.append(op.name)
         return function
 
     return register

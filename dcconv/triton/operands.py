@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dcconv.operator.functions import magnitudes, weightings
 from dcconv.operator.layout import is_channels_last
 from dcconv.operator.numerics import tf32_convolutions
-
-
-def layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+from dcconv.operator.records import Window
+from dcconv.passes.fakes import layout_of
+from dcconv.passes.records import Functions, Pair, Parameters
+from dcconv.triton.environment import twin_of
 
 
 def format_of(t: Tensor) -> bool:
@@ -19,17 +21,33 @@ def format_of(t: Tensor) -> bool:
 
 
 def empty_like(t: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty_like(t, memory_format=layout(channels_last))
+    return torch.empty_like(t, memory_format=layout_of(channels_last))
 
 
-def slots(padding: list[int], padding_mode: str) -> tuple[int, int]:
+def slots(window: Window) -> tuple[int, int]:
     """Return how many padded rows, and columns, show a row or column at most."""
-    top, bottom, left, right = padding
-    if padding_mode == "zeros":
+    top, bottom, left, right = window.padding
+    if window.padding_mode == "zeros":
         return 1, 1
-    if padding_mode == "replicate":
+    if window.padding_mode == "replicate":
         return 1 + top + bottom, 1 + left + right
     return 3, 3
+
+
+def steps(window: Window) -> tuple[int, ...]:
+    """Return a kernel's arguments ``stride_rows`` to ``dilation_columns``."""
+    top, _, left, _ = window.padding
+    return *window.stride, top, left, *window.dilation
+
+
+def edges(window: Window) -> tuple[int, ...]:
+    """Return the same of a kernel that asks for all four paddings."""
+    return *window.stride, *window.padding, *window.dilation
+
+
+def window_constants(kernel_size: Pair, window: Window) -> dict[str, Any]:
+    """Return a kernel's constants of windows."""
+    return {"ROWS": kernel_size[0], "COLUMNS": kernel_size[1], "MODE": window.padding_mode}
 
 
 def number_of(parameter: Tensor | None) -> str:
@@ -44,11 +62,29 @@ def dense(parameter: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if parameter is None else parameter.contiguous()
 
 
-def per_position(magnitude: str, weighting: str, radius: Tensor | None) -> bool:
-    """Whether h depends on the position alone, up to a factor a."""
-    if weightings[weighting].only_with is not None:
-        return False
-    return not magnitudes[magnitude].uses_rho or number_of(radius) != "filter"
+def dense_parameters(parameters: Parameters, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a kernel's arguments ``radius``, ``mean`` and ``k``."""
+    radius, mean, k = parameters
+    return dense(radius, a), dense(mean, a), dense(k, a)
+
+
+def function_constants(functions: Functions, parameters: Parameters) -> dict[str, Any]:
+    """Return a kernel's constants of h and g.
+
+    PER_POSITION: whether h depends on the position alone, up to a factor a.
+    """
+    magnitude, angular, weighting = functions[:3]
+    radius, mean, k = map(number_of, parameters)
+    apart = weightings[weighting].only_with is None
+    return {
+        "MAGNITUDE": twin_of(magnitude, weighting),
+        "ANGULAR": angular,
+        "TIMES_A": weighting == "linear",
+        "PER_POSITION": apart and (not magnitudes[magnitude].uses_rho or radius != "filter"),
+        "RADIUS": radius,
+        "HAS_MEAN": mean != "none",
+        "CURVATURE": k,
+    }
 
 
 def precision(x: Tensor) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcconv.passes.fused import OWN_RULE
+from dcconv.passes.records import OWN_RULE
 from dcconv.triton.launch import blocks, power_of_two_at_least
 
 
@@ -147,6 +147,23 @@ def shares_steps(taps: int, channels: int, channels_last: bool) -> bool:
     In contiguous order the taps of a channel are neighbours in the weight.
     """
     return taps > 1 and (channels < SHALLOW or not channels_last)
+
+
+def product_of(
+    images: Any,
+    pixels: Any,
+    groups: int,
+    lanes: int,
+    channels: int,
+    taps: int,
+    element_size: int,
+    channels_last: bool,
+) -> Product:
+    """Return the product of windows of ``taps`` pixels and ``channels``, at pixels of images."""
+    shared = shares_steps(taps, channels, channels_last)
+    planes, depth = 1 if channels_last else images, channels * taps if shared else channels
+    loop = (groups, lanes, depth, taps, shared)
+    return Product(images * pixels, planes, *loop, element_size, not channels_last)
 
 
 def worthwhile(product: Product, gpu: Gpu) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from dcconv import backends, functional, native, warn
 from dcconv.call.saved import kept
 from dcconv.operator import numerics, reference
 from dcconv.operator.functions import angulars, magnitudes
-from dcconv.passes import library
+from dcconv.passes import backward, fakes
 
 MODULES: tuple[dict[str, Any], ...] = (
     {},
@@ -55,6 +55,23 @@ def op_arguments(case: Any, dtype: torch.dtype, layout: str, **options: Any) -> 
     tensors, call = make_inputs(case, dtype, layout, **options)
     operands, problem, _ = check_call(**tensors, **call)
     return (*native.conv2d_arguments(operands, problem), True), operands, problem
+
+
+@cpu
+@pytest.mark.parametrize("op", fakes.FAKES, ids=lambda op: op.name)
+def test_records_write_the_schemas_of_the_compiled_library(op: Any) -> None:
+    compiled = getattr(torch.ops.dcconv, op.name).default._schema
+    assert str(torch._C.parse_schema(f"dcconv::{op.name}{op.schema}")) == str(compiled)
+
+
+@pytest.mark.parametrize("op", fakes.FAKES, ids=lambda op: op.name)
+def test_records_are_laid_out_as_schemas_say(op: Any) -> None:
+    """Arguments become a record and arguments again; those at the end may be left to defaults."""
+    arguments = torch._C.parse_schema(f"dcconv::{op.name}{op.schema}").arguments
+    numbers = tuple(range(len(arguments)))
+    assert op.flat(op.record_of(*numbers)) == numbers
+    required = [number for number in numbers if not arguments[number].has_default_value()]
+    assert op.flat(op.record_of(*required))[: len(required)] == tuple(required)
 
 
 @cpu
@@ -573,12 +590,12 @@ def test_tf32_widens_the_floor_of_the_angle(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_questions_to_the_gpu_are_traceable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_gpus", {3: "a test says so"})
-    monkeypatch.setattr(library, "_multiprocessors", {3: 132})
+    monkeypatch.setattr(backward, "_multiprocessors", {3: 132})
     torch._dynamo.reset()
 
     def ask(x: torch.Tensor) -> tuple[Any, ...]:
         answers = (backends._why_not_gpu(3), numerics.tf32_convolutions())
-        return x + library._multiprocessors_of(3), *answers
+        return x + backward._multiprocessors_of(3), *answers
 
     got, *answers = torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(()))
     assert int(got) == 132

@@ -26,7 +26,8 @@ from dcconv.call.key import DIRECTIONS
 from dcconv.call.strategy import choose
 from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import Problem
-from dcconv.passes import fused, library
+from dcconv.passes import fused
+from dcconv.passes.backward import partial_rows
 
 NORMS = ("batch", "given", "none")
 HALF = (torch.bfloat16, torch.float16)
@@ -204,7 +205,7 @@ def test_gradients_only_where_they_are_asked_for(norm: str) -> None:
 
 def test_partial_sums_of_long_filters_take_no_more_than_the_gradient() -> None:
     case = Case("long", 2, 2, 16, 16, 2, (15, 15), padding=7, groups=2)
-    assert library.partial_rows(torch.empty(0), 512, 2, True) > 512 // 225
+    assert partial_rows(torch.empty(0), 512, 2, True) > 512 // 225
     inputs = make_inputs(case, torch.float32, "channels_last")
     with backends.plans("B"), Recorder() as recorder:
         evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))

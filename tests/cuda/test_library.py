@@ -28,7 +28,7 @@ import dcconv
 from dcconv import backends, functional, native
 from dcconv.operator import reference
 from dcconv.operator.numerics import compute_dtype
-from dcconv.passes import library
+from dcconv.passes import backward, products, records
 
 NORMS = ("batch", "given", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -314,7 +314,7 @@ def test_dense_tensors_have_the_strides_of_new_ones(layout: torch.memory_format)
         t = torch.empty_strided(shape, strides)
         t.copy_(torch.randn(shape))
         values = t.clone()
-        dense = library._dense(t, layout)
+        dense = products.dense(t, layout)
         assert dense.stride() == torch.empty(shape, memory_format=layout).stride(), shape
         assert torch.equal(dense, values) and not dense._is_view()
 
@@ -464,7 +464,7 @@ def test_backward_computes_no_more_than_is_wanted() -> None:
     everything = {"x", "weight", "bias", "radius", "norm_mean", "k"}
     names, found = calls(everything)
     assert names == [dot, filters, finish]
-    rho, a, k, bias = library.SUM_RHO, library.SUM_A, library.SUM_K, library.SUM_BIAS
+    rho, a, k, bias = records.SUM_RHO, records.SUM_A, records.SUM_K, records.SUM_BIAS
     assert found == {"wants_t": True, "sums": rho | bias, "barrier": True}
     assert calls({"x"}, norm="given") == (
         [dot, finish],
@@ -481,17 +481,17 @@ def test_backward_computes_no_more_than_is_wanted() -> None:
 
 def test_partial_rows_follow_the_problem_and_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
-    assert library.partial_rows(x, 0, 1, True) == 1
-    assert library.partial_rows(x, 65, 1, True) == 2
-    assert library.partial_rows(x, 10**6, 100, True) == 8
-    assert library.partial_rows(x, 10**6, 4, False) == 2
-    assert library.partial_rows(x, 10**6, 100, False) == 1
-    monkeypatch.setattr(library, "_multiprocessors", {3: 132})
+    assert backward.partial_rows(x, 0, 1, True) == 1
+    assert backward.partial_rows(x, 65, 1, True) == 2
+    assert backward.partial_rows(x, 10**6, 100, True) == 8
+    assert backward.partial_rows(x, 10**6, 4, False) == 2
+    assert backward.partial_rows(x, 10**6, 100, False) == 1
+    monkeypatch.setattr(backward, "_multiprocessors", {3: 132})
 
     class OnGpu(NamedDevice):
         device = torch.device("cuda", 3)
 
-    assert library.partial_rows(OnGpu(), 10**6, 1, True) == 528
+    assert backward.partial_rows(OnGpu(), 10**6, 1, True) == 528
 
 
 class NamedDevice(Tensor):

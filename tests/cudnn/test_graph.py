@@ -47,7 +47,9 @@ from dcconv.operator.functions import weightings
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
-from dcconv.passes import library
+from dcconv.passes import backward, library, records
+from dcconv.passes.backward import InputSide
+from dcconv.passes.records import Taps
 
 STREAM = 1234
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,8 +115,8 @@ class Graph(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:6]
         needs = sum(1 << i for i, want in enumerate(wanted) if want)
         arguments = (grad_y, kept_tensor, norm_map, mean, a, operands, problem, ctx.kept)
-        grads = list(library.backward(*arguments, needs & ~native.NEEDS_X))
-        if needs & native.NEEDS_X:
+        grads = list(backward.backward(*arguments, needs & ~records.NEEDS_X))
+        if needs & records.NEEDS_X:
             grads[0] = grad_x(*arguments)
         return (*grads, None, None)
 
@@ -135,7 +137,7 @@ def grad_x(
     batch = problem.norm == NORM_BATCH
     factor = mean if batch else norm_mean
     barrier = batch and problem.norm_grad
-    sums = library.SUM_RHO if barrier and radius is not None else 0
+    sums = records.SUM_RHO if barrier and radius is not None else 0
     grad_u, t, parts = torch.ops.dcconv.conv2d_grad_dot(
         *(grad_y.contiguous(memory_format=torch.channels_last), kept_tensor, norm_map, a),
         *(
@@ -164,7 +166,12 @@ def grad_x(
         *_, sigma = torch.ops.dcconv.conv2d_grad_filters(
             parts, None, weight, a, radius, factor, k, norm_map.shape[0], sums, True, 0
         )
-    return graph.input_gradient(grad_u, x, weight, t, norm_map, sigma, problem)
+    return graph.input_gradient(InputSide(grad_u, x, weight, Taps(t, norm_map, sigma)), problem)
+
+
+def side(grad_u: Tensor, x: Tensor, weight: Tensor, norms: Tensor) -> InputSide:
+    """Return what a gradient of x is made of, norms standing in for t."""
+    return InputSide(grad_u, x, weight, Taps(norms, norms, None))
 
 
 def prepare(inputs: Inputs) -> tuple[Operands, Problem]:
@@ -438,7 +445,7 @@ def test_flops_are_those_of_the_convolutions(world: World) -> None:
     products = n * o * p * q * operands.x.shape[1] * 9
     assert counter.get_total_flops() == 2 * products
     with FlopCounterMode(display=False) as counter:
-        graph.input_gradient(y, operands.x, operands.weight, norms, norms, None, problem)
+        graph.input_gradient(side(y, operands.x, operands.weight, norms), problem)
     assert counter.get_total_flops() == 2 * products
 
 
@@ -456,7 +463,7 @@ def test_graph_compiles_as_one_graph(world: World, monkeypatch: pytest.MonkeyPat
             raise AssertionError
         operands = Operands(x, weight, None, radius, None, None)
         y, norms, _, _, _ = graph.forward(operands, problem, saved.NOTHING)
-        return y, graph.input_gradient(y, x, weight, norms, norms, None, problem)
+        return y, graph.input_gradient(side(y, x, weight, norms), problem)
 
     operands, problem = prepare(make_inputs(by_id("3x3-p1"), torch.float32, "channels_last"))
     arguments = (operands.x, operands.weight, operands.radius)
@@ -465,7 +472,7 @@ def test_graph_compiles_as_one_graph(world: World, monkeypatch: pytest.MonkeyPat
     got = torch.compile(both, backend=keep_graph, fullgraph=True)(*arguments)
     assert len(graphs) == 1
     called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
-    assert {f"dcconv.{name}" for name in cudnn_ops.SCHEMAS} <= called
+    assert {f"dcconv.{name}.default" for name in cudnn_ops.implementations} <= called
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
 

@@ -27,7 +27,9 @@ from dcconv import DecoupledConv2d, backends, native, warn
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.operator import functions
 from dcconv.operator.functions import angulars, magnitudes
-from dcconv.passes import fakes, fakes_fused, guards
+from dcconv.operator.records import Window
+from dcconv.passes import fakes, guards
+from dcconv.passes.records import DepthwiseGradWeight
 
 PACKAGE = Path(dcconv.__file__).parent
 
@@ -851,20 +853,19 @@ REGISTERED = [
 
 # What ops that are written in Python, and the fakes of all, require of sizes.
 ROWS = {"sums": 1, "rows": 0, "filters": 4}
-WINDOWS = {
-    "sizes": [1, 4, 5, 6],
-    "filters": 6,
-    "kernel_size": [3, 3],
-    "stride": [1, 1],
-    "padding": [0, 0, 0, 0],
-    "dilation": [1, 1],
-    "in_groups": 1,
-    "mode": "zeros",
-}
+WINDOWS = {"sizes": [1, 4, 5, 6], "filters": 6, "kernel_size": [3, 3]}
+
+
+def windows(**changes: Any) -> Any:
+    """Ask for the rows and columns of windows, some of the arguments changed."""
+    own = {name: value for name, value in changes.items() if name in Window._fields}
+    others = {name: value for name, value in changes.items() if name not in own}
+    return guards.windows(**(WINDOWS | others), window=Window(**own))
+
 
 GUARDS = [
     *(
-        Refusal(partial(guards.windows, **(WINDOWS | changes)), RuntimeError, message)
+        Refusal(partial(windows, **changes), RuntimeError, message)
         for changes, message in (
             ({"stride": [1]}, "stride must be 2 numbers, got [1]"),
             ({"stride": [0, 1]}, "stride must be at least 1 and below 2^31, got 0"),
@@ -879,20 +880,20 @@ GUARDS = [
                 {"dilation": [3, 1]},
                 "x must be at least as large as the dilated kernel 7 after padding, got 5",
             ),
-            ({"in_groups": 3}, "groups must divide the 4 channels of x, got 3"),
-            ({"in_groups": -(2**63)}, f"groups must divide the 4 channels of x, got {-(2**63)}"),
-            ({"in_groups": 4}, "groups must divide the 6 filters of weight, got 4"),
-            ({"mode": "same"}, f"padding_mode must be one of {MODES}, got 'same'"),
+            ({"groups": 3}, "groups must divide the 4 channels of x, got 3"),
+            ({"groups": -(2**63)}, f"groups must divide the 4 channels of x, got {-(2**63)}"),
+            ({"groups": 4}, "groups must divide the 6 filters of weight, got 4"),
+            ({"padding_mode": "same"}, f"padding_mode must be one of {MODES}, got 'same'"),
             (
-                {"mode": "reflect", "padding": [5, 0, 0, 0]},
+                {"padding_mode": "reflect", "padding": [5, 0, 0, 0]},
                 "padding must be below the size 5 for 'reflect', got 5",
             ),
             (
-                {"mode": "circular", "padding": [6, 0, 0, 0]},
+                {"padding_mode": "circular", "padding": [6, 0, 0, 0]},
                 "padding must be at most the size 5 for 'circular', got 6",
             ),
             (
-                {"mode": "replicate", "sizes": [1, 4, 0, 6], "padding": [3, 0, 0, 0]},
+                {"padding_mode": "replicate", "sizes": [1, 4, 0, 6], "padding": [3, 0, 0, 0]},
                 "x must have a size of at least 1 for 'replicate', got 0",
             ),
         )
@@ -933,16 +934,10 @@ GUARDS = [
         "sums must be bits of 15, got 16",
     ),
     Refusal(
-        lambda: fakes_fused.FAKES["depthwise_grad_weight"](
-            *(t.to("meta") for t in (X, X)),
-            [1, 1],
-            [1, 1],
-            [0] * 4,
-            [1, 1],
-            2,
-            "zeros",
-            1,
-            *[False] * 2,
+        lambda: fakes.depthwise_grad_weight(
+            DepthwiseGradWeight(
+                X.to("meta"), X.to("meta"), [1, 1], Window(groups=2), 1, False, False
+            )
         ),
         RuntimeError,
         "groups must be the 4 channels of x, got 2",

@@ -25,8 +25,8 @@ from triton_checks.worker import Worker
 from dcconv import backends
 from dcconv.operator.functions import angulars, magnitudes
 from dcconv.operator.records import Operands, Problem
-from dcconv.passes import library
-from dcconv.passes.fused import OWN_RULE
+from dcconv.passes import records
+from dcconv.passes.records import OWN_RULE
 from dcconv.triton import environment
 from dcconv.triton import fused as triton_fused
 from dcconv.triton.tiles import TILES, Gpu, Product, own_rule, worthwhile
@@ -435,7 +435,7 @@ def built(
     dtype: str = "float16",
     last: bool = True,
     operator: Operator = ("tanh", "none", "cosine"),
-    sums: int = library.SUM_RHO,
+    sums: int = records.SUM_RHO,
     window: int = 3,
     tile: int = OWN_RULE,
 ) -> dict[str, Any]:
@@ -455,7 +455,7 @@ def built(
     # Tensor cores have no float32 of full precision.
     matrices = kernel.startswith("implicit_gemm")
     assert found["products"] == (matrices and (dtype != "float32" or target == "gfx942"))
-    if kernel in WIDE and sums == library.SUM_RHO:
+    if kernel in WIDE and sums == records.SUM_RHO:
         # The sums of pixels are one number per row of channels; waves of 64 share a tile that has
         # room for sums by four elements each.
         narrow = {"pixel_sumsq_kernel": 32}
@@ -521,7 +521,7 @@ def test_all_sums_without_curvature_stay_in_registers(compiler: Worker, target: 
     """The arcsine beside three sums of float32, where tiles span planes of pixels."""
     operator, sums = (
         ("tanh", "product", "linear"),
-        library.SUM_RHO | library.SUM_A | library.SUM_BIAS,
+        records.SUM_RHO | records.SUM_A | records.SUM_BIAS,
     )
     built(compiler, "grad_dot_kernel", target, "float32", False, operator, sums=sums)
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconv import native
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import RHO_FLOOR, compute_dtype
-from dcconv.passes import library
+from dcconv.passes import records
 
 Sizes = list[int]
 
@@ -272,10 +271,10 @@ def conv2d_grad_dot(
     t = dy * (b * h_b * g - h * c * g_c) / b.square()
     t = t.reshape(n, groups, filters // groups, p, q).sum(dim=2)
     kinds = {
-        library.SUM_RHO: dy * g * h_rho,
-        library.SUM_A: dy * g * h_a,
-        library.SUM_K: dy * h * g_k,
-        library.SUM_BIAS: dy,
+        records.SUM_RHO: dy * g * h_rho,
+        records.SUM_A: dy * g * h_a,
+        records.SUM_K: dy * h * g_k,
+        records.SUM_BIAS: dy,
     }
     parts = []
     for bit, terms in kinds.items():
@@ -308,32 +307,32 @@ def conv2d_grad_filters(
     total = {bit: next(totals) for bit in (1, 2, 4, 8) if sums & bit}
     norm = a.double()
     grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
-    if needs & native.NEEDS_WEIGHT:
+    if needs & records.NEEDS_WEIGHT:
         assert library_grad is not None
         w, folded = weight.double(), library_grad.double()
         # c = u / (a b): a follows w, which takes away the part along w; h may follow a as well.
         along = -(folded * w).sum(dim=(1, 2, 3)) / norm.square()
-        if library.SUM_A in total:
-            along = along + total[library.SUM_A] / norm
+        if records.SUM_A in total:
+            along = along + total[records.SUM_A] / norm
         grad = folded + along.reshape(-1, 1, 1, 1) * w
         grad_weight = stored(grad, weight.dtype, memory_format(weight))
-    if needs & native.NEEDS_BIAS:
-        grad_bias = total[library.SUM_BIAS].to(weight.dtype)
+    if needs & records.NEEDS_BIAS:
+        grad_bias = total[records.SUM_BIAS].to(weight.dtype)
     grad_radius, grad_mean, grad_k, sigma = (a.new_empty(0) for _ in range(4))
-    if library.SUM_RHO in total:
+    if records.SUM_RHO in total:
         # rho = radius mean
         _, above = radii(radius, mean, filters)
-        by_rho = total[library.SUM_RHO] * above.flatten()
+        by_rho = total[records.SUM_RHO] * above.flatten()
         by_mean = (by_rho * by_filter(radius, filters).flatten()).sum()
-        if needs & native.NEEDS_RADIUS and radius is not None:
+        if needs & records.NEEDS_RADIUS and radius is not None:
             by_radius = by_rho * (1.0 if mean is None else mean.double())
             grad_radius = (by_radius if radius.dim() else by_radius.sum()).to(a.dtype)
-        if needs & native.NEEDS_NORM_MEAN:
+        if needs & records.NEEDS_NORM_MEAN:
             grad_mean = by_mean.to(a.dtype)
         if barrier:
             sigma = (by_mean / max(map_count, 1)).to(a.dtype)
-    if needs & native.NEEDS_K and k is not None:
-        by_k = total[library.SUM_K]
+    if needs & records.NEEDS_K and k is not None:
+        by_k = total[records.SUM_K]
         grad_k = (by_k if k.dim() else by_k.sum()).to(a.dtype)
     return grad_weight, grad_bias, grad_radius, grad_mean, grad_k, sigma
 

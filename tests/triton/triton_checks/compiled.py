@@ -23,11 +23,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dcconv.call.saved import OUTPUT
-from dcconv.native import NEEDS_RADIUS, NEEDS_WEIGHT, NEEDS_X
 from dcconv.operator.numerics import ANGLE_DELTA, EPS
 from dcconv.operator.records import Operands
-from dcconv.passes import library
-from dcconv.passes.fused import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
+from dcconv.passes import backward, library, ops
+from dcconv.passes.records import (
+    DEPTHWISE,
+    IMPLICIT_GEMM,
+    NEEDS_RADIUS,
+    NEEDS_WEIGHT,
+    NEEDS_X,
+    OWN_RULE,
+)
 from dcconv.triton import fused as triton_fused
 from dcconv.triton import ops_fused, ops_library
 from dcconv.triton import tiles as gemm_tiles
@@ -85,6 +91,11 @@ def recorded() -> Iterator[Launches]:
         ops_library.wrap_triton = ops_fused.wrap_triton = real
 
 
+def call(module: Any, name: str, *arguments: Any) -> Any:
+    """Call an op's function with the op's arguments."""
+    return getattr(module, name)(getattr(ops, name).record_of(*arguments))
+
+
 def launches_of(
     dtype: torch.dtype,
     last: bool,
@@ -118,9 +129,11 @@ def launches_of(
     functions = (magnitude, angular, weighting, 1.0, 0.5, 2.0, ANGLE_DELTA[dtype])
     k = compute(o) if angular == "sigmoid" else None
     with recorded() as launches:
-        a, _, mean = ops_library.conv2d_norms(x, weight, *geometry, EPS, True, last)
+        a, _, mean = call(ops_library, "conv2d_norms", x, weight, *geometry, EPS, True, last)
         norm = compute(n * h * h)
-        ops_library.conv2d_epilogue(
+        call(
+            ops_library,
+            "conv2d_epilogue",
             u,
             a,
             norm,
@@ -136,7 +149,9 @@ def launches_of(
             False,
             last,
         )
-        ops_fused.conv2d_one_pass(
+        call(
+            ops_fused,
+            "conv2d_one_pass",
             x,
             empty(c, 1, 3, 3),
             compute(c),
@@ -158,7 +173,9 @@ def launches_of(
             last,
         )
         margin = [window // 2] * 4
-        ops_fused.conv2d_one_pass(
+        call(
+            ops_fused,
+            "conv2d_one_pass",
             x,
             empty(o, c, window, window),
             a,
@@ -179,13 +196,42 @@ def launches_of(
             tile,
             last,
         )
-        _, t, _ = ops_library.conv2d_grad_dot(
-            u, u, norm, a, compute(o), mean, k, 1, *functions, "dot", True, sums, rows, last
+        _, t, _ = call(
+            ops_library,
+            "conv2d_grad_dot",
+            u,
+            u,
+            norm,
+            a,
+            compute(o),
+            mean,
+            k,
+            1,
+            *functions,
+            "dot",
+            True,
+            sums,
+            rows,
+            last,
         )
-        ops_library.conv2d_grad_filters(
-            compute(4, rows, o), weight, weight, a, compute(o), mean, k, norm.numel(), 15, True, 63
+        call(
+            ops_library,
+            "conv2d_grad_filters",
+            compute(4, rows, o),
+            weight,
+            weight,
+            a,
+            compute(o),
+            mean,
+            k,
+            norm.numel(),
+            15,
+            True,
+            63,
         )
-        ops_fused.conv2d_one_pass_grad_input(
+        call(
+            ops_fused,
+            "conv2d_one_pass_grad_input",
             u,
             empty(o, c, window, window),
             x,
@@ -200,7 +246,9 @@ def launches_of(
             last,
         )
         direct = ([1, 1], margin, [1, 1], c, "zeros")
-        ops_fused.conv2d_one_pass_grad_input(
+        call(
+            ops_fused,
+            "conv2d_one_pass_grad_input",
             x,
             empty(c, 1, window, window),
             x,
@@ -212,8 +260,20 @@ def launches_of(
             OWN_RULE,
             last,
         )
-        ops_fused.depthwise_grad_weight(x, x, [window, window], *direct, 98, last, last)
-        ops_library.conv2d_grad_input(x, x, t, norm, compute(), [3, 3], *geometry, False, last)
+        call(ops_fused, "depthwise_grad_weight", x, x, [window, window], *direct, 98, last, last)
+        call(
+            ops_library,
+            "conv2d_grad_input",
+            x,
+            x,
+            t,
+            norm,
+            compute(),
+            [3, 3],
+            *geometry,
+            False,
+            last,
+        )
     return launches
 
 
@@ -334,7 +394,7 @@ def traced(plan: str, depthwise: bool = False) -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
     ops_library.on_device = ops_fused.on_device = lambda t: nullcontext()
-    library._multiprocessors[0] = 132
+    backward._multiprocessors[0] = 132
     gemm_tiles._gpus[0] = GPUS["sm_90"]
     forward = partial(library.forward, namespace=NAMESPACE)
     gradients: tuple[Any, ...] = ()
@@ -349,7 +409,7 @@ def traced(plan: str, depthwise: bool = False) -> dict[str, int]:
         operands = Operands(x, weight, None, radius, None, None)
         y, norm_map, mean, _, a = forward(operands, problem, OUTPUT)
         needs = NEEDS_X | NEEDS_WEIGHT | NEEDS_RADIUS
-        grads = library.backward(
+        grads = backward.backward(
             grad_y, y, norm_map, mean, a, operands, problem, OUTPUT, needs, NAMESPACE, *gradients
         )
         return y, *(grad for grad in grads if grad is not None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dcconv.call import autograd
 from dcconv.call.saved import kept
 from dcconv.call.strategy import Plans
-from dcconv.passes.fused import OWN_RULE
+from dcconv.passes.records import OWN_RULE
 from dcconv.triton import fused as triton_fused
 
 

@@ -34,8 +34,9 @@ from dcconv import backends, functional, native
 from dcconv.operator import reference
 from dcconv.operator.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.operator.numerics import ANGLE_DELTA
-from dcconv.passes import fused, library
-from dcconv.passes.fused import OWN_RULE
+from dcconv.passes import fused
+from dcconv.passes.backward import InputSide
+from dcconv.passes.records import COMPILED, OWN_RULE, Taps
 from dcconv.triton import environment, launch, tuning
 from dcconv.triton import fused as triton_fused
 from dcconv.triton import tiles as gemm_tiles
@@ -493,7 +494,7 @@ def refusals() -> list[str]:
     x, weight = torch.randn(1, 4, 3, 3), torch.randn(5, 4, 1, 1)
     operands, problem, _ = check_call(x, weight)
     grad_u, t = torch.ones(1, 5, 3, 3), torch.ones(9)
-    arguments = (grad_u, x, weight, t, t, None, problem)
+    arguments = (InputSide(grad_u, x, weight, Taps(t, t, None)), problem)
 
     def forward(kernel: str, tile: int) -> None:
         fused.compose(operands, problem, "nothing", kernel, True, tile, triton_fused.NAMESPACE)
@@ -602,7 +603,7 @@ def schemas() -> list[list[str]] | None:
         if not hasattr(torch.ops.dcconv, name):
             continue
         rows = []
-        for namespace in (triton_fused.NAMESPACE, library.COMPILED):
+        for namespace in (triton_fused.NAMESPACE, COMPILED):
             schema = getattr(getattr(torch.ops, namespace), name).default._schema
             # Results have no names here; the mutated argument has its own letter.
             arguments = [(a.name, str(a.type), a.is_write) for a in schema.arguments]
@@ -612,10 +613,9 @@ def schemas() -> list[list[str]] | None:
 
 
 def importable() -> tuple[str, ...]:
-    from dcconv.triton import ops_fused
-    from dcconv.triton import ops_library as passes
+    from dcconv.triton import ops_fused, ops_library  # noqa: F401  (registers them)
 
-    return *passes.names, *ops_fused.names
+    return tuple(launch.names)
 
 
 def patch_norm() -> None:
