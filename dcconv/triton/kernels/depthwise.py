@@ -4,62 +4,25 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import decoupled
+from dcconv.triton.kernels.records import Filters, Functions, Numbers, Tile
 from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, source, spread
 
 
 @triton.jit
 def depthwise_kernel(
-    x,
-    weight,
-    y,
-    dot,
-    a,
-    map,
-    norm_map,
-    bias,
-    radius,
-    mean,
-    k,
-    images,
-    pixels,
-    groups,
-    per_group,
-    chunks,
-    all_chunks,
-    height,
-    width,
-    columns,
-    stride_rows,
-    stride_columns,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
-    alpha,
-    beta,
-    power,
-    eps,
-    floor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    ANGULAR: tl.constexpr,
-    TIMES_A: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    MAP_IS_NORM: tl.constexpr,
-    KEEPS_NORM: tl.constexpr,
-    KEEPS_DOT: tl.constexpr,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
+    x, weight, y, dot, a, map, norm_map, bias, radius, mean, k,
+    images, pixels, groups, per_group, chunks, all_chunks,
+    height, width, columns,
+    stride_rows, stride_columns, top, left, dilation_rows, dilation_columns,
+    alpha, beta, power, eps, floor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+    MAGNITUDE: tl.constexpr, ANGULAR: tl.constexpr, TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr, HAS_BIAS: tl.constexpr, MAP_IS_NORM: tl.constexpr,
+    KEEPS_NORM: tl.constexpr, KEEPS_DOT: tl.constexpr,
+    LAST: tl.constexpr, P: tl.constexpr, IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr,
     EXACT: tl.constexpr,
-):
+):  # fmt: skip
     """A tile of y and, with KEEPS_DOT, of u. ``map`` holds b, or b is summed in the loop."""
     program = tl.program_id(0)
     tile = program // all_chunks
@@ -97,30 +60,11 @@ def depthwise_kernel(
     mask = inside[:, None] & exists[None, :]
     if KEEPS_DOT:
         tl.store(dot + at, u, mask=mask)
-    value = decoupled(
-        u,
-        b,
-        a,
-        bias,
-        radius,
-        mean,
-        k,
-        channel,
-        exists,
-        alpha,
-        beta,
-        power,
-        floor,
-        MAGNITUDE,
-        ANGULAR,
-        TIMES_A,
-        PER_POSITION,
-        RADIUS,
-        HAS_MEAN,
-        CURVATURE,
-        HAS_BIAS,
-        P,
-        IN_GROUP,
-        BY_GROUP,
+    parameters = Filters(a, bias, radius, mean, k)
+    numbers = Numbers(alpha, beta, power, floor)
+    F: tl.constexpr = Functions(
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS
     )
+    T: tl.constexpr = Tile(P, IN_GROUP, BY_GROUP)
+    value = decoupled(u, b, parameters, channel, exists, numbers, F, T)
     tl.store(y + at, value, mask=mask)

@@ -8,37 +8,16 @@ from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, sour
 
 @triton.jit
 def depthwise_grad_weight_kernel(
-    grad_u,
-    x,
-    parts,
-    images,
-    pixels,
-    groups,
-    per_group,
-    chunks,
-    all_chunks,
-    tiles,
-    per_part,
-    height,
-    width,
-    columns,
-    stride_rows,
-    stride_columns,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
+    grad_u, x, parts,
+    images, pixels, groups, per_group, chunks, all_chunks,
+    tiles, per_part,
+    height, width, columns,
+    stride_rows, stride_columns, top, left, dilation_rows, dilation_columns,
     tap_blocks,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    TAPS: tl.constexpr,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+    TAPS: tl.constexpr, LAST: tl.constexpr, P: tl.constexpr,
+    IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """A row of ``parts``, [rows, filters, taps]: TAPS taps of a chunk of lanes.
 
     The row's tiles of positions are ``per_part`` neighbours, whose windows overlap in the cache.

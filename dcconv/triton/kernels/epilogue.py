@@ -4,139 +4,80 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.functions import angular_value, at_least, magnitude_value
+from dcconv.triton.kernels.records import (
+    Filters,
+    Functions,
+    Numbers,
+    Picture,
+    Positions,
+    Steps,
+    Tile,
+    Window,
+)
 from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, spread, window_norms
 
 
 @triton.jit
-def radius_of(
-    radius,
-    mean,
-    channel,
-    exists,
-    floor,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-):
+def radius_of(filters, channel, exists, floor, F: tl.constexpr):
     """rho = max(radius * mean, floor), one value or one per lane."""
-    if RADIUS == "filter":
-        rho = tl.load(radius + channel, mask=exists, other=1.0)[None, :]
-    elif RADIUS == "one":
-        rho = tl.load(radius)
+    if F.RADIUS == "filter":
+        rho = tl.load(filters.radius + channel, mask=exists, other=1.0)[None, :]
+    elif F.RADIUS == "one":
+        rho = tl.load(filters.radius)
     else:
         rho = 1.0
-    if HAS_MEAN:
-        rho = rho * tl.load(mean)
+    if F.HAS_MEAN:
+        rho = rho * tl.load(filters.mean)
     return at_least(rho, floor)
 
 
 @triton.jit
-def curvature_of(k, channel, exists, CURVATURE: tl.constexpr):
-    if CURVATURE == "filter":
-        value = tl.load(k + channel, mask=exists, other=1.0)[None, :]
-    elif CURVATURE == "one":
-        value = tl.load(k)
+def curvature_of(filters, channel, exists, F: tl.constexpr):
+    if F.CURVATURE == "filter":
+        value = tl.load(filters.k + channel, mask=exists, other=1.0)[None, :]
+    elif F.CURVATURE == "one":
+        value = tl.load(filters.k)
     else:
         value = 1.0
     return value
 
 
 @triton.jit
-def decoupled(
-    u,
-    b,
-    a,
-    bias,
-    radius,
-    mean,
-    k,
-    channel,
-    exists,
-    alpha,
-    beta,
-    power,
-    floor,
-    MAGNITUDE: tl.constexpr,
-    ANGULAR: tl.constexpr,
-    TIMES_A: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    P: tl.constexpr,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
-):
-    """y of a tile, u [P, LANES] and b [P, BY_GROUP].
-
-    PER_POSITION: h depends on the position alone, up to a factor a.
-    """
-    norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
-    rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
-    if PER_POSITION:
-        h = spread(magnitude_value(1.0, b, rho, alpha, beta, MAGNITUDE), P, IN_GROUP, BY_GROUP)
+def decoupled(u, b, filters, channel, exists, numbers, F: tl.constexpr, T: tl.constexpr):
+    """y of a tile, u [P, LANES] and b [P, BY_GROUP]."""
+    alpha, beta, power, floor = numbers
+    norm = tl.load(filters.a + channel, mask=exists, other=1.0)[None, :]
+    rho = radius_of(filters, channel, exists, floor, F)
+    if F.PER_POSITION:
+        h = magnitude_value(1.0, b, rho, alpha, beta, F.MAGNITUDE)
+        h = spread(h, T.P, T.IN_GROUP, T.BY_GROUP)
     else:
-        wide = spread(b, P, IN_GROUP, BY_GROUP)
-        h = magnitude_value(norm, wide, rho, alpha, beta, MAGNITUDE)
-    if TIMES_A:
+        wide = spread(b, T.P, T.IN_GROUP, T.BY_GROUP)
+        h = magnitude_value(norm, wide, rho, alpha, beta, F.MAGNITUDE)
+    if F.TIMES_A:
         h = h * norm
-    cosine = u * ((1.0 / norm) * spread(1.0 / b, P, IN_GROUP, BY_GROUP))
-    curvature = curvature_of(k, channel, exists, CURVATURE)
-    y = h * angular_value(cosine, curvature, power, ANGULAR)
-    if HAS_BIAS:
-        y += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    cosine = u * ((1.0 / norm) * spread(1.0 / b, T.P, T.IN_GROUP, T.BY_GROUP))
+    curvature = curvature_of(filters, channel, exists, F)
+    y = h * angular_value(cosine, curvature, power, F.ANGULAR)
+    if F.HAS_BIAS:
+        y += tl.load(filters.bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
     return y
 
 
 @triton.jit
 def epilogue_kernel(
-    u,
-    y,
-    a,
-    map,
-    norm_map,
-    bias,
-    radius,
-    mean,
-    k,
-    images,
-    pixels,
-    groups,
-    per_group,
-    chunks,
-    all_chunks,
-    height,
-    width,
-    columns,
-    stride_rows,
-    stride_columns,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
-    alpha,
-    beta,
-    power,
-    eps,
-    floor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    ANGULAR: tl.constexpr,
-    TIMES_A: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    MAP_IS_NORM: tl.constexpr,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
+    u, y, a, map, norm_map, bias, radius, mean, k,
+    images, pixels, groups, per_group, chunks, all_chunks,
+    height, width, columns,
+    stride_rows, stride_columns, top, left, dilation_rows, dilation_columns,
+    alpha, beta, power, eps, floor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+    MAGNITUDE: tl.constexpr, ANGULAR: tl.constexpr, TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr, HAS_BIAS: tl.constexpr, MAP_IS_NORM: tl.constexpr,
+    LAST: tl.constexpr, P: tl.constexpr, IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr,
     EXACT: tl.constexpr,
-):
+):  # fmt: skip
     """A tile of y. ``map`` holds b, or sums of squares, from which b is taken and written."""
     program = tl.program_id(0)
     tile = program // all_chunks
@@ -152,57 +93,19 @@ def epilogue_kernel(
         b = tl.load(map + map_at, mask=map_mask, other=1.0)
     else:
         picture, row, column = coordinates(image, pixel, pixels, columns, LAST)
-        b = window_norms(
-            map,
-            picture,
-            row,
-            column,
-            group,
-            inside,
-            groups,
-            height,
-            width,
-            stride_rows,
-            stride_columns,
-            top,
-            left,
-            dilation_rows,
-            dilation_columns,
-            eps,
-            ROWS,
-            COLUMNS,
-            MODE,
-            P,
-            BY_GROUP,
-            LAST,
-        )
+        positions = Positions(picture, pixel, row, column, inside)
+        steps = Steps(stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
+        W: tl.constexpr = Window(ROWS, COLUMNS, MODE)
+        size = Picture(height, width)
+        b = window_norms(map, positions, group, groups, size, steps, eps, W, P, BY_GROUP, LAST)
         # Tiles that share a group write the same values: only its first does.
         if chunk % chunks == 0:
             tl.store(norm_map + map_at, b, mask=map_mask)
-    value = decoupled(
-        dot,
-        b,
-        a,
-        bias,
-        radius,
-        mean,
-        k,
-        channel,
-        exists,
-        alpha,
-        beta,
-        power,
-        floor,
-        MAGNITUDE,
-        ANGULAR,
-        TIMES_A,
-        PER_POSITION,
-        RADIUS,
-        HAS_MEAN,
-        CURVATURE,
-        HAS_BIAS,
-        P,
-        IN_GROUP,
-        BY_GROUP,
+    filters = Filters(a, bias, radius, mean, k)
+    numbers = Numbers(alpha, beta, power, floor)
+    F: tl.constexpr = Functions(
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS
     )
+    T: tl.constexpr = Tile(P, IN_GROUP, BY_GROUP)
+    value = decoupled(dot, b, filters, channel, exists, numbers, F, T)
     tl.store(y + at, value, mask=mask)

@@ -6,20 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def filter_grad_kernel(
-    library_grad,
-    weight,
-    a,
-    by_a,
-    grad_weight,
-    filters,
-    size,
-    alpha,
-    DIVIDES: tl.constexpr,
-    PROJECTS: tl.constexpr,
-    HAS_A: tl.constexpr,
-    FILTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    library_grad, weight, a, by_a, grad_weight,
+    filters, size, alpha,
+    DIVIDES: tl.constexpr, PROJECTS: tl.constexpr, HAS_A: tl.constexpr,
+    FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """scale library_grad + along weight: the part along the filter leaves, that of h comes."""
     o = tl.program_id(0).to(tl.int64) * FILTERS + tl.arange(0, FILTERS)
     exists = (o < filters)[:, None]
@@ -49,29 +40,13 @@ def filter_grad_kernel(
 
 @triton.jit
 def parameter_grads_kernel(
-    by_rho,
-    by_k,
-    by_bias,
-    radius,
-    mean,
-    grad_radius,
-    grad_mean,
-    grad_k,
-    grad_bias,
-    sigma,
-    filters,
-    count,
-    floor,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    SUM_RHO: tl.constexpr,
-    WANTS_RADIUS: tl.constexpr,
-    WANTS_MEAN: tl.constexpr,
-    WANTS_BIAS: tl.constexpr,
-    WANTS_SIGMA: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    by_rho, by_k, by_bias, radius, mean,
+    grad_radius, grad_mean, grad_k, grad_bias, sigma,
+    filters, count, floor,
+    RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr, CURVATURE: tl.constexpr,
+    SUM_RHO: tl.constexpr, WANTS_RADIUS: tl.constexpr, WANTS_MEAN: tl.constexpr,
+    WANTS_BIAS: tl.constexpr, WANTS_SIGMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradients of bias, radius, mean norm and k from the column sums. One program.
 
     CURVATURE is "none" where the gradient of k is not wanted.

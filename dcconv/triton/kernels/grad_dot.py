@@ -9,54 +9,25 @@ import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import curvature_of, radius_of
 from dcconv.triton.kernels.functions import angular_grad, cosine_from, magnitude_grad
+from dcconv.triton.kernels.records import Filters, Functions
 from dcconv.triton.kernels.tiles import group_sums, lanes, offsets, place, spread
 
 
 @triton.jit
 def grad_dot_kernel(
-    grad_y,
-    kept,
-    norm_map,
-    a,
-    radius,
-    mean,
-    k,
-    grad_u,
-    t,
-    parts,
-    images,
-    pixels,
-    groups,
-    per_group,
-    chunks,
-    all_chunks,
-    tiles,
-    rows,
-    map_count,
-    alpha,
-    beta,
-    power,
-    delta,
-    floor,
-    MAGNITUDE: tl.constexpr,
-    ANGULAR: tl.constexpr,
-    TIMES_A: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    FROM_OUTPUT: tl.constexpr,
-    WANTS_T: tl.constexpr,
-    SUM_RHO: tl.constexpr,
-    SUM_A: tl.constexpr,
-    SUM_K: tl.constexpr,
+    grad_y, kept, norm_map, a, radius, mean, k,
+    grad_u, t, parts,
+    images, pixels, groups, per_group, chunks, all_chunks,
+    tiles, rows, map_count,
+    alpha, beta, power, delta, floor,
+    MAGNITUDE: tl.constexpr, ANGULAR: tl.constexpr, TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr, FROM_OUTPUT: tl.constexpr, WANTS_T: tl.constexpr,
+    SUM_RHO: tl.constexpr, SUM_A: tl.constexpr, SUM_K: tl.constexpr,
     SUM_BIAS: tl.constexpr,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
+    LAST: tl.constexpr, P: tl.constexpr, IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr,
     EXACT: tl.constexpr,
-):
+):  # fmt: skip
     """Every ``rows``-th tile of a chunk of lanes.
 
     t is [chunks, map]: the sum over the lanes of each tile that shares a group.
@@ -67,8 +38,12 @@ def grad_dot_kernel(
     chunk = program - part * all_chunks
     channel, exists, group = lanes(chunk, per_group, groups, chunks, IN_GROUP, BY_GROUP, EXACT)
     norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
-    rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
-    curvature = curvature_of(k, channel, exists, CURVATURE)
+    filters_at = Filters(a, a, radius, mean, k)
+    F: tl.constexpr = Functions(
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, False
+    )
+    rho = radius_of(filters_at, channel, exists, floor, F)
+    curvature = curvature_of(filters_at, channel, exists, F)
     # Per element: added up over the tile only at the end.
     by_rho = tl.zeros([P, LANES], tl.float32)
     by_a = tl.zeros([P, LANES], tl.float32)

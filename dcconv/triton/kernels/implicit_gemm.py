@@ -5,6 +5,19 @@ import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import decoupled
 from dcconv.triton.kernels.product import product, share
+from dcconv.triton.kernels.records import (
+    Block,
+    Filters,
+    Functions,
+    Group,
+    Loop,
+    Numbers,
+    Picture,
+    Positions,
+    Steps,
+    Tile,
+    Window,
+)
 from dcconv.triton.kernels.tiles import coordinates, offsets, place, window_norms
 
 # Elements of a tile that go through the functions at a time. More run out of registers: with 64
@@ -27,133 +40,40 @@ def part(u, NUMBER: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, LANES: t
 
 @triton.jit
 def finish(
-    u,
-    b,
-    first,
-    y,
-    dot,
-    a,
-    bias,
-    radius,
-    mean,
-    k,
-    image,
-    pixel,
-    inside,
-    pixels,
-    group,
-    groups,
-    filters,
-    alpha,
-    beta,
-    power,
-    floor,
-    MAGNITUDE: tl.constexpr,
-    ANGULAR: tl.constexpr,
-    TIMES_A: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEPS_DOT: tl.constexpr,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Write y and, with KEEPS_DOT, u of LANES filters of a group, from number ``first`` on."""
-    lane = first + tl.arange(0, LANES)
+    u, b, first, y, dot, parameters, numbers, positions, pixels, own,
+    F: tl.constexpr, KEEPS_DOT: tl.constexpr, LAST: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Write y and, with KEEPS_DOT, u of a tile's lanes of a group, from number ``first`` on."""
+    image, pixel, _, _, inside = positions
+    group, groups, _, filters = own
+    lane = first + tl.arange(0, T.IN_GROUP)
     exists = lane < filters
     channel = group * filters + lane
     at = offsets(image, pixel, channel, groups * filters, pixels, LAST)
     mask = inside[:, None] & exists[None, :]
     if KEEPS_DOT:
         tl.store(dot + at, u, mask=mask)
-    value = decoupled(
-        u,
-        b,
-        a,
-        bias,
-        radius,
-        mean,
-        k,
-        channel,
-        exists,
-        alpha,
-        beta,
-        power,
-        floor,
-        MAGNITUDE,
-        ANGULAR,
-        TIMES_A,
-        PER_POSITION,
-        RADIUS,
-        HAS_MEAN,
-        CURVATURE,
-        HAS_BIAS,
-        P,
-        LANES,
-        1,
-    )
+    value = decoupled(u, b, parameters, channel, exists, numbers, F, T)
     tl.store(y + at, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["bucket"])
 def implicit_gemm_kernel(
-    x,
-    weight,
-    y,
-    dot,
-    a,
-    map,
-    norm_map,
-    bias,
-    radius,
-    mean,
-    k,
-    images,
-    pixels,
-    groups,
-    channels,
-    filters,
-    height,
-    width,
-    columns,
-    stride_rows,
-    stride_columns,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
-    alpha,
-    beta,
-    power,
-    eps,
-    floor,
+    x, weight, y, dot, a, map, norm_map, bias, radius, mean, k,
+    images, pixels, groups, channels, filters,
+    height, width, columns,
+    stride_rows, stride_columns, top, left, dilation_rows, dilation_columns,
+    alpha, beta, power, eps, floor,
     bucket,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    DENSE: tl.constexpr,
-    FLAT: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    ANGULAR: tl.constexpr,
-    TIMES_A: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-    RADIUS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    CURVATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
-    KEEPS_NORM: tl.constexpr,
-    KEEPS_DOT: tl.constexpr,
-    LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCASTS: tl.constexpr,
-    P: tl.constexpr,
-    LANES: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+    DENSE: tl.constexpr, FLAT: tl.constexpr,
+    MAGNITUDE: tl.constexpr, ANGULAR: tl.constexpr, TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr, KEEPS_NORM: tl.constexpr, KEEPS_DOT: tl.constexpr,
+    LAST: tl.constexpr, PRECISION: tl.constexpr, UPCASTS: tl.constexpr,
+    P: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """A tile [P, LANES] of y and, with KEEPS_DOT, of u.
 
     ``channels`` and ``filters`` are those of a group. NORM: ``map`` holds ``norms`` b, ``sums`` of
@@ -169,108 +89,45 @@ def implicit_gemm_kernel(
         column = pixel
     else:
         picture, row, column = coordinates(image, pixel, pixels, columns, LAST)
-    u, squares = product(
-        x,
-        weight + group * filters * channels * (ROWS * COLUMNS),
-        picture,
-        pixel,
-        row * stride_rows - top,
-        column * stride_columns - left,
-        inside,
-        height,
-        width,
-        dilation_rows,
-        dilation_columns,
-        group,
-        groups,
-        channels,
-        filters,
-        lane,
-        exists,
-        False,
-        ROWS,
-        COLUMNS,
-        MODE,
-        DENSE,
-        FLAT,
-        NORM == "loop",
-        LAST,
-        PRECISION,
-        UPCASTS,
-        P,
-        LANES,
-        DEPTH,
+    of_group = weight + group * filters * channels * (ROWS * COLUMNS)
+    starts = Positions(
+        picture, pixel, row * stride_rows - top, column * stride_columns - left, inside
     )
-    own = group + tl.arange(0, 1)
-    map_at = offsets(image, pixel, own, groups, pixels, LAST)
+    size = Picture(height, width)
+    own = Group(group, groups, channels, filters)
+    W: tl.constexpr = Window(ROWS, COLUMNS, MODE)
+    L: tl.constexpr = Loop(False, DENSE, FLAT, NORM == "loop", LAST, PRECISION, UPCASTS)
+    B: tl.constexpr = Block(P, LANES, DEPTH)
+    u, squares = product(
+        x, of_group, starts, size, dilation_rows, dilation_columns, own, lane, exists, W, L, B
+    )
+    group_at = group + tl.arange(0, 1)
+    map_at = offsets(image, pixel, group_at, groups, pixels, LAST)
     map_mask = inside[:, None]
     if NORM == "norms":
         b = tl.load(map + map_at, mask=map_mask, other=1.0)
     elif NORM == "loop":
         b = tl.sqrt_rn(squares + eps)[:, None]
     else:
-        b = window_norms(
-            map,
-            picture,
-            row,
-            column,
-            own,
-            inside,
-            groups,
-            height,
-            width,
-            stride_rows,
-            stride_columns,
-            top,
-            left,
-            dilation_rows,
-            dilation_columns,
-            eps,
-            ROWS,
-            COLUMNS,
-            MODE,
-            P,
-            1,
-            LAST,
-        )
+        positions = Positions(picture, pixel, row, column, inside)
+        steps = Steps(stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
+        b = window_norms(map, positions, group_at, groups, size, steps, eps, W, P, 1, LAST)
     # All blocks of lanes have the norms: the first writes them.
     if KEEPS_NORM and NORM != "norms" and first == 0:
         tl.store(norm_map + map_at, b, mask=map_mask)
+    parameters = Filters(a, bias, radius, mean, k)
+    numbers = Numbers(alpha, beta, power, floor)
+    F: tl.constexpr = Functions(
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS
+    )
+    # Where results go: with channels_last, positions of the batch as one image.
+    places = Positions(image, pixel, row, column, inside)
     PARTS: tl.constexpr = 2 if P * LANES > WHOLE else 1
     WIDTH: tl.constexpr = LANES // PARTS
+    T: tl.constexpr = Tile(P, WIDTH, 1)
     for number in tl.static_range(PARTS):
+        some = part(u, number, PARTS, P, LANES)
+        start = first + number * WIDTH
         finish(
-            part(u, number, PARTS, P, LANES),
-            b,
-            first + number * WIDTH,
-            y,
-            dot,
-            a,
-            bias,
-            radius,
-            mean,
-            k,
-            image,
-            pixel,
-            inside,
-            pixels,
-            group,
-            groups,
-            filters,
-            alpha,
-            beta,
-            power,
-            floor,
-            MAGNITUDE,
-            ANGULAR,
-            TIMES_A,
-            PER_POSITION,
-            RADIUS,
-            HAS_MEAN,
-            CURVATURE,
-            HAS_BIAS,
-            KEEPS_DOT,
-            LAST,
-            P,
-            WIDTH,
+            some, b, start, y, dot, parameters, numbers, places, pixels, own, F, KEEPS_DOT, LAST, T
         )

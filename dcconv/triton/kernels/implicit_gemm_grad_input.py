@@ -8,43 +8,21 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.product import product, share
+from dcconv.triton.kernels.records import Block, Group, Loop, Picture, Positions, Window
 from dcconv.triton.kernels.tiles import coordinates, offsets, place
 
 
 @triton.jit(do_not_specialize=["bucket"])
 def implicit_gemm_grad_input_kernel(
-    grad_u,
-    weight,
-    x,
-    t,
-    norm_map,
-    sigma,
-    grad_x,
-    images,
-    pixels,
-    groups,
-    filters,
-    channels,
-    out_rows,
-    out_columns,
-    width,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
+    grad_u, weight, x, t, norm_map, sigma, grad_x,
+    images, pixels, groups, filters, channels,
+    out_rows, out_columns, width, top, left, dilation_rows, dilation_columns,
     bucket,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DENSE: tl.constexpr,
-    FLAT: tl.constexpr,
-    WITH_MEAN: tl.constexpr,
-    LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCASTS: tl.constexpr,
-    P: tl.constexpr,
-    LANES: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DENSE: tl.constexpr,
+    FLAT: tl.constexpr, WITH_MEAN: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCASTS: tl.constexpr,
+    P: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """A tile [P, LANES] of grad_x: sums over taps and filters, and x times the taps' sum of t.
 
     ``pixels`` and ``width`` are those of x, ``channels`` and ``filters`` those of a group.
@@ -59,37 +37,15 @@ def implicit_gemm_grad_input_kernel(
         column = pixel
     else:
         picture, row, column = coordinates(image, pixel, pixels, width, LAST)
+    of_group = weight + group * filters * channels * (ROWS * COLUMNS)
+    ends = Positions(picture, pixel, row + top, column + left, inside)
+    size = Picture(out_rows, out_columns)
+    own = Group(group, groups, filters, channels)
+    W: tl.constexpr = Window(ROWS, COLUMNS, "zeros")
+    L: tl.constexpr = Loop(True, DENSE, FLAT, False, LAST, PRECISION, UPCASTS)
+    B: tl.constexpr = Block(P, LANES, DEPTH)
     value, _ = product(
-        grad_u,
-        weight + group * filters * channels * (ROWS * COLUMNS),
-        picture,
-        pixel,
-        row + top,
-        column + left,
-        inside,
-        out_rows,
-        out_columns,
-        -dilation_rows,
-        -dilation_columns,
-        group,
-        groups,
-        filters,
-        channels,
-        lane,
-        exists,
-        True,
-        ROWS,
-        COLUMNS,
-        "zeros",
-        DENSE,
-        FLAT,
-        False,
-        LAST,
-        PRECISION,
-        UPCASTS,
-        P,
-        LANES,
-        DEPTH,
+        grad_u, of_group, ends, size, -dilation_rows, -dilation_columns, own, lane, exists, W, L, B
     )
     outputs = out_rows * out_columns
     seen = tl.zeros([P], tl.float32)

@@ -3,25 +3,24 @@
 import triton
 import triton.language as tl
 
+from dcconv.triton.kernels.records import (
+    FilterNorms,
+    FilterTile,
+    Picture,
+    Positions,
+    Steps,
+    Window,
+)
 from dcconv.triton.kernels.tiles import coordinates, group_sums, lanes, offsets, place, window_norms
 
 
 @triton.jit
 def pixel_sumsq_kernel(
-    x,
-    sums,
-    images,
-    pixels,
-    groups,
-    per_group,
-    chunks,
-    group_chunks,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
+    x, sums,
+    images, pixels, groups, per_group, chunks, group_chunks,
+    LAST: tl.constexpr, P: tl.constexpr, IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr,
     EXACT: tl.constexpr,
-):
+):  # fmt: skip
     """x -> sum of squares over the channels of a group, per pixel."""
     program = tl.program_id(0)
     tile = program // group_chunks
@@ -44,61 +43,25 @@ def pixel_sumsq_kernel(
 
 @triton.jit
 def window_norm_kernel(
-    sums,
-    b,
-    partial,
-    images,
-    pixels,
-    groups,
-    group_chunks,
-    height,
-    width,
-    columns,
-    stride_rows,
-    stride_columns,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
+    sums, b, partial,
+    images, pixels, groups, group_chunks,
+    height, width, columns,
+    stride_rows, stride_columns, top, left, dilation_rows, dilation_columns,
     eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    SUMS: tl.constexpr,
-    LAST: tl.constexpr,
-    P: tl.constexpr,
-    BY_GROUP: tl.constexpr,
-):
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+    SUMS: tl.constexpr, LAST: tl.constexpr, P: tl.constexpr, BY_GROUP: tl.constexpr,
+):  # fmt: skip
     """Sums of squares -> b and, with SUMS, its sum per program in float64."""
     program = tl.program_id(0)
     tile = program // group_chunks
     image, pixel, inside = place(tile, images, pixels, P, LAST)
     group = (program - tile * group_chunks) * BY_GROUP + tl.arange(0, BY_GROUP)
     picture, row, column = coordinates(image, pixel, pixels, columns, LAST)
-    norm = window_norms(
-        sums,
-        picture,
-        row,
-        column,
-        group,
-        inside,
-        groups,
-        height,
-        width,
-        stride_rows,
-        stride_columns,
-        top,
-        left,
-        dilation_rows,
-        dilation_columns,
-        eps,
-        ROWS,
-        COLUMNS,
-        MODE,
-        P,
-        BY_GROUP,
-        LAST,
-    )
+    positions = Positions(picture, pixel, row, column, inside)
+    steps = Steps(stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
+    W: tl.constexpr = Window(ROWS, COLUMNS, MODE)
+    size = Picture(height, width)
+    norm = window_norms(sums, positions, group, groups, size, steps, eps, W, P, BY_GROUP, LAST)
     mask = inside[:, None] & (group < groups)[None, :]
     tl.store(b + offsets(image, pixel, group, groups, pixels, LAST), norm, mask=mask)
     if SUMS:
@@ -116,34 +79,22 @@ def finish_mean(partial, mean, partials, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def filter_norm(
-    weight,
-    a,
-    scaled,
-    first,
-    filters,
-    size,
-    alpha,
-    eps,
-    SCALES: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    FILTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    o = first + tl.arange(0, FILTERS)
+def filter_norm(norms, first, T: tl.constexpr):
+    weight, a, scaled, filters, size, alpha, eps = norms
+    o = first + tl.arange(0, T.FILTERS)
     exists = (o < filters)[:, None]
     row = (o * size)[:, None]
-    squares = tl.zeros([FILTERS, BLOCK], tl.float32)
-    for start in range(0, size, BLOCK):
-        i = (start + tl.arange(0, BLOCK))[None, :]
+    squares = tl.zeros([T.FILTERS, T.BLOCK], tl.float32)
+    for start in range(0, size, T.BLOCK):
+        i = (start + tl.arange(0, T.BLOCK))[None, :]
         value = tl.load(weight + row + i, mask=exists & (i < size), other=0.0).to(tl.float32)
         squares += value * value
     norm = tl.sqrt_rn(tl.sum(squares, axis=1) + eps)
     tl.store(a + o, norm, mask=o < filters)
-    if SCALES:
-        factor = (alpha / norm if DIVIDES else tl.zeros_like(norm) + alpha)[:, None]
-        for start in range(0, size, BLOCK):
-            i = (start + tl.arange(0, BLOCK))[None, :]
+    if T.SCALES:
+        factor = (alpha / norm if T.DIVIDES else tl.zeros_like(norm) + alpha)[:, None]
+        for start in range(0, size, T.BLOCK):
+            i = (start + tl.arange(0, T.BLOCK))[None, :]
             mask = exists & (i < size)
             value = tl.load(weight + row + i, mask=mask, other=0.0).to(tl.float32)
             tl.store(scaled + row + i, value * factor, mask=mask)
@@ -151,59 +102,23 @@ def filter_norm(
 
 @triton.jit
 def filter_norm_kernel(
-    weight,
-    a,
-    scaled,
-    partial,
-    mean,
-    filters,
-    size,
-    partials,
-    count,
-    alpha,
-    eps,
-    MEAN: tl.constexpr,
-    SCALES: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    FILTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight, a, scaled, partial, mean,
+    filters, size, partials, count, alpha, eps,
+    MEAN: tl.constexpr, SCALES: tl.constexpr, DIVIDES: tl.constexpr,
+    FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """a of FILTERS filters and, with SCALES, alpha weight (over a with DIVIDES).
 
     With MEAN the first program finishes the mean norm instead.
     """
     program = tl.program_id(0).to(tl.int64)
+    norms = FilterNorms(weight, a, scaled, filters, size, alpha, eps)
+    T: tl.constexpr = FilterTile(SCALES, DIVIDES, FILTERS, BLOCK)
     if MEAN:
         program -= 1
         if program < 0:
             finish_mean(partial, mean, partials, count, BLOCK)
         else:
-            filter_norm(
-                weight,
-                a,
-                scaled,
-                program * FILTERS,
-                filters,
-                size,
-                alpha,
-                eps,
-                SCALES,
-                DIVIDES,
-                FILTERS,
-                BLOCK,
-            )
+            filter_norm(norms, program * FILTERS, T)
     else:
-        filter_norm(
-            weight,
-            a,
-            scaled,
-            program * FILTERS,
-            filters,
-            size,
-            alpha,
-            eps,
-            SCALES,
-            DIVIDES,
-            FILTERS,
-            BLOCK,
-        )
+        filter_norm(norms, program * FILTERS, T)

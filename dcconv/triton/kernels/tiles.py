@@ -47,14 +47,9 @@ def coordinates(image, pixel, pixels, width, LAST: tl.constexpr):
 
 @triton.jit
 def lanes(
-    chunk,
-    per_group,
-    groups,
-    chunks,
-    IN_GROUP: tl.constexpr,
-    BY_GROUP: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    chunk, per_group, groups, chunks,
+    IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Channels of the lanes, which of them exist, and the groups [BY_GROUP].
 
     ``chunks`` is the number of tiles that share a group; EXACT: a group has IN_GROUP channels.
@@ -115,37 +110,20 @@ def source(i, size, MODE: tl.constexpr):
 
 @triton.jit
 def window_norms(
-    sums,
-    image,
-    row,
-    column,
-    group,
-    inside,
-    groups,
-    height,
-    width,
-    stride_rows,
-    stride_columns,
-    top,
-    left,
-    dilation_rows,
-    dilation_columns,
-    eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    P: tl.constexpr,
-    BY_GROUP: tl.constexpr,
-    LAST: tl.constexpr,
-):
+    sums, positions, group, groups, picture, steps, eps,
+    W: tl.constexpr, P: tl.constexpr, BY_GROUP: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
     """b = sqrt(sum of the sums of squares in each window + eps), [P, BY_GROUP]."""
+    image, _, row, column, inside = positions
+    height, width = picture
+    stride_rows, stride_columns, top, left, dilation_rows, dilation_columns = steps
     total = tl.zeros([P, BY_GROUP], tl.float32)
     pixels = height * width
     seen = inside[:, None] & (group < groups)[None, :]
-    for r in range(ROWS):
-        i, shown_row = source(row * stride_rows - top + r * dilation_rows, height, MODE)
-        for s in tl.static_range(COLUMNS):
-            j, shown = source(column * stride_columns - left + s * dilation_columns, width, MODE)
+    for r in range(W.ROWS):
+        i, shown_row = source(row * stride_rows - top + r * dilation_rows, height, W.MODE)
+        for s in tl.static_range(W.COLUMNS):
+            j, shown = source(column * stride_columns - left + s * dilation_columns, width, W.MODE)
             pixel = i * width + j
             if LAST:
                 at = (image * pixels + pixel)[:, None] * groups + group[None, :]
