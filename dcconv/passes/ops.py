@@ -57,14 +57,13 @@ def _flattener(places: Sequence[int]) -> Callable[[Any], tuple[Any, ...]]:
         return tuple
     if len(places) == 1:
         (i,) = places
-        return lambda call: (*call[:i], *call[i], *call[i + 1 :])
+        return lambda call: call[:i] + call[i] + call[i + 1 :]
     if len(places) == 2:
         i, j = places
-        return lambda call: (*call[:i], *call[i], *call[i + 1 : j], *call[j], *call[j + 1 :])
+        return lambda call: call[:i] + call[i] + call[i + 1 : j] + call[j] + call[j + 1 :]
     i, j, k = places
     return lambda call: (
-        *(*call[:i], *call[i], *call[i + 1 : j], *call[j]),
-        *(*call[j + 1 : k], *call[k], *call[k + 1 :]),
+        call[:i] + call[i] + call[i + 1 : j] + call[j] + call[j + 1 : k] + call[k] + call[k + 1 :]
     )
 
 
