@@ -47,7 +47,8 @@ from bench.providers import (
     Function,
     backward,
     forward,
-    plan_provider,
+    strategies_of,
+    strategy_provider,
 )
 from bench.providers import (
     run as run_pass,
@@ -56,10 +57,11 @@ from bench.records import Record
 from bench.tables import first_own, show
 from bench.timing import Candidate, Protocol, Staged, Stopwatch, Timing
 from dcconv import backends
-from dcconv.call.implementations import registry
-from dcconv.call.rule import PLANS
+from dcconv.call.rule import STRATEGIES
+from dcconv.call.strategy import NEW_NAMES, OLD_NAMES
 from dcconv.operator.checks import integer, value_error
 from dcconv.operator.numerics import compute_dtype
+from dcconv.warn import warn_once
 
 KIND = "ops"
 
@@ -88,11 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--passes", type=names, metavar="A,B", help=", ".join(PASSES))
     add("--providers", type=names, metavar="A,B", help=f"baselines: {', '.join(BASELINES)}")
     add(
-        "--plans",
+        "--strategies",
         type=names,
         metavar="A,B",
-        help=f"of the backends on CUDA, each by itself: {', '.join(PLANS)}",
+        help=f"of the backends, each by itself: {', '.join(STRATEGIES)}",
     )
+    add("--plans", type=names, help=argparse.SUPPRESS)
     add("--graphs", action="store_true", help="on CUDA, time the replay of captured graphs")
 
 
@@ -148,13 +151,16 @@ def complete(options: argparse.Namespace) -> None:
         options.dtypes = ["float32"] if options.device == "cpu" else ["bfloat16"]
     for name in options.operators or ():
         find_operator(name)
+    if options.plans is not None:
+        warn_once(f"--plans is named --strategies, and its plans {NEW_NAMES}")
+        options.strategies = [OLD_NAMES.get(name, name) for name in options.plans]
     for option, value, known in (
         ("--operators", options.operators, options.operators),
         ("--modes", options.modes, MODES),
         ("--layout", options.layouts, LAYOUTS),
         ("--passes", options.passes, PASSES),
         ("--providers", options.providers, BASELINES),
-        ("--plans", options.plans, PLANS),
+        ("--strategies", options.strategies, STRATEGIES),
     ):
         if value is not None:
             shared.check_names(option, value, known or OPERATORS)
@@ -170,13 +176,11 @@ def complete(options: argparse.Namespace) -> None:
     if chosen is None:
         chosen = shared.willing_backends(options.device)
     options.own = [OURS + name for name in chosen if name != "reference"]
-    if options.plans and options.device != "cuda":
-        raise value_error("--plans", "go with --device cuda", repr(options.device))
     options.own += [
-        plan_provider(backend, plan)
-        for backend in registry
-        for plan in options.plans or ()
-        if backend in chosen and plan in registry[backend]
+        strategy_provider(backend, strategy)
+        for backend in chosen
+        for strategy in options.strategies or ()
+        if strategy in strategies_of(backend)
     ]
 
 
@@ -211,7 +215,7 @@ def prepare(
             result |= check(name, functions[name], inputs, gate, which)
             if result["note"] is None:
                 result |= memory(functions[name], inputs, which)
-        # Out of memory, a compiler that fails, or a plan that refuses the case.
+        # Out of memory, a compiler that fails, or a strategy that refuses the case.
         except RuntimeError as failure:
             reason = str(failure).partition("\n")[0].removeprefix("dcconv: ")
             refused = isinstance(failure, NotImplementedError)

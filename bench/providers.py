@@ -14,7 +14,8 @@ from torch import Tensor
 from bench.cases import BATCH, Case, Inputs
 from bench.options import FORWARD
 from dcconv import backends
-from dcconv.call.implementations import registry
+from dcconv.call.implementations import rows
+from dcconv.call.key import FORWARD as FORWARD_DIRECTION
 from dcconv.functional import decoupled_conv2d
 from dcconv.operator.functions import angulars, capped_asin, magnitudes
 from dcconv.operator.numerics import EPS, angle_delta, compute_dtype
@@ -37,8 +38,8 @@ def plain(case: Case) -> Function:
     return conv2d
 
 
-def ours(backend: str, plan: str | None = None) -> Callable[[Case], Function]:
-    """Return dcconv on one of its backends; of the cuda backend, one plan where it is named."""
+def ours(backend: str, strategy: str | None = None) -> Callable[[Case], Function]:
+    """Return dcconv on one of its backends, by one strategy where it is named."""
 
     def build(case: Case) -> Function:
         layer = case.layer
@@ -46,7 +47,7 @@ def ours(backend: str, plan: str | None = None) -> Callable[[Case], Function]:
         def call(
             x: Tensor, weight: Tensor, radius: Tensor | None, norm_mean: Tensor | None
         ) -> Tensor:
-            with nullcontext() if plan is None else backends.plans(plan):
+            with nullcontext() if strategy is None else backends.strategies(strategy):
                 return decoupled_conv2d(
                     x,
                     weight,
@@ -267,9 +268,15 @@ CONV2D, EAGER, FORMULA, COMPILED_EAGER, COMPILED, BCOS = (
 OURS = "dcconv-"
 
 
-def plan_provider(backend: str, plan: str) -> str:
-    """Return the name of the provider that is one plan of a backend."""
-    return f"{OURS}{backend}-{plan}"
+def strategies_of(backend: str) -> tuple[str, ...]:
+    """Return the strategies that a backend chooses between; none where there is one alone."""
+    found = tuple(rows[backend, FORWARD_DIRECTION])
+    return found if len(found) > 1 else ()
+
+
+def strategy_provider(backend: str, strategy: str) -> str:
+    """Return the name of the provider that is one strategy of a backend."""
+    return f"{OURS}{backend}-{strategy}"
 
 
 #: Every implementation by its name; ours are named after their backends.
@@ -299,13 +306,13 @@ PROVIDERS: dict[str, Provider] = {
         ),
         *(
             Provider(
-                plan_provider(backend, plan),
-                f"dcconv, backend {backend}, plan {plan}",
-                ours(backend, plan),
+                strategy_provider(backend, strategy),
+                f"dcconv, backend {backend}, strategy {strategy}",
+                ours(backend, strategy),
                 backend=backend,
             )
-            for backend, plans in registry.items()
-            for plan in plans
+            for backend in backends.names
+            for strategy in strategies_of(backend)
         ),
     )
 }

@@ -1,4 +1,4 @@
-// Schemas of the passes of plans A and B, for every library that implements them.
+// Schemas of the passes of library and fused, for every library that implements them.
 #pragma once
 
 #include <string>
@@ -72,7 +72,7 @@ void define_passes(Library& library) {
   );
 }
 
-// The kernels of plan B, composed in dcconv/passes/fused.py: the whole forward, or the whole
+// The kernels of fused, composed in dcconv/passes/fused.py: the whole forward, or the whole
 // gradient of the input, in one pass. kernel: "implicit_gemm", "depthwise" or "stem" (forward
 // only). tile: which of the kernel's tile configurations, -1 for its own rule.
 template <class Library>

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dcconv.operator.records import Operands, Problem
 
@@ -115,3 +116,21 @@ def conv2d_arguments(operands: Operands, problem: Problem) -> tuple[Any, ...]:
         problem.delta,
         problem.norm,
     )
+
+
+def patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+    """Return the patch-norm map from the compiled op."""
+    b: Tensor = torch.ops.dcconv.patch_norm_forward(
+        x, list(kernel), *problem.window, problem.operator.eps
+    )
+    return b
+
+
+def patch_norm_grad(
+    grad_b: Tensor, x: Tensor, b: Tensor, kernel: tuple[int, int], problem: Problem
+) -> Tensor:
+    """Return the gradient of x from the compiled op of the patch norm."""
+    grad_x: Tensor = torch.ops.dcconv.patch_norm_backward(
+        grad_b, x, b, list(kernel), *problem.window
+    )
+    return grad_x

@@ -26,7 +26,7 @@ class _Traced(threading.local):
     def __init__(self) -> None:
         # In the instance: Dynamo puts no guard on what it finds in the class.
         self.backend: Any = None
-        self.plans: Any = None
+        self.strategies: Any = None
         self.benchmark: Any = None
         self.norm_updates: Any = None
 
@@ -89,6 +89,6 @@ class Setting(Generic[T]):
 
 
 backend: Setting[str] = Setting("backend")
-plans: Setting[Any] = Setting("plans")
+strategies: Setting[Any] = Setting("strategies")
 benchmark: Setting[bool] = Setting("benchmark")
 norm_updates: Setting[bool] = Setting("norm_updates")

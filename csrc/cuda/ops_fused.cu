@@ -1,4 +1,4 @@
-// The kernels of plan B as ops (dcconv/passes/fused.py): guards, and the choice of the kernel by
+// The kernels of fused as ops (dcconv/passes/fused.py): guards, and the choice of the kernel by
 // name. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
 
 #include <string>

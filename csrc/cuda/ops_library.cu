@@ -1,4 +1,4 @@
-// The passes of plan A as ops: tensors in, tensors out. Python composes them with the library's
+// The passes of library as ops: tensors in, tensors out. Python composes them with the library's
 // convolutions (dcconv/passes/library.py), has checked what the user typed and made tensors dense;
 // the checks here guard memory. Under DCCONV_SIMT the ops run in the SIMT model, on CPU tensors.
 

@@ -2,44 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dcconv import native
-from dcconv.call.implementations import Plans
 from dcconv.call.saved import DOT, NOTHING, OUTPUT
 from dcconv.operator import reference
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import RADIUS_OFFSET, compute_dtype
 from dcconv.operator.records import Operands, Problem, without_autocast
-from dcconv.passes import backward, library, records
-from dcconv.triton import fused as triton_fused
+from dcconv.passes import backward
+from dcconv.passes.backward import InputGradient, WeightGradient
+from dcconv.passes.records import COMPILED
 
-# How a patch norm runs: one compiled op per direction, or plan A's composition, of compiled passes
-# or of Triton's.
-ONE_OP, PLAN_A, TRITON = "one_op", "plan_a", "triton"
+Forward: TypeAlias = Callable[[Operands, Problem, str], tuple[Tensor, ...]]
+# As ``one_op_backward``.
+Backward: TypeAlias = Callable[..., Sequence[Tensor | None]]
 
-# Namespace of the passes that a plan composes.
-PASSES = {PLAN_A: records.COMPILED, TRITON: triton_fused.NAMESPACE}
+
+class Chosen(NamedTuple):
+    """What computes one call.
+
+    Attributes:
+        forward: as ``library.forward``, or as the compiled op.
+        namespace: of the passes of ``backward.backward``.
+        input_gradient, weight_gradient: what it is given for them; None for the library.
+        backward: all of backward, in the place of that composition; None for the composition.
+    """
+
+    forward: Forward
+    namespace: str = COMPILED
+    input_gradient: InputGradient | None = None
+    weight_gradient: WeightGradient | None = None
+    backward: Backward | None = None
+
+
+class PatchNorm(NamedTuple):
+    """The two directions of a patch norm: (x, kernel, problem) -> b and its gradient.
+
+    Attributes:
+        backward: (grad_b, x, b, kernel, problem) -> grad_x.
+    """
+
+    forward: Callable[[Tensor, tuple[int, int], Problem], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], Problem], Tensor]
 
 
 def conv2d_forward(
-    operands: Operands, problem: Problem, kept: str, plans: Plans | None
+    operands: Operands, problem: Problem, kept: str, chosen: Chosen | None
 ) -> tuple[Tensor, ...]:
-    """Run forward: y, norm map, mean norm, dot product, and what else the plans' backward saves.
+    """Run forward: y, norm map, mean norm, dot product, and what else the chosen backward saves.
 
     Args:
-        plans: what computes each direction; None for one compiled op per direction.
+        chosen: what computes each direction; None for one compiled op per direction.
 
     Raises:
         RuntimeError, torch.OutOfMemoryError: as PyTorch's own operations of the device do.
     """
     try:
-        if plans is not None:
-            return plans.forward(operands, problem, kept)
+        if chosen is not None:
+            return chosen.forward(operands, problem, kept)
         arguments = native.conv2d_arguments(operands, problem)
         op = torch.ops.dcconv.conv2d_forward.default
         results: tuple[Tensor, ...] = op(*arguments, kept == DOT, kept != NOTHING)
@@ -49,10 +74,29 @@ def conv2d_forward(
         raise known from None
 
 
+def one_op_backward(
+    grad_y: Tensor,
+    kept_tensor: Tensor,
+    norm_map: Tensor,
+    mean: Tensor,
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    needs: int,
+) -> Sequence[Tensor | None]:
+    """Return the gradients of the six operands from the compiled op; None for those not needed."""
+    # From the radius on: no gradient depends on the bias.
+    arguments = native.conv2d_arguments(operands, problem)[3:]
+    others = (kept_tensor, norm_map, mean, *arguments, problem.norm_grad, kept, needs)
+    op = torch.ops.dcconv.conv2d_backward.default
+    grads = op(grad_y, operands.x, operands.weight, *others)
+    return [grads[i] if needs >> i & 1 else None for i in range(6)]
+
+
 class DecoupledConv2dFunction(torch.autograd.Function):
     """y and the batch's mean norm from the compiled ops, with hand-written backward.
 
-    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, and the plans.
+    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, ``Chosen``.
     Results: those of ``conv2d_forward``; all but y are not differentiable and only there so that
     backward can save them.
 
@@ -71,7 +115,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         k: Tensor | None,
         problem: Problem,
         kept: str,
-        plans: Plans | None,
+        chosen: Chosen | None,
     ) -> tuple[Tensor, ...]:
         raw: Tensor | None = None
         if problem.learned:
@@ -81,7 +125,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             raw = radius.to(dtype, copy=True) if radius.dtype != dtype else radius.clone()
             ctx.learned, radius = radius, raw.square().add_(RADIUS_OFFSET)
         operands = Operands(x, weight, bias, radius, norm_mean, k)
-        results = conv2d_forward(operands, problem, kept, plans)
+        results = conv2d_forward(operands, problem, kept, chosen)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         y, norm_map, mean, dot, *more = results
@@ -89,7 +133,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         # Without bias: no gradient depends on it, and nn.Conv2d lets it change before backward.
         parameters = (raw, radius, norm_mean, k)
         ctx.save_for_backward(x, weight, *parameters, kept_tensor, norm_map, mean, *more)
-        ctx.call = problem, kept, plans
+        ctx.call = problem, kept, chosen
         return results
 
     @staticmethod
@@ -98,7 +142,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             return (None,) * 9
         x, weight, raw, radius, norm_mean, k, *saved = ctx.saved_tensors
         kept_tensor, norm_map, mean, *more = saved
-        problem, kept, plans = ctx.call
+        problem, kept, chosen = ctx.call
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled():
             bias = weight.new_zeros(weight.shape[0]).requires_grad_() if wanted[2] else None
@@ -114,9 +158,12 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             needs = 0
             for i in range(6):
                 needs |= wanted[i] << i
-            if plans is not None:
+            whole = one_op_backward if chosen is None else chosen.backward
+            if whole is not None:
+                found = whole(grad_y, kept_tensor, norm_map, mean, operands, problem, kept, needs)
+            else:
                 (a,) = more
-                planned = backward.backward(
+                found = backward.backward(
                     grad_y,
                     kept_tensor,
                     norm_map,
@@ -126,17 +173,10 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                     problem,
                     kept,
                     needs,
-                    plans.namespace,
-                    plans.input_gradient,
-                    plans.weight_gradient,
+                    chosen.namespace,
+                    chosen.input_gradient,
+                    chosen.weight_gradient,
                 )
-                own = _in_layout(planned, x, weight)
-                return (*_of_raw(own, raw, ctx), None, None, None)
-            arguments = native.conv2d_arguments(operands, problem)
-            others = (kept_tensor, norm_map, mean, *arguments[3:], problem.norm_grad, kept, needs)
-            op = torch.ops.dcconv.conv2d_backward.default
-            grads = op(grad_y, x, weight, *others)
-            found = [grads[i] if wanted[i] else None for i in range(6)]
             own = _in_layout(found, x, weight)
             return (*_of_raw(own, raw, ctx), None, None, None)
         except RuntimeError as error:
@@ -187,52 +227,24 @@ def reference_gradients(
 
 
 class PatchNormFunction(torch.autograd.Function):
-    """The patch-norm map from the compiled ops."""
+    """The patch-norm map from a backend's own operations."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kernel: tuple[int, int], problem: Problem, plan: str
+        ctx: Any, x: Tensor, kernel: tuple[int, int], problem: Problem, directions: PatchNorm
     ) -> Tensor:
-        if plan in PASSES:
-            b = library.window_norm(x, kernel, problem, PASSES[plan])
-        else:
-            b = torch.ops.dcconv.patch_norm_forward(
-                x,
-                list(kernel),
-                list(problem.window.stride),
-                list(problem.window.padding),
-                list(problem.window.dilation),
-                problem.window.groups,
-                problem.window.padding_mode,
-                problem.operator.eps,
-            )
+        b = directions.forward(x, kernel, problem)
         ctx.save_for_backward(x, b)
-        ctx.kernel = kernel
-        ctx.problem = problem
-        ctx.plan = plan
+        ctx.call = kernel, problem, directions
         return b
 
     @staticmethod
     def backward(ctx: Any, grad_b: Tensor) -> tuple[Any, ...]:
         x, b = ctx.saved_tensors
-        problem: Problem = ctx.problem
+        kernel, problem, directions = ctx.call
         if torch.is_grad_enabled():
             with without_autocast(x):
-                again = reference.window_norm(x, ctx.kernel, problem)
+                again = reference.window_norm(x, kernel, problem)
                 (grad_x,) = torch.autograd.grad(again, (x,), grad_b, create_graph=True)
             return grad_x, None, None, None
-        if ctx.plan in PASSES:
-            grad_x = backward.window_norm_grad(grad_b, x, b, ctx.kernel, problem, PASSES[ctx.plan])
-            return grad_x, None, None, None
-        grad_x = torch.ops.dcconv.patch_norm_backward(
-            grad_b,
-            x,
-            b,
-            list(ctx.kernel),
-            list(problem.window.stride),
-            list(problem.window.padding),
-            list(problem.window.dilation),
-            problem.window.groups,
-            problem.window.padding_mode,
-        )
-        return grad_x, None, None, None
+        return directions.backward(grad_b, x, b, kernel, problem), None, None, None

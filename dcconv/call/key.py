@@ -1,4 +1,4 @@
-"""What a choice between plans depends on: the static facts of one direction of one call."""
+"""What a choice between strategies depends on: the static facts of one direction of one call."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
 
-# The backends that choose between plans.
-BACKENDS = ("cuda", "triton")
-CUDA, TRITON = BACKENDS
-
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = DIRECTIONS
 
@@ -26,7 +22,7 @@ class Key(NamedTuple):
     """One direction of one call.
 
     Attributes:
-        backend: one of ``BACKENDS``.
+        backend: its name.
         direction: one of ``DIRECTIONS``.
         device: the GPU's name.
         dtype: of x, as ``bfloat16``; ``tf32`` is float32 where PyTorch may convolve in TF32.

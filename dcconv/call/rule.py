@@ -1,17 +1,18 @@
-"""Which plan to take where nothing was measured, and which of the measured ones."""
+"""Which strategy to take where nothing was measured, and which of the measured ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dcconv.call.key import CUDA, INPUT_GRADIENT, TF32, TRITON, WEIGHT_GRADIENT, Key
+from dcconv.call.key import INPUT_GRADIENT, TF32, WEIGHT_GRADIENT, Key
 from dcconv.passes.fused import STEM_CHANNELS
 
-# Names of the plans: passes around the library convolution, one pass, cuDNN graph.
-PLANS = ("A", "B", "G")
-PASSES, ONE_PASS, GRAPH = PLANS
+#: The strategies, the same on every backend: the library convolution between fused passes, one
+#: pass, a cuDNN graph.
+STRATEGIES = ("library", "fused", "graph")
+LIBRARY, FUSED, GRAPH = STRATEGIES
 
-# The pass over the result that plan A has and plan B saves takes time in inverse proportion to
+# The pass over the result that library has and fused saves takes time in inverse proportion to
 # the length of the sums, C R S: below this it is a third of the convolution or more.
 SHORT_SUM = 600
 CHANNEL_VECTOR = 8
@@ -24,8 +25,8 @@ TRITON_SHORT_SUM = 256
 PRODUCT_TILE = 16
 HALF = ("float16", "bfloat16")
 
-# A plan must be faster than plan A by more than this share to be taken: within it, two
-# measurements of the same plan differ, and plan A has the fewest kernels to trust.
+# A strategy must be faster than library by more than this share to be taken: within it, two
+# measurements of the same strategy differ, and library has the fewest kernels to trust.
 MARGIN = 0.02
 
 
@@ -39,7 +40,12 @@ def _summed(key: Key) -> int:
     return summed // key.groups * key.r * key.s
 
 
-def _one_pass_on_cuda(key: Key) -> bool:
+def prefers_fused_on_cuda(key: Key) -> bool:
+    """Return whether one pass should be the fastest of the compiled kernels.
+
+    It should for depthwise layers, 1x1 layers whose channels and filters are multiples of 8, stems
+    and sums of at most 600 products.
+    """
     channels, filters = key.c // key.groups, key.o // key.groups
     if _depthwise(key):
         return True
@@ -53,7 +59,14 @@ def _one_pass_on_cuda(key: Key) -> bool:
     return _summed(key) <= SHORT_SUM
 
 
-def _one_pass_in_triton(key: Key) -> bool:
+def prefers_fused_in_triton(key: Key) -> bool:
+    """Return whether one pass should be the fastest of Triton's kernels.
+
+    It should for depthwise layers, and in half precision for ungrouped 1x1 layers and sums of at
+    most 256 products in groups of at least 16 channels and filters; of float32 layers without TF32
+    for the depthwise ones alone, with it for the ungrouped 1x1 layers too; in the gradient of the
+    input at stride 1 only.
+    """
     if _depthwise(key):
         return True
     if key.direction == WEIGHT_GRADIENT:
@@ -67,41 +80,30 @@ def _one_pass_in_triton(key: Key) -> bool:
     return pointwise or (_summed(key) <= TRITON_SHORT_SUM and not narrow)
 
 
-_PREFERS_ONE_PASS = {CUDA: _one_pass_on_cuda, TRITON: _one_pass_in_triton}
-
-
-def rule(key: Key, willing: Sequence[str]) -> str:
-    """Return the plan that should be fastest, from reasoning alone.
-
-    On the cuda backend depthwise layers, 1x1 layers whose channels and filters are multiples of 8,
-    stems and sums of at most 600 products go to plan B; the others to plan G, else to plan A.
-
-    On the triton backend plan B has depthwise layers, and in half precision ungrouped 1x1 layers
-    and sums of at most 256 products in groups of at least 16 channels and filters; of float32
-    layers without TF32 the depthwise ones alone, with it the ungrouped 1x1 layers too. Gradients
-    of the input take it at stride 1. The others go to plan A.
+def rule(prefers_fused: bool, willing: Sequence[str]) -> str:
+    """Return the strategy that should be fastest, from reasoning alone.
 
     Args:
-        key: the call; sizes of x do not matter.
-        willing: names of the plans that can run it, at least one.
+        prefers_fused: whether one pass should be faster than the others: what the backend says of
+            the call. Else graph should be, and then library.
+        willing: names of the strategies that can run the call, at least one.
     """
-    one_pass = _PREFERS_ONE_PASS[key.backend](key)
-    order = (ONE_PASS, GRAPH, PASSES) if one_pass else (GRAPH, PASSES, ONE_PASS)
+    order = (FUSED, GRAPH, LIBRARY) if prefers_fused else (GRAPH, LIBRARY, FUSED)
     return next(name for name in order if name in willing)
 
 
 def fastest(times: Mapping[str, float], willing: Sequence[str]) -> str | None:
-    """Return the measured choice, None if no willing plan was measured.
+    """Return the measured choice, None if no willing strategy was measured.
 
-    Plan A wins unless another plan is faster by more than ``MARGIN``.
+    library wins unless another strategy is faster by more than ``MARGIN``.
 
     Args:
-        times: milliseconds by plan.
-        willing: names of the plans that can run the call.
+        times: milliseconds by strategy.
+        willing: names of the strategies that can run the call.
     """
-    known = {name: times[name] for name in PLANS if name in willing and name in times}
+    known = {name: times[name] for name in STRATEGIES if name in willing and name in times}
     if not known:
         return None
     best = min(known, key=lambda name: known[name])
-    close = PASSES in known and known[PASSES] * (1 - MARGIN) <= known[best]
-    return PASSES if close else best
+    close = LIBRARY in known and known[LIBRARY] * (1 - MARGIN) <= known[best]
+    return LIBRARY if close else best

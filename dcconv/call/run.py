@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dcconv import backends
+from dcconv.call.runner import Runner
 from dcconv.call.saved import kept
 from dcconv.operator import arguments, checks
 from dcconv.operator.convolution import batched, fitted
@@ -51,7 +52,7 @@ class Prepared(NamedTuple):
 
     problem: Problem
     squares: Problem | None
-    backend: backends.Backend
+    backend: Runner
     mode: str
     image: bool
     fits: bool
@@ -168,7 +169,7 @@ def _check(
     keep: str,
     backend: str | None,
     norm_grad: bool,
-) -> tuple[Operands, Problem, backends.Backend, str]:
+) -> tuple[Operands, Problem, Runner, str]:
     checks.functions(operator.magnitude, operator.angular, operator.weighting)
     operands, problem = arguments.convolution(
         x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
@@ -237,7 +238,7 @@ def conv2d(
 def _remember(
     facts: tuple[Any, ...],
     problem: Problem,
-    chosen: backends.Backend,
+    chosen: Runner,
     mode: str,
     fits: bool,
     x: Tensor,

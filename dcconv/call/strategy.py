@@ -1,8 +1,9 @@
-"""The choice itself: which plans are willing, what is known about their times, what runs.
+"""The choice itself: which strategies are willing, what is known about their times, what runs.
 
 A call's choice is made once per key and setting, and then found in a dictionary. What is known
 comes from a pinned table, else from this user's measurements in benchmark mode, else from the
-tables that ship with the package; where nothing is known, the rule decides.
+tables that ship with the package; where nothing is known, the rule decides. The ops of the cpu
+backend choose themselves; there a setting forces them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dcconv import native, settings
-from dcconv.call.implementations import Plans, namespaces, registry, tuned
+from dcconv.call import cpu, implementations
+from dcconv.call.autograd import Chosen
 from dcconv.call.key import DIRECTIONS, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Key, key_of
 from dcconv.call.measure.stopwatch import Stopwatch, compare, cuda_events
 from dcconv.call.measure.tables import Cache, Table, Times, read, shipped
-from dcconv.call.rule import PASSES, PLANS, fastest, rule
+from dcconv.call.rule import FUSED, GRAPH, LIBRARY, STRATEGIES, fastest, rule
 from dcconv.call.saved import DOT
 from dcconv.operator.checks import value_error
 from dcconv.operator.layout import memory_format
@@ -36,30 +38,58 @@ from dcconv.warn import warn_once
 
 
 class Allowed(NamedTuple):
-    """Which plans calls may take: names joined by commas, for both gradients unless they differ."""
+    """Which strategies calls may take: names joined by commas, of both gradients unless named."""
 
-    names: str = ",".join(PLANS)
+    names: str = ",".join(STRATEGIES)
     input_gradient: str | None = None
     weight_gradient: str | None = None
 
 
 class Decision(NamedTuple):
-    """A chosen plan, and how it was chosen."""
+    """A chosen strategy, and how it was chosen."""
 
-    plan: str
+    strategy: str
     source: str
     times: Times
 
 
-MEASURED = "measured here"
+MEASURED, BY_RULE, ONLY_ONE = "measured here", "by rule", "the only one willing"
 
-# The process's setting.
-_allowed = Allowed(os.environ.get("DCCONV_PLANS") or Allowed().names)
+# What a strategy is, for the report.
+TITLES = {
+    LIBRARY: "library convolution and fused passes",
+    FUSED: "one pass",
+    GRAPH: "cuDNN graph",
+}
 
-#: What times the plans: ``Callable[[run], milliseconds per call]``.
+# The names that strategies had, accepted in this release.
+OLD_NAMES = {"A": LIBRARY, "B": FUSED, "G": GRAPH}
+NEW_NAMES = ", ".join(f"{new} ({old})" for old, new in OLD_NAMES.items())
+
+VARIABLE, OLD_VARIABLE = "DCCONV_STRATEGIES", "DCCONV_PLANS"
+
+EVERY = Allowed()
+
+CPU = implementations.CPU.name
+
+
+def _of_environment() -> tuple[str, Allowed]:
+    """Return the variable that says what the process allows, and that; empty ones count as none."""
+    for variable in (VARIABLE, OLD_VARIABLE):
+        names = os.environ.get(variable)
+        if names:
+            return variable, Allowed(names)
+    return VARIABLE, EVERY
+
+
+# The process's setting, and where it comes from.
+_variable, _allowed = _of_environment()
+
+#: What times the strategies: ``Callable[[run], milliseconds per call]``.
 stopwatch: Stopwatch = cuda_events
 
-#: Where plans are timed. Kernels on CPU tensors are interpreted: their times say nothing of a GPU.
+#: Where strategies are timed. Kernels on CPU tensors are interpreted: their times say nothing of a
+#: GPU.
 TIMED_DEVICES: tuple[str, ...] = ("cuda",)
 
 # Sizes of x that are measured per kind of call. Images of ever new sizes would be measured for
@@ -74,55 +104,84 @@ _shipped: dict[str, Table] = {}
 # Choices by the raw facts of a call. Emptied when full: images of ever new sizes would fill it.
 # Replaced when tables change: a thread that was choosing meanwhile fills the one it began with.
 _MOST_CHOICES = 4096
-_choices: dict[tuple[Any, ...], Plans] = {}
+_choices: dict[tuple[Any, ...], Chosen] = {}
 
 
-def checked_names(argument: str, names: object) -> tuple[str, ...]:
-    """Return the plans in a text such as ``A,B``; ValueError if it is none."""
-    found = tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else ()
-    if not found or any(name not in PLANS for name in found):
+def checked_names(argument: str, names: object, silent: bool = False) -> tuple[str, ...]:
+    """Return the strategies in a text such as ``library,fused``; ValueError if it is none.
+
+    Old names are translated, with one warning unless ``silent``.
+    """
+    given = tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else ()
+    found = tuple(OLD_NAMES.get(name, name) for name in given)
+    if not found or any(name not in STRATEGIES for name in found):
         raise value_error(
-            argument, f"be names out of {', '.join(PLANS)}, joined by commas", repr(names)
+            argument, f"be names out of {', '.join(STRATEGIES)}, joined by commas", repr(names)
         )
+    if found != given and not silent and not torch.compiler.is_compiling():
+        warn_once(f"the strategies are named {NEW_NAMES}; a later release drops the letters")
     return found
 
 
-def allowed(
+def strategies(
     names: str, *, input_gradient: str | None = None, weight_gradient: str | None = None
 ) -> AbstractContextManager[None]:
-    """Let the calls inside the context choose between some plans only, on every backend with plans.
+    """Let the calls inside the context choose between some strategies only, on every backend.
 
     The setting belongs to the thread or asyncio task that enters the context, as that of
-    ``dcconv.use_backend``; ``DCCONV_PLANS`` sets the process's at import.
+    ``dcconv.use_backend``; ``DCCONV_STRATEGIES`` sets the process's at import. It binds the cuda,
+    triton and cpu backends; on cpu, compiled code leaves the choice to the op. The reference has
+    nothing to choose between.
 
     Args:
-        names: names joined by commas: ``A`` (library convolution and fused passes), ``B`` (one
-            pass), ``G`` (cuDNN graph, cuda backend alone). A gradient that none of them computes is
-            left to plan A.
-        input_gradient, weight_gradient: the plans of this direction, where they differ; then
-            without plan A as a way out.
+        names: names joined by commas: ``library`` (library convolution and fused passes), ``fused``
+            (one pass), ``graph`` (cuDNN graph, cuda backend alone). A gradient that none of them
+            computes is left to library.
+        input_gradient, weight_gradient: the strategies of this direction, where they differ; then
+            without library as a way out.
 
     Raises:
         ValueError: a name is unknown.
-        NotImplementedError: by a call inside, with the plans' own sentences, if all refuse.
+        NotImplementedError: by a call inside, with the strategies' own sentences, if all refuse.
 
     Example:
         >>> import dcconv
-        >>> with dcconv.backends.plans("A"):
+        >>> with dcconv.backends.strategies("library"):
         ...     pass
     """
-    checked_names("names", names)
-    for argument, value in (
-        ("input_gradient", input_gradient),
-        ("weight_gradient", weight_gradient),
-    ):
-        if value is not None:
-            checked_names(argument, value)
-    return settings.plans.within(Allowed(names, input_gradient, weight_gradient))
+    return _allow(names, input_gradient, weight_gradient, False)
+
+
+def plans(
+    names: str, *, input_gradient: str | None = None, weight_gradient: str | None = None
+) -> AbstractContextManager[None]:
+    """Allow strategies as :func:`strategies` does, which a later release has alone."""
+    if not torch.compiler.is_compiling():
+        warn_once(f"backends.plans is named backends.strategies, and its plans {NEW_NAMES}")
+    return _allow(names, input_gradient, weight_gradient, True)
+
+
+def _allow(
+    names: str, input_gradient: str | None, weight_gradient: str | None, silent: bool
+) -> AbstractContextManager[None]:
+    def checked(argument: str, value: str) -> str:
+        return ",".join(checked_names(argument, value, silent))
+
+    allowed = Allowed(
+        checked("names", names),
+        None if input_gradient is None else checked("input_gradient", input_gradient),
+        None if weight_gradient is None else checked("weight_gradient", weight_gradient),
+    )
+    return settings.strategies.within(allowed)
+
+
+def is_bound() -> bool:
+    """Whether a setting, of a context or of the process, allows some strategies only."""
+    return _allowed is not EVERY or settings.strategies.own() is not None
 
 
 def _setting() -> Allowed:
-    own: Allowed | None = settings.plans.own()
+    own: Allowed | None = settings.strategies.own()
     return _allowed if own is None else own
 
 
@@ -130,8 +189,8 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
     """Choose by one file of measured times and nothing else; nothing is measured or tuned then.
 
     A call without an entry follows the rule. With a pinned table the same calls take the same
-    plans in every process, so it counts under ``torch.use_deterministic_algorithms`` as well.
-    Compiled and exported code keeps the plans that it was traced with.
+    strategies in every process, so it counts under ``torch.use_deterministic_algorithms`` as well.
+    Compiled and exported code keeps the strategies that it was traced with.
 
     Args:
         path: a file that benchmark mode wrote; None ends it.
@@ -155,22 +214,30 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
         _choices = {}
 
 
+def _allowed_names(direction: str, setting: Allowed) -> tuple[str, ...]:
+    """Return the strategies that a setting allows in a direction."""
+    own = {INPUT_GRADIENT: setting.input_gradient, WEIGHT_GRADIENT: setting.weight_gradient}
+    names = own.get(direction)
+    if names is not None:
+        return checked_names(VARIABLE, names)
+    if setting is _allowed and _variable == OLD_VARIABLE and not torch.compiler.is_compiling():
+        warn_once(f"{OLD_VARIABLE} is named {VARIABLE}, and its plans {NEW_NAMES}")
+    found = checked_names(_variable, setting.names, _variable == OLD_VARIABLE)
+    return found if direction == FORWARD else (LIBRARY, *found)
+
+
 def _reasons(
     backend: str, operands: Operands, problem: Problem, direction: str, setting: Allowed
 ) -> dict[str, str | None]:
-    """Return by allowed plan why it refuses a direction of a call, None if it does not."""
-    own = {INPUT_GRADIENT: setting.input_gradient, WEIGHT_GRADIENT: setting.weight_gradient}
-    names = own.get(direction)
-    allowed_names = checked_names("DCCONV_PLANS", setting.names if names is None else names)
-    if direction != FORWARD and names is None:
-        allowed_names = (PASSES, *allowed_names)
-    plans = registry[backend]
+    """Return by allowed strategy why it refuses a direction of a call, None if it does not."""
+    allowed = _allowed_names(direction, setting)
+    rows = implementations.rows[backend, direction]
     return {
-        name: plans[name].reason(direction, operands, problem)
-        if name in plans
-        else f"the {backend} backend has no plan {name}"
-        for name in PLANS
-        if name in allowed_names
+        name: rows[name].why_not(operands, problem)
+        if name in rows
+        else f"the {backend} backend has no strategy {name}"
+        for name in STRATEGIES
+        if name in allowed
     }
 
 
@@ -182,9 +249,16 @@ def _willing(
     if not willing:
         said = "; ".join([f"{name}: {reason}" for name, reason in reasons.items()])
         raise NotImplementedError(
-            f"dcconv: no allowed plan runs the {direction} of this call: {said}"
+            f"dcconv: no allowed strategy runs the {direction} of this call: {said}"
         )
     return willing
+
+
+def by_rule(key: Key, willing: Sequence[str]) -> str:
+    """Return the willing strategy that should be fastest, as a key's backend reasons."""
+    prefers_fused = implementations.backends[key.backend].prefers_fused
+    assert prefers_fused is not None
+    return rule(prefers_fused(key), willing)
 
 
 def _known(key: Key, benchmark: bool) -> tuple[str, Times]:
@@ -208,10 +282,10 @@ def decide(key: Key, willing: Sequence[str], benchmark: bool) -> Decision:
     source, times = _known(key, benchmark)
     times = {name: ms for name, ms in times.items() if name in willing}
     if len(willing) == 1:
-        return Decision(willing[0], "the only one willing", times)
+        return Decision(willing[0], ONLY_ONE, times)
     name = fastest(times, willing)
     return (
-        Decision(rule(key, willing), "by rule", {})
+        Decision(by_rule(key, willing), BY_RULE, {})
         if name is None
         else Decision(name, source, times)
     )
@@ -233,7 +307,7 @@ def _measures(device_type: str) -> bool:
 def _decided_name(key: tuple[Any, ...], willing: tuple[str, ...], benchmark: bool) -> str:
     # A plain tuple: tracing does not make constants of named ones.
     with _lock:
-        return decide(Key(*key), willing, benchmark).plan
+        return decide(Key(*key), willing, benchmark).strategy
 
 
 def _scratch(t: Tensor | None) -> Tensor | None:
@@ -247,31 +321,25 @@ def _scratch(t: Tensor | None) -> Tensor | None:
 def _runs(
     operands: Operands, problem: Problem, kept: str, key: Key, willing: Sequence[str]
 ) -> dict[str, Any]:
-    """Return by plan a function that runs a direction of a call, on copies of its tensors."""
-    plans = tuned[key.backend]
+    """Return by strategy a function that runs a direction, on copies of the call's tensors."""
+    rows = implementations.rows[key.backend, key.direction]
+    runs = {name: rows[name].run_as(True) for name in willing}
     operands = Operands._make(_scratch(t) for t in operands)
     if key.direction == FORWARD:
-        return {
-            name: lambda run=plans[name].forward: run(operands, problem, kept) for name in willing
-        }
+        return {name: lambda run=run: run(operands, problem, kept) for name, run in runs.items()}
     layout = memory_format(operands.x, operands.weight)
     x = operands.x.contiguous(memory_format=layout)
     weight = operands.weight.contiguous(memory_format=memory_format(operands.weight))
     # Of the right shapes, layouts and magnitudes.
-    _, norm_map, _, grad_u, _ = library.forward(operands, problem, DOT, namespaces[key.backend])
+    namespace = implementations.backends[key.backend].namespace
+    assert namespace is not None
+    _, norm_map, _, grad_u, _ = library.forward(operands, problem, DOT, namespace)
     if key.direction == WEIGHT_GRADIENT:
-        return {
-            name: lambda run=plans[name].weight_gradient: run(grad_u, x, weight, problem)
-            for name in willing
-        }
+        return {name: lambda run=run: run(grad_u, x, weight, problem) for name, run in runs.items()}
     barrier = problem.norm == NORM_BATCH and problem.norm_grad
     sigma = norm_map.new_ones(()) if barrier else None
-    return {
-        name: lambda run=plans[name].input_gradient: run(
-            InputSide(grad_u, x, weight, Taps(norm_map, norm_map, sigma)), problem
-        )
-        for name in willing
-    }
+    side = InputSide(grad_u, x, weight, Taps(norm_map, norm_map, sigma))
+    return {name: lambda run=run: run(side, problem) for name, run in runs.items()}
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -290,34 +358,33 @@ def _may_measure(x: Tensor) -> bool:
 def _measure(
     operands: Operands, problem: Problem, kept: str, key: Key, willing: Sequence[str]
 ) -> None:
-    """Time the willing plans of one direction and remember it; the lock is held."""
+    """Time the willing strategies of one direction and remember it; the lock is held."""
     with (
         _on_device(operands.x),
         torch.no_grad(),
-        torch.profiler.record_function("dcconv: measuring plans"),
+        torch.profiler.record_function("dcconv: measuring strategies"),
     ):
         try:
             times = compare(_runs(operands, problem, kept, key, willing), stopwatch)
         except RuntimeError as error:
             if not isinstance(native.as_pytorch(error), torch.OutOfMemoryError):
                 raise
-            warn_once(f"too little memory to measure plans for [{key.text}]: the rule decides")
+            warn_once(f"too little memory to measure strategies for [{key.text}]: the rule decides")
             return
     _caches[key.device].add(key, times)
 
 
-def _functions(backend: str, names: Sequence[str], benchmark: bool) -> Plans:
-    """Return the functions behind the names of a call's plans, in the order of DIRECTIONS."""
-    forward, input_gradient, weight_gradient = names
-    plans = (tuned if benchmark else registry)[backend]
-    return Plans(
-        plans[forward].forward,
-        namespaces[backend],
-        input_gradient=None if input_gradient == PASSES else plans[input_gradient].input_gradient,
-        weight_gradient=None
-        if weight_gradient == PASSES
-        else plans[weight_gradient].weight_gradient,
-    )
+def _functions(backend: str, names: Sequence[str], benchmark: bool) -> Chosen:
+    """Return the functions behind the names of a call's strategies, in the order of DIRECTIONS."""
+    forward, input_gradient, weight_gradient = [
+        implementations.rows[backend, direction][name].run_as(benchmark)
+        if direction == FORWARD or name != LIBRARY
+        else None
+        for direction, name in zip(DIRECTIONS, names, strict=True)
+    ]
+    namespace = implementations.backends[backend].namespace
+    assert forward is not None and namespace is not None
+    return Chosen(forward, namespace, input_gradient, weight_gradient)
 
 
 def _plain(t: Tensor) -> bool:
@@ -330,11 +397,11 @@ def _dimensions(t: Tensor | None) -> int | None:
 
 def choose(
     backend: str, operands: Operands, problem: Problem, kept: str, backward: int, benchmark: bool
-) -> Plans:
-    """Return the plans of a call.
+) -> Chosen:
+    """Return what computes a call on a backend whose strategies are composed of passes.
 
     Args:
-        backend: one of ``key.BACKENDS``.
+        backend: its name.
         operands, problem: the call.
         kept: what its backward keeps.
         backward: bits NEEDS_X and NEEDS_WEIGHT of ``records``: the gradients that may come.
@@ -354,7 +421,7 @@ def choose(
                 benchmark,
             )
             if direction in wanted
-            else PASSES
+            else LIBRARY
             for direction in DIRECTIONS
         ]
         return _functions(backend, names, benchmark)
@@ -406,14 +473,14 @@ def _choose(
     backward: int,
     benchmark: bool,
     setting: Allowed,
-) -> tuple[Plans, bool]:
-    """Return the plans of a call, and whether the choice stands, so that it is not made again.
+) -> tuple[Chosen, bool]:
+    """Return what computes a call, and whether the choice stands, so that it is not made again.
 
-    It does not where the plans should have been measured but cannot be now.
+    It does not where the strategies should have been measured but cannot be now.
     """
     names, final = [], True
     for direction in DIRECTIONS:
-        name = PASSES
+        name = LIBRARY
         if direction in _wanted(backward):
             willing = _willing(backend, operands, problem, direction, setting)
             key = key_of(backend, operands, problem, kept, direction)
@@ -423,7 +490,7 @@ def _choose(
                         _measure(operands, problem, kept, key, willing)
                     else:
                         final = False
-                name = decide(key, willing, benchmark).plan
+                name = decide(key, willing, benchmark).strategy
         names.append(name)
     return _functions(backend, names, benchmark), final
 
@@ -438,35 +505,87 @@ def _lacks_times(key: Key, willing: Sequence[str]) -> bool:
     return _caches[key.device].table.count(key) < MOST_SIZES
 
 
+def force(operands: Operands, problem: Problem, backward: int | None) -> Chosen | None:
+    """Return what a setting makes of a call of the cpu backend; None where its ops choose.
+
+    Args:
+        operands, problem: the call.
+        backward: as in :func:`choose`; None where no gradient may come.
+
+    Raises:
+        NotImplementedError: no allowed strategy computes the call.
+    """
+    if not (_plain(operands.x) and _plain(operands.weight)):
+        return None
+    setting = _setting()
+    forward = _forced_name(_willing(CPU, operands, problem, FORWARD, setting))
+    gradient = cpu.AUTO
+    if backward is not None:
+        # Also where neither of the two is wanted: the op is the same.
+        directions = _wanted(backward)[1:] or DIRECTIONS[1:]
+        willing = [_willing(CPU, operands, problem, name, setting) for name in directions]
+        both = [name for name in willing[0] if name in willing[-1]]
+        if not both:
+            raise NotImplementedError(
+                "dcconv: no allowed strategy runs the backward of this call: the cpu backend has "
+                f"one for both gradients, got {willing[0][0]} for the input_gradient and "
+                f"{willing[-1][0]} for the weight_gradient"
+            )
+        gradient = _forced_name(both)
+    if forward == gradient == cpu.AUTO:
+        return None
+    return Chosen(cpu.forward(forward), backward=cpu.backward(gradient))
+
+
+def _forced_name(willing: Sequence[str]) -> str:
+    return willing[0] if len(willing) == 1 else cpu.AUTO
+
+
+def _decided(
+    backend: str,
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    direction: str,
+    willing: Sequence[str],
+    benchmark: bool,
+) -> Decision:
+    """Return the choice of one direction for the report, without measuring."""
+    if implementations.backends[backend].prefers_fused is not None:
+        with _lock:
+            return decide(key_of(backend, operands, problem, kept, direction), willing, benchmark)
+    if len(willing) == 1:
+        return Decision(willing[0], ONLY_ONE, {})
+    return Decision(cpu.taken(operands, problem, direction), BY_RULE, {})
+
+
 def describe(
     backend: str, operands: Operands, problem: Problem, kept: str, benchmark: bool
 ) -> list[str]:
-    """Return lines for the report: by direction the choice, and each plan's time or refusal."""
+    """Return lines for the report: by direction the choice, and each strategy's time or refusal."""
     benchmark = benchmark and _measures(operands.x.device.type)
     setting = _setting()
-    plans = registry[backend]
     lines = []
     for direction in DIRECTIONS:
         title = direction.replace("_", " ")
         reasons = _reasons(backend, operands, problem, direction, setting)
         willing = tuple(name for name, reason in reasons.items() if reason is None)
+        times: Times = {}
         if willing:
-            key = key_of(backend, operands, problem, kept, direction)
-            with _lock:
-                decision = decide(key, willing, benchmark)
-            chosen, times = decision.plan, decision.times
-            lines.append(f"{title}: plan {chosen} ({plans[chosen].title}; {decision.source})")
+            name, source, times = _decided(
+                backend, operands, problem, kept, direction, willing, benchmark
+            )
+            lines.append(f"{title}: {name} ({TITLES[name]}; {source})")
         else:
-            chosen, times = None, {}
-            lines.append(f"{title}: no allowed plan runs it")
-        for name in plans:
+            lines.append(f"{title}: no allowed strategy runs it")
+        for name in implementations.rows[backend, direction]:
             if name in reasons:
                 reason = reasons[name] or (
                     f"{times[name]:.3f} ms" if name in times else "not measured"
                 )
             else:
-                reason = "not allowed (backends.plans, DCCONV_PLANS)"
-            lines.append(f"  {name}  {reason}")
+                reason = f"not allowed (backends.strategies, {VARIABLE})"
+            lines.append(f"  {name:<9}{reason}")
     return lines
 
 

@@ -27,16 +27,16 @@ OPERATORS: tuple[dict[str, Any], ...] = (
     {"weighting": "separate", "angular": "sigmoid", "norm_init": "zero"},
 )
 
-# By backend; the plans are those of the cuda backend, on models. Training takes turns.
+# By backend; the strategies are those of the cuda backend, on models. Training takes turns.
 RUNS = (
     *(
         pytest.param("cpu", options, bool(i % 2), marks=pytest.mark.backend("cpu"))
         for i, options in enumerate((*OPERATORS, OPERATORS[0]))
     ),
     ("reference", OPERATORS[2], True),
-    ("plan A", OPERATORS[0], True),
-    ("plan A", OPERATORS[3], False),
-    ("plan B", OPERATORS[4], True),
+    ("library", OPERATORS[0], True),
+    ("library", OPERATORS[3], False),
+    ("fused", OPERATORS[4], True),
 )
 
 
@@ -66,8 +66,8 @@ class Counter:
 
 
 def running(backend: str) -> Any:
-    """Return a context in which calls take a backend, or a plan of the cuda backend on models."""
-    if not backend.startswith("plan"):
+    """Return a context in which calls take a backend, or the cuda backend on models."""
+    if backend in dcconv.backends.names:
         return dcconv.use_backend(backend)
     if native.missing is not None:
         pytest.skip(native.missing)
@@ -82,8 +82,9 @@ def test_networks(backend_name: str, options: dict[str, Any], training: bool) ->
     other = copy.deepcopy(eager)
     counter = Counter()
     compiled = torch.compile(other, fullgraph=True, backend=counter, dynamic=True)
-    plan = backend_name.removeprefix("plan ") if "plan" in backend_name else None
-    allowed = nullcontext() if plan is None else dcconv.backends.plans(plan + ",A")
+    allowed: Any = nullcontext()
+    if backend_name not in dcconv.backends.names:
+        allowed = dcconv.backends.strategies(backend_name + ",library")
     graphs = 0
     with running(backend_name), allowed:
         for n, h, w in ((3, 8, 6), (5, 10, 12)):

@@ -76,12 +76,12 @@ def test_a_gpu_has_a_class_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 2, 5, 5, requires_grad=True)
     weight = torch.ones(3, 2, 3, 3)
     y = None if native.missing else decoupled_conv2d(x, weight, backend="cpu")
-    plans: Any = SimpleNamespace(forward=full)
+    chosen: Any = SimpleNamespace(forward=full)
     out_of_memory = pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(text)}$")
     with out_of_memory:
-        autograd.DecoupledConv2dFunction.apply(x, *[None] * 7, plans)
+        autograd.DecoupledConv2dFunction.apply(x, *[None] * 7, chosen)
     with out_of_memory:
-        autograd.conv2d_forward(Operands(x, weight, *[None] * 4), Problem(), "nothing", plans)
+        autograd.conv2d_forward(Operands(x, weight, *[None] * 4), Problem(), "nothing", chosen)
     if y is not None:
         monkeypatch.setattr(native, "conv2d_arguments", full)
         with out_of_memory:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
 from dcconv import backends, functional, native, warn
+from dcconv.call import refusals
 from dcconv.call.saved import kept
 from dcconv.operator import numerics, reference
 from dcconv.operator.functions import angulars, magnitudes
@@ -589,12 +590,12 @@ def test_tf32_widens_the_floor_of_the_angle(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_questions_to_the_gpu_are_traceable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_gpus", {3: "a test says so"})
+    monkeypatch.setattr(refusals, "_gpus", {3: "a test says so"})
     monkeypatch.setattr(backward, "_multiprocessors", {3: 132})
     torch._dynamo.reset()
 
     def ask(x: torch.Tensor) -> tuple[Any, ...]:
-        answers = (backends._why_not_gpu(3), numerics.tf32_convolutions())
+        answers = (refusals._why_not_gpu(3), numerics.tf32_convolutions())
         return x + backward._multiprocessors_of(3), *answers
 
     got, *answers = torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(()))

@@ -34,7 +34,9 @@ CASES = {
         ("reference", "auto"),
         lambda: backends.settings.backend.own() or backends._default,
     ),
-    "plans": Case(backends.plans, ("A", "A,B"), lambda: strategy._setting().names),
+    "strategies": Case(
+        backends.strategies, ("library", "library,fused"), lambda: strategy._setting().names
+    ),
     "benchmark": Case(backends.benchmarking, (True, False), backends._benchmarks),
     "norm_updates": Case(
         dcconv.norm_updates,
@@ -204,7 +206,11 @@ def test_contexts_inside_compiled_code() -> None:
     x, weight = torch.randn(1, 3, 6, 6), torch.randn(4, 3, 3, 3)
 
     def call(x: Tensor) -> Tensor:
-        with dcconv.use_backend("reference"), backends.plans("A"), backends.benchmarking(False):
+        with (
+            dcconv.use_backend("reference"),
+            backends.strategies("library"),
+            backends.benchmarking(False),
+        ):
             assert backends.choose(x).name == "reference"
             return decoupled_conv2d(x, weight)
 

@@ -157,7 +157,7 @@ def test_weight_gradient_agrees_with_the_library(case: Case, ops: Any) -> None:
 def test_du_by_vectors_is_the_du_of_the_other_layout(
     operator: tuple[str, str, str], ops: Any
 ) -> None:
-    """The pass over [n, c, p, q], which plan A's tests compare with the reference, is the peer."""
+    """The pass over [n, c, p, q], compared with the reference elsewhere, is the peer."""
     magnitude, weighting, angular = operator
     n, c, p, q, sums = 2, 72, 5, 3, 15
     generator = torch.Generator().manual_seed(4)

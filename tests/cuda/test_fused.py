@@ -1,4 +1,4 @@
-"""Plan B's composition, alone and mixed with plan A: on models of the ops and emulated kernels."""
+"""The strategy fused, alone and mixed with library: on models of the ops and emulated kernels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dcconv
 from dcconv import backends, functional
-from dcconv.call.implementations import registry
-from dcconv.call.key import DIRECTIONS
+from dcconv.call.implementations import IMPLEMENTATIONS
 from dcconv.call.strategy import choose
 from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import Problem
@@ -69,7 +68,7 @@ ONE_PASS, GRAD_INPUT = "conv2d_one_pass", "conv2d_one_pass_grad_input"
 GRAD_WEIGHT = "depthwise_grad_weight"
 
 
-# What the ops of plans A and B are on CPU tensors.
+# What the ops of library and fused are on CPU tensors.
 PROVIDERS: dict[str, Callable[[], dict[str, Callable[..., Any]]]] = {
     "model": lambda: MODELS,
     "emulated": emulated,
@@ -92,29 +91,33 @@ def ids(value: Any) -> str:
 
 
 def dtypes_of(case: Case) -> tuple[torch.dtype, ...]:
-    """Return what plan B's forward takes of a case."""
+    """Return what the fused forward takes of a case."""
     if case in GEMM:
         return HALF
     return DTYPES[1:] if case.id == "7x7-s2-p3" else DTYPES
 
 
 def takes(case: Case) -> tuple[bool, bool]:
-    """Whether plan B has the gradients of the input and of the weight of a case."""
+    """Whether fused has the gradients of the input and of the weight of a case."""
     if case in GEMM:
         return case.stride == 1, False
     return case in (*DEPTHWISE, *SMALL_GROUPS), case in DEPTHWISE
 
 
-def plans(case: Case, mix: str) -> AbstractContextManager[None]:
-    """Force plan B in forward, backward or both, where it has the direction."""
-    grad_x, grad_weight = ("B" if there and mix != "forward" else "A" for there in takes(case))
-    return backends.plans(
-        "A" if mix == "backward" else "B", input_gradient=grad_x, weight_gradient=grad_weight
+def forced(case: Case, mix: str) -> AbstractContextManager[None]:
+    """Force fused in forward, backward or both, where it has the direction."""
+    grad_x, grad_weight = (
+        "fused" if there and mix != "forward" else "library" for there in takes(case)
+    )
+    return backends.strategies(
+        "library" if mix == "backward" else "fused",
+        input_gradient=grad_x,
+        weight_gradient=grad_weight,
     )
 
 
 def expected(case: Case, mix: str) -> set[str]:
-    """Return plan B's ops that a call and its backward run."""
+    """Return the fused ops that a call and its backward run."""
     grad_x, grad_weight = takes(case)
     found = set() if mix == "backward" else {ONE_PASS}
     if mix != "forward":
@@ -126,7 +129,7 @@ def compare(case: Case, mix: str, inputs: Inputs, **extra: Any) -> list[str]:
     """Judge y and all gradients by the accuracy rule; return the ops that ran."""
     cotangent = random_cotangent(inputs)
     truth, peer = truth_and_peer(inputs, cotangent)
-    with plans(case, mix), Recorder() as recorder:
+    with forced(case, mix), Recorder() as recorder:
         got = evaluate(functional.decoupled_conv2d, inputs, cotangent, **extra)
     check_all(f"{case.id} {mix}", got, truth, peer, inputs.tensors["x"].dtype)
     assert set(recorder.names) & {ONE_PASS, GRAD_INPUT, GRAD_WEIGHT} == expected(case, mix)
@@ -176,7 +179,7 @@ def test_weight_in_another_layout_than_x() -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "given"])
 def test_gradients_only_where_they_are_asked_for(norm: str) -> None:
-    """The library computes what plan B does not, and nothing twice."""
+    """The library computes what fused does not, and nothing twice."""
     for case, expected_names in (
         (GEMM[4], {"x": [GRAD_INPUT], "weight": ["convolution_backward"]}),
         (DEPTHWISE[0], {"x": [GRAD_INPUT], "weight": [GRAD_WEIGHT]}),
@@ -184,7 +187,7 @@ def test_gradients_only_where_they_are_asked_for(norm: str) -> None:
     ):
         inputs = make_inputs(case, torch.bfloat16, "channels_last", norm=norm, bias=True)
         cotangent = random_cotangent(inputs)
-        with plans(case, "both"):
+        with forced(case, "both"):
             full = evaluate(functional.decoupled_conv2d, inputs, cotangent)
             for wanted in ({"x"}, {"weight"}, {"x", "weight"}, {"radius"}):
                 tensors = {
@@ -207,7 +210,7 @@ def test_partial_sums_of_long_filters_take_no_more_than_the_gradient() -> None:
     case = Case("long", 2, 2, 16, 16, 2, (15, 15), padding=7, groups=2)
     assert partial_rows(torch.empty(0), 512, 2, True) > 512 // 225
     inputs = make_inputs(case, torch.float32, "channels_last")
-    with backends.plans("B"), Recorder() as recorder:
+    with backends.strategies("fused"), Recorder() as recorder:
         evaluate(functional.decoupled_conv2d, inputs, random_cotangent(inputs))
     names = [a.name for a in torch.ops.dcconv.depthwise_grad_weight.default._schema.arguments]
     (arguments,) = [a for f, a in recorder.calls if f._schema.name.endswith(GRAD_WEIGHT)]
@@ -220,7 +223,7 @@ def test_inference_writes_no_norm_map() -> None:
         kept = []
         for grad in (False, True):
             tensors = {name: t.requires_grad_(grad) for name, t in inputs.tensors.items()}
-            with plans(case, "both"), Recorder() as recorder:
+            with forced(case, "both"), Recorder() as recorder:
                 functional.decoupled_conv2d(**tensors, **inputs.options)
             names = [a.name for a in torch.ops.dcconv.conv2d_one_pass.default._schema.arguments]
             (arguments,) = [a for f, a in recorder.calls if f._schema.name.endswith(ONE_PASS)]
@@ -235,7 +238,7 @@ def test_opcheck_of_every_op() -> None:
         layouts = ("channels_last",) if case in GEMM else ("contiguous", "channels_last")
         for layout in layouts:
             inputs = make_inputs(case, dtypes[i % len(dtypes)], layout, norm=NORMS[i % 3])
-            with plans(case, "both"), Recorder() as recorder:
+            with forced(case, "both"), Recorder() as recorder:
                 cotangent = random_cotangent(inputs)
                 evaluate(
                     functional.decoupled_conv2d, inputs, cotangent, keep=("auto", "dot")[i % 2]
@@ -278,14 +281,14 @@ def image(case: Case, n: int) -> Tensor:
 @by_model
 @pytest.mark.parametrize("name", ["gemm-same-s2", "depthwise"])
 def test_compile_full_graph(name: str, ran: list[str]) -> None:
-    """One graph for every batch size, with plan B's ops in it and the same result."""
+    """One graph for every batch size, with the fused ops in it and the same result."""
     torch._dynamo.reset()
     eager, case = module_of(name)
     other = copy.deepcopy(eager)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(other, fullgraph=True, backend=counter, dynamic=True)
     frames = 0
-    with plans(case, "both"):
+    with forced(case, "both"):
         for n in (9, 13):
             x = image(case, n)
             results = []
@@ -309,9 +312,9 @@ def test_compiled_code_follows_the_allowed_strategies(ran: list[str]) -> None:
     torch._dynamo.reset()
     module, case = module_of("gemm")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for names, there in (("B", True), ("A", False), ("A,B", True)):
+    for names, there in (("fused", True), ("library", False), ("library,fused", True)):
         ran.clear()
-        with backends.plans(names), torch.no_grad():
+        with backends.strategies(names), torch.no_grad():
             compiled(image(case, 2))
         assert (ONE_PASS in ran) == there, names
 
@@ -321,7 +324,7 @@ def test_compiled_code_follows_the_allowed_strategies(ran: list[str]) -> None:
 def test_export(name: str, ran: list[str]) -> None:
     module, case = module_of(name)
     module.eval()
-    with plans(case, "both"):
+    with forced(case, "both"):
         program = torch.export.export(
             copy.deepcopy(module),
             (image(case, 2),),
@@ -346,7 +349,7 @@ def test_flops_are_those_of_the_convolution(mix: str, ran: list[str]) -> None:
         with FlopCounterMode(display=False) as counter:
             nn.functional.conv2d(x, weight, **geometry)
         totals.append(counter.get_total_flops())
-        with plans(case, mix):
+        with forced(case, mix):
             with FlopCounterMode(display=False) as counter:
                 y = functional.decoupled_conv2d(**tensors, **inputs.options)
             totals.append(counter.get_total_flops())
@@ -372,10 +375,10 @@ def test_second_derivatives(mix: str) -> None:
             x, weight, None, 1, 1, 1, 2, radius=radius, norm_mean="batch"
         )
 
-    grad = {"both": "B", "forward": "A", "backward": "B"}[mix]
-    forward = "A" if mix == "backward" else "B"
+    grad = {"both": "fused", "forward": "library", "backward": "fused"}[mix]
+    forward = "library" if mix == "backward" else "fused"
     assert case.groups == 2
-    with backends.plans(forward, input_gradient=grad, weight_gradient=grad):
+    with backends.strategies(forward, input_gradient=grad, weight_gradient=grad):
         assert torch.autograd.gradcheck(call, operands, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, operands, fast_mode=True)
 
@@ -457,7 +460,7 @@ def shifted(t: Tensor, elements: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ["x", "weight"])
 def test_views_at_any_address_are_taken(name: str) -> None:
-    """Where memory begins is the op's business: plans ask for no offset, and results agree."""
+    """Where memory begins is the op's business: strategies ask for no offset, and results agree."""
     inputs = make_inputs(GEMM[4], torch.bfloat16, "channels_last")
     moved = Inputs(inputs.tensors | {name: shifted(inputs.tensors[name], 1)}, inputs.options)
     operands, problem, _ = check_call(**moved.tensors, **moved.options)
@@ -475,7 +478,7 @@ def test_compiled_code_takes_views_at_any_address(name: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend=counter)
     x = image(case, 2)
-    with plans(case, "both"), torch.no_grad():
+    with forced(case, "both"), torch.no_grad():
         expected_y = module(x)
         for elements in (0, 8, 1):
             y = compiled(shifted(x, elements))
@@ -498,12 +501,12 @@ def test_strategies_ask_for_no_address() -> None:
         for layout in ("channels_last", "contiguous"):
             inputs = make_inputs(case, torch.bfloat16, layout)
             operands, problem, _ = check_call(**inputs.tensors, **inputs.options)
-            for backend, plans_of in registry.items():
-                for direction in DIRECTIONS:
-                    with NoAddress():
-                        choose(backend, operands, problem, "output", 3, False)
-                        for plan in plans_of.values():
-                            plan.reason(direction, operands, problem)
+            with NoAddress():
+                for backend in ("cuda", "triton"):
+                    choose(backend, operands, problem, "output", 3, False)
+                for row in IMPLEMENTATIONS:
+                    if row.backend.namespace is not None:
+                        row.why_not(operands, problem)
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,15 +523,18 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_forced_strategy_refuses_with_its_sentence() -> None:
     inputs = make_inputs(GEMM[4], torch.float32, "channels_last")
-    with backends.plans("B"), pytest.raises(NotImplementedError) as error:
+    with backends.strategies("fused"), pytest.raises(NotImplementedError) as error:
         functional.decoupled_conv2d(**inputs.tensors, **inputs.options)
     assert str(error.value) == (
-        "dcconv: no allowed plan runs the forward of this call: "
-        "B: the implicit GEMM takes bfloat16 and float16, got torch.float32"
+        "dcconv: no allowed strategy runs the forward of this call: "
+        "fused: the implicit GEMM takes bfloat16 and float16, got torch.float32"
     )
     tensors = {name: t.bfloat16() for name, t in inputs.tensors.items()}
     tensors["radius"] = tensors["radius"].float()
     tensors["weight"].requires_grad_()
-    with backends.plans("A", weight_gradient="B"), pytest.raises(NotImplementedError) as error:
+    with (
+        backends.strategies("library", weight_gradient="fused"),
+        pytest.raises(NotImplementedError) as error,
+    ):
         functional.decoupled_conv2d(**tensors, **inputs.options)
-    assert f"runs the weight_gradient of this call: B: {LIBRARYS}" in str(error.value)
+    assert f"runs the weight_gradient of this call: fused: {LIBRARYS}" in str(error.value)

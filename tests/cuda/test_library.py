@@ -1,6 +1,6 @@
-"""Plan A on the CPU: the whole operator through the cuda backend, its small ops stood in for.
+"""The strategy library of the cuda backend on the CPU: its small ops are stood in for.
 
-Providers implement the small ops for CPU tensors; ``plan_a_ops`` runs every test with each of them
+Providers implement the small ops for CPU tensors; ``small_ops`` runs every test with each of them
 and takes them away again. The accuracy rule is the same as for every backend.
 """
 
@@ -23,6 +23,7 @@ from random_problems import ALIGNED, SATURATED, problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from willing import records_with
 
 import dcconv
 from dcconv import backends, functional, native
@@ -75,27 +76,25 @@ PROVIDERS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 
 @pytest.fixture(scope="module", params=PROVIDERS)
-def plan_a_ops(request: pytest.FixtureRequest) -> Iterator[str]:
+def small_ops(request: pytest.FixtureRequest) -> Iterator[str]:
     """The provider of the small ops, while it is in force, with the cuda backend on CPU tensors."""
     if native.missing is not None:
         pytest.skip(native.missing)
-    records = list(backends._BACKENDS)
-    place = backends.names.index("cuda")
-    records[place] = records[place]._replace(
-        why_not=lambda call: "not a CPU tensor" if call.device != "cpu" else None
+    records = records_with(
+        "cuda", lambda call: "not a CPU tensor" if call.device != "cpu" else None
     )
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, PROVIDERS[request.param]():
-        patch.setattr(backends, "_BACKENDS", tuple(records))
+        patch.setattr(backends, "_BACKENDS", records)
         torch.set_num_threads(1)  # the tensors are tiny
         yield request.param
         torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
-def cuda_backend(plan_a_ops: str) -> Iterator[None]:
-    """Every call of a test runs on plan A."""
-    with backends.use_backend("cuda"), backends.plans("A"):
+def cuda_backend(small_ops: str) -> Iterator[None]:
+    """Every call of a test runs by library."""
+    with backends.use_backend("cuda"), backends.strategies("library"):
         yield
 
 
@@ -160,9 +159,9 @@ def test_parameters_may_be_strided() -> None:
 @pytest.mark.parametrize(("norm", "forward"), [("given", 3), ("batch", 4)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_launches_stay_within_the_budget(
-    layout: str, norm: str, forward: int, plan_a_ops: str
+    layout: str, norm: str, forward: int, small_ops: str
 ) -> None:
-    if plan_a_ops != "emulated":
+    if small_ops != "emulated":
         pytest.skip("only emulated ops launch kernels")
     # Everything that a kernel could be needed for: sums of rho, a, k and bias, the mean norm.
     inputs = make_inputs(
@@ -706,4 +705,4 @@ def test_report_names_the_strategy() -> None:
     lines = backends.report(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)).splitlines()
     place = next(i for i, line in enumerate(lines) if line.split()[0] == "cuda")
     assert lines[place].endswith("runs this call")
-    assert lines[place + 1].strip().startswith("forward: plan A (library convolution and fused")
+    assert lines[place + 1].strip().startswith("forward: library (library convolution and fused")

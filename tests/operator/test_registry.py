@@ -19,6 +19,7 @@ from torch import Tensor
 
 import dcconv
 from dcconv import backends, native, warn
+from dcconv.call import refusals
 from dcconv.functional import decoupled_conv2d
 from dcconv.operator import functions
 from dcconv.triton import environment
@@ -108,8 +109,8 @@ def test_the_cuda_backends_would_refuse_it(
 ) -> None:
     """Asked of a GPU that is not there."""
     monkeypatch.setattr(native, "cuda_missing", lambda: None)
-    monkeypatch.setattr(backends, "_gpus", {0: None})
-    monkeypatch.setattr(backends, "_kernels", {0: None})
+    monkeypatch.setattr(refusals, "_gpus", {0: None})
+    monkeypatch.setattr(refusals, "_kernels", {0: None})
     asked = backends.Call("cuda", torch.float32, False, 0, (magnitude, angular, "none"))
     cuda, triton, *_ = backends._BACKENDS
     assert cuda.why_not(asked) == sentence(magnitude, angular)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dcconv import backends
+from dcconv.call.runner import Runner
 from dcconv.operator import arguments
 from dcconv.operator.records import (
     CURVATURE,
@@ -44,7 +45,7 @@ def convolution(
 
 def check_call(
     *tensors: Any, keep: str = "auto", backend: str | None = None, **options: Any
-) -> tuple[Operands, Problem, backends.Backend]:
+) -> tuple[Operands, Problem, Runner]:
     """Return operands, problem and backend of a call of ``dcconv.decoupled_conv2d``."""
     operands, problem = convolution(*tensors, **options)
     return operands, problem, backends.choose(operands.x, backend, problem.operator)

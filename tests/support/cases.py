@@ -51,7 +51,7 @@ ANGULARS = tuple(angulars)
 #: All operators, 80 of them the paper's: (magnitude, weighting, angular).
 OPERATORS = tuple((m, w, a) for m, w in WEIGHTED_MAGNITUDES for a in ANGULARS)
 
-#: Those that are written in steps; plan G refuses the others.
+#: Those that are written in steps; the strategy graph refuses the others.
 IN_STEPS = tuple(
     (m, w, a) for m, w, a in OPERATORS if m in epilogue.magnitudes and a in epilogue.angles
 )

@@ -120,7 +120,7 @@ def cpu_calls() -> list[Call]:
 
 
 def cuda_calls() -> list[Call]:
-    """Calls of the ops of plans A and B, on models of them."""
+    """Calls of the ops of library and fused, on models of them."""
     from stand_ins import cuda_backend_on_cpu
 
     from dcconv import backends
@@ -128,10 +128,10 @@ def cuda_calls() -> list[Call]:
 
     recorder = _Recorder("dcconv")
     with cuda_backend_on_cpu(), recorder:
-        for plan in ("A", "A,B"):
-            with backends.plans(plan):
+        for strategies in ("library", "library,fused"):
+            with backends.strategies(strategies):
                 _work(decoupled_conv2d, (torch.bfloat16,))
-        with backends.plans("A"):
+        with backends.strategies("library"):
             _work(decoupled_conv2d, (torch.float32,))
         _norms()
     return list(recorder.calls.values())
@@ -165,8 +165,8 @@ def triton_calls() -> list[Call]:
 
     recorder = _Recorder("dcconv_triton")
     with backends.use_backend("triton"), recorder:
-        for plan in ("A", "A,B"):
-            with backends.plans(plan):
+        for strategies in ("library", "library,fused"):
+            with backends.strategies(strategies):
                 _work(decoupled_conv2d, (torch.float32,))
         _norms()
     return list(recorder.calls.values())

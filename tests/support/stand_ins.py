@@ -1,7 +1,7 @@
 """The cuda backend on CPU tensors: the models stand in for its ops, a plain predicate for its own.
 
-``cuda_backend_on_cpu`` is in force while its context lasts; plan choice and composition are the
-real ones.
+``cuda_backend_on_cpu`` is in force while its context lasts; the choice of a strategy and the
+composition are the real ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 import torch
 from emulated import ops_library
 from torch.utils._python_dispatch import TorchDispatchMode
+from willing import records_with
 
 from dcconv import backends, native
 
@@ -39,10 +40,8 @@ def cuda_backend_on_cpu(implementations: Implementations = MODELS) -> Iterator[l
     """Run calls on CPU tensors on the cuda backend; yields the names of the ops that ran."""
     if native.missing is not None:
         pytest.skip(native.missing)
-    records = list(backends._BACKENDS)
-    place = backends.names.index("cuda")
-    records[place] = records[place]._replace(
-        why_not=lambda call: "not a CPU tensor" if call.device != "cpu" else None
+    records = records_with(
+        "cuda", lambda call: "not a CPU tensor" if call.device != "cpu" else None
     )
     threads = torch.get_num_threads()
     library = torch.library.Library("dcconv", "IMPL")
@@ -56,7 +55,7 @@ def cuda_backend_on_cpu(implementations: Implementations = MODELS) -> Iterator[l
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_BACKENDS", tuple(records))
+        patch.setattr(backends, "_BACKENDS", records)
         try:
             for name in implementations:
                 library.impl(name, noted(name), "CPU")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dcconv import backends
+from dcconv.call.refusals import Call
+from dcconv.call.runner import Runner
 
 
 def device_of(name: str) -> str:
@@ -25,3 +29,13 @@ def why_not(name: str) -> str | None:
 def willing() -> list[str]:
     """Return the names of the backends that run here."""
     return [name for name in backends.names if why_not(name) is None]
+
+
+def records_with(name: str, why_not: Callable[[Call], str | None]) -> tuple[Runner, ...]:
+    """Return the backends' records, one of them with another predicate."""
+    return tuple(
+        record._replace(backend=record.backend._replace(why_not=why_not))
+        if record.name == name
+        else record
+        for record in backends._BACKENDS
+    )

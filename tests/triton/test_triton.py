@@ -23,6 +23,7 @@ from library_model import implementations
 from triton_checks.worker import Worker
 
 from dcconv import backends
+from dcconv.call import refusals
 from dcconv.operator.functions import angulars, magnitudes
 from dcconv.operator.records import Operands, Problem
 from dcconv.passes import records
@@ -157,7 +158,7 @@ def test_functions_are_within_their_ulp(interpreter: Worker) -> None:
     ids=ids,
 )
 def test_geometry(interpreter: Worker, case: Case, dtype: str) -> None:
-    """By the plan that the rule takes: float32 by plan A, short sums of half precision by plan B.
+    """By the rule's strategy: float32 by library, short sums of half precision by fused.
 
     The types of half precision differ in loads and stores alone: bfloat16 in every fourth case, its
     products in float32, because the interpreter multiplies its bits.
@@ -361,8 +362,8 @@ def test_interpreted_kernels_run_only_where_they_are_named(interpreter: Worker) 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     def sentence(dtype: torch.dtype = torch.float32, index: int = 0) -> str | None:
-        monkeypatch.setattr(backends, "_kernels", {})
-        return backends._why_not_triton(backends.Call("cuda", dtype, False, index))
+        monkeypatch.setattr(refusals, "_kernels", {})
+        return refusals.triton(backends.Call("cuda", dtype, False, index))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
@@ -377,12 +378,12 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_willing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_kernels", {})
+    monkeypatch.setattr(refusals, "_kernels", {})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     for transformed, want in ((False, type(None)), (True, str)):
         call = backends.Call("cuda", torch.bfloat16, transformed)
-        assert isinstance(backends._why_not_triton(call), want)
+        assert isinstance(refusals.triton(call), want)
     assert all(hasattr(torch.ops.dcconv_triton, name) for name in implementations)
 
 
@@ -592,12 +593,12 @@ def test_compilers_see_the_kernels(compiler: Worker) -> None:
 
     Plan B has one kernel each for epilogue and product, and for grad_x and its product.
     """
-    assert compiler.ask("traced", plan="A") == {
+    assert compiler.ask("traced", strategy="library") == {
         "triton_kernel_wrapper_functional": 9,
         "aten.convolution.default": 1,
         "aten.convolution_backward.default": 1,
     }
-    assert compiler.ask("traced", plan="B") == {
+    assert compiler.ask("traced", strategy="fused") == {
         "triton_kernel_wrapper_functional": 9,
         "aten.convolution_backward.default": 1,
     }
@@ -605,5 +606,5 @@ def test_compilers_see_the_kernels(compiler: Worker) -> None:
 
 def test_compilers_see_the_kernels_of_depthwise_layers(compiler: Worker) -> None:
     """Forward: norms by three, one pass; backward: seven, two of them for the weight."""
-    found = compiler.ask("traced", plan="B", depthwise=True)
+    found = compiler.ask("traced", strategy="fused", depthwise=True)
     assert found == {"triton_kernel_wrapper_functional": 11}

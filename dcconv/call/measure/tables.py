@@ -1,7 +1,7 @@
 """Measured times: in memory, in one file per GPU and version, and in files that ship or are pinned.
 
 A file is JSON: ``format``, ``device``, ``dcconv`` and ``torch`` say what it belongs to, ``times``
-maps the text of a key, then the sizes of x, then the name of a plan to milliseconds.
+maps the text of a key, then the sizes of x, then the name of a strategy to milliseconds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dcconv.call.key import Key
 from dcconv.version import __version__
 from dcconv.warn import warn_once
 
-# Counts up when the text of keys or the layout of files changes.
-FORMAT = 2
+# Counts up when the text of keys, the names of strategies or the layout of files changes.
+FORMAT = 3
 
 # Milliseconds that nothing takes; also keeps NaN and infinities out.
 LONGEST = 1e9
@@ -34,14 +34,14 @@ Times = dict[str, float]
 
 
 class Table:
-    """The times of one device: by the text of a key, by sizes of x, by plan."""
+    """The times of one device: by the text of a key, by sizes of x, by strategy."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.times: dict[str, dict[Sizes, Times]] = {}
 
     def add(self, key: Key, times: Times) -> None:
-        """Remember times, over those of the same plans."""
+        """Remember times, over those of the same strategies."""
         n, h, w = key.sizes
         assert n is not None and h is not None and w is not None
         self.times.setdefault(key.text, {}).setdefault((n, h, w), {}).update(times)
@@ -61,7 +61,7 @@ class Table:
         return len(self.times.get(key.text, {}))
 
     def merge(self, other: Table) -> None:
-        """Take over another table's times, over those of the same plans."""
+        """Take over another table's times, over those of the same strategies."""
         for text, by_sizes in other.times.items():
             for sizes, times in by_sizes.items():
                 self.times.setdefault(text, {}).setdefault(sizes, {}).update(times)

@@ -108,10 +108,10 @@ def checks_of(where: Any) -> dict[str, tuple[Check, float]]:
     for layout in checks.LAYOUTS[:2]:
         add(f"over 2^31 elements {layout}", 120, checks.large, layout)
     add("torch.compile", 120, checks.compiled)
-    for plan, name in strategies.CASES:
+    for strategy, name in strategies.CASES:
         for dtype in strategies.HALF if name in ("implicit GEMM", "cuDNN graph") else dtypes:
             short = str(dtype).removeprefix("torch.")
-            add(f"plan {plan}: {name} {short}", 120, strategies.accuracy, plan, name, dtype)
+            add(f"{strategy}: {name} {short}", 120, strategies.accuracy, strategy, name, dtype)
     add("tiles of Triton's products", 300, strategies.triton_tiles)
     add("Triton's tuner", 300, strategies.triton_tuner)
     for layout in checks.LAYOUTS[:2]:
@@ -150,18 +150,18 @@ FIRST = (
     "over 2^31 elements channels_last",
     "over 2^31 elements contiguous",
     "torch.compile",
-    "plan B: implicit GEMM bfloat16",
-    "plan B: implicit GEMM float16",
-    "plan B: depthwise bfloat16",
-    "plan B: depthwise float16",
-    "plan B: depthwise float32",
-    "plan B: depthwise float64",
-    "plan B: stem bfloat16",
-    "plan B: stem float16",
-    "plan B: stem float32",
-    "plan B: stem float64",
-    "plan G: cuDNN graph bfloat16",
-    "plan G: cuDNN graph float16",
+    "fused: implicit GEMM bfloat16",
+    "fused: implicit GEMM float16",
+    "fused: depthwise bfloat16",
+    "fused: depthwise float16",
+    "fused: depthwise float32",
+    "fused: depthwise float64",
+    "fused: stem bfloat16",
+    "fused: stem float16",
+    "fused: stem float32",
+    "fused: stem float64",
+    "graph: cuDNN graph bfloat16",
+    "graph: cuDNN graph float16",
     "tiles of Triton's products",
     "Triton's tuner",
     "op guards",
@@ -188,8 +188,8 @@ def worker_environ(backend: str) -> dict[str, str]:
     """Return the settings that checks need before CUDA starts."""
     return os.environ | {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # On the cuda backend rows of their own check the other plans.
-        "DCCONV_PLANS": "A,B" if backend == "triton" else "A",
+        # On the cuda backend rows of their own check the other strategies.
+        "DCCONV_STRATEGIES": "library,fused" if backend == "triton" else "library",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 

@@ -1,6 +1,6 @@
-"""A readable model of plan B's ops, in float64, rounded once: what the kernels promise to compute.
+"""A readable model of the fused ops, in float64, rounded once: what the kernels promise to compute.
 
-Schemas stand in ``csrc/schemas.h``; the passes that plan B shares with plan A in ``library_model``.
+Schemas stand in ``csrc/schemas.h``; the passes that fused shares with library in ``library_model``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A readable model of plan A's small ops: each pass from its formula, in float64, rounded once.
+"""A readable model of the small ops: each pass from its formula, in float64, rounded once.
 
 The schemas stand in ``csrc/schemas.h``. ``implementations`` lists the functions by op name.
 """

@@ -138,7 +138,7 @@ class Problem:
 
 
 def run(m: Any, dtype: str, channels_last: bool, g: Geometry, op: Operator) -> dict[str, Array]:
-    """Run the passes one after the other, as plan A does, on random convolutions."""
+    """Run the passes one after the other, as library does, on random convolutions."""
     problem = Problem(dtype, 7)
     p, q = outputs(g.h, g), outputs(g.w, g)
     inputs, pixels = g.n * g.h * g.w, p * q

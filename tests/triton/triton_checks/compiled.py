@@ -390,7 +390,7 @@ class NoGpu:
         return TARGETS["sm_90"]
 
 
-def traced(plan: str, depthwise: bool = False) -> dict[str, int]:
+def traced(strategy: str, depthwise: bool = False) -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
     ops_library.on_device = ops_fused.on_device = lambda t: nullcontext()
@@ -398,7 +398,7 @@ def traced(plan: str, depthwise: bool = False) -> dict[str, int]:
     gemm_tiles._gpus[0] = GPUS["sm_90"]
     forward = partial(library.forward, namespace=NAMESPACE)
     gradients: tuple[Any, ...] = ()
-    if plan == "B":
+    if strategy == "fused":
         forward = triton_fused.forward
         weight_gradient = triton_fused.weight_gradient if depthwise else None
         gradients = (triton_fused.input_gradient, weight_gradient)

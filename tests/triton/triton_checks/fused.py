@@ -1,4 +1,4 @@
-"""The operator by plan B of the triton backend, with a tile of the tester's choice."""
+"""The operator by the strategy fused of the triton backend, with a tile of the tester's choice."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from calls import check_call
 from torch import Tensor
 
 from dcconv.call import autograd
+from dcconv.call.autograd import Chosen
 from dcconv.call.saved import kept
-from dcconv.call.strategy import Plans
 from dcconv.passes.records import OWN_RULE
 from dcconv.triton import fused as triton_fused
 
@@ -24,15 +24,15 @@ def fused_conv2d(
     tile: int = OWN_RULE,
     **options: Any,
 ) -> Tensor:
-    """Run the operator by plan B with a tile, in every direction that plan B goes."""
+    """Run the operator in one pass with a tile, in every direction that has one."""
     operands, problem, _ = check_call(x, weight, bias, keep=keep, **options)
     takes_x = triton_fused.why_not_input_gradient(operands, problem) is None
     takes_weight = triton_fused.why_not_weight_gradient(operands, problem) is None
-    plans = Plans(
+    chosen = Chosen(
         partial(triton_fused.forward, tile=tile),
         triton_fused.NAMESPACE,
         partial(triton_fused.input_gradient, tile=tile) if takes_x else None,
         triton_fused.weight_gradient if takes_weight else None,
     )
     mode = kept(problem, x.dtype, bias is not None, keep)
-    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, plans)[0]
+    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)[0]

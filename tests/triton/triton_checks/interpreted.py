@@ -490,7 +490,7 @@ def tunes_without_memory() -> None:
 
 
 def refusals() -> list[str]:
-    """What plan B says to tiles that are not there, and to another backend's kernel."""
+    """What fused says to tiles that are not there, and to another backend's kernel."""
     x, weight = torch.randn(1, 4, 3, 3), torch.randn(5, 4, 1, 1)
     operands, problem, _ = check_call(x, weight)
     grad_u, t = torch.ones(1, 5, 3, 3), torch.ones(9)
@@ -572,7 +572,7 @@ def opcheck() -> list[str]:
         inputs = make_inputs(**options, dtype=torch.float16)
         tiles = small_tiles() if case in LARGE.values() else nullcontext()
         direct = case in DEPTHWISE.values()
-        with Recorder() as recorder, tiles, backends.plans("B" if direct else "A"):
+        with Recorder() as recorder, tiles, backends.strategies("fused" if direct else "library"):
             own = direct or case in PRODUCTS.values()
             call = fused_conv2d if own else functional.decoupled_conv2d
             evaluate(call, inputs, random_cotangent(inputs))
@@ -753,7 +753,7 @@ def compiles() -> None:
 
 
 def flops() -> None:
-    """Those of the library's convolution; of plan B three times forward's.
+    """Those of the library's convolution; of fused three times forward's.
 
     PyTorch counts the gradient of a weight as if every group had all groups' filters.
     """
@@ -762,7 +762,7 @@ def flops() -> None:
         weight = torch.randn(8, 4 // groups, 3, 3, requires_grad=True)
         totals = []
         for call in (torch.nn.functional.conv2d, functional.decoupled_conv2d, fused_conv2d):
-            with FlopCounterMode(display=False) as counter, backends.plans("A"):
+            with FlopCounterMode(display=False) as counter, backends.strategies("library"):
                 y = call(x, weight, stride=1, padding=1, groups=groups)
                 forward = counter.get_total_flops()
                 y.sum().backward()

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 import dcconv
 from dcconv import backends, functional
-from dcconv.call.autograd import PASSES
+from dcconv.call import implementations
 from dcconv.operator import reference
 from dcconv.operator.numerics import ANGLE_DELTA
 from gate.report import Figures, NotRun
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[4]
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 NORMS = ("batch", "given", "none")
+# Of the ops that backends are made of.
+NAMESPACES = {record.namespace for record in implementations.backends.values()}
 REDUCED_CASES = ("1x1", "3x3-p1", "3x3-s2-p1", "groups3-odd", "same-s2-even", "n0")
 
 
@@ -300,7 +302,7 @@ class OpRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace not in PASSES.values():
+        if func.namespace not in NAMESPACES:
             return func(*args, **kwargs)
         before = tree_map_only(Tensor, torch.clone, (args, kwargs)) if self._cloned else None
         result = func(*args, **kwargs)
@@ -623,7 +625,7 @@ def shared_memory(where: Where) -> Figures:
     where.need_gpu("tiles of the implicit GEMM")
     where.need_compiled("tiles of the implicit GEMM")
     inputs = draw(Case("tiles", 8, 64, 28, 28, 256, (1, 1)), torch.bfloat16, norm="given")
-    with backends.plans("B"):
+    with backends.strategies("fused"):
         recorder = record(where, placed(inputs, "channels_last", where.device))
     (op, args, kwargs, first), *_ = [c for c in recorder.calls if "one_pass" in c[0].__name__]
     tile = [argument.name for argument in op._schema.arguments].index("tile")
@@ -787,7 +789,7 @@ def small_cases(where: Where) -> Figures:
             )
             for name, c, o, kernel, padding, groups in one_pass:
                 case = Case(name, 2, c, 7, 6, o, (kernel, kernel), padding=padding, groups=groups)
-                with tf32(False), backends.plans("B"):
+                with tf32(False), backends.strategies("fused"):
                     worst = max(
                         worst, compare(where, name, draw(case, dtype, norm="none"), "channels_last")
                     )

@@ -1,7 +1,7 @@
-"""The plans on a GPU, each by itself: every kernel of plan B, the tiles of Triton's, and plan G.
+"""The strategies on a GPU, each by itself: fused kernels, the tiles of Triton's, cuDNN graphs.
 
-Other rows run on plan A (``DCCONV_PLANS`` of the workers), so that a plan that fails spoils its own
-rows only.
+Other rows run by library (``DCCONV_STRATEGIES`` of the workers), so that a strategy that fails
+spoils its own rows only.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ STEM = (
     Case("stem one channel", 2, 1, 16, 17, 40, (5, 5), padding=2),
 )
 CASES = {
-    ("B", "implicit GEMM"): GEMM,
-    ("B", "depthwise"): DEPTHWISE,
-    ("B", "stem"): STEM,
-    ("G", "cuDNN graph"): GEMM,
+    ("fused", "implicit GEMM"): GEMM,
+    ("fused", "depthwise"): DEPTHWISE,
+    ("fused", "stem"): STEM,
+    ("graph", "cuDNN graph"): GEMM,
 }
 
 
@@ -65,7 +65,7 @@ def _inputs(name: str, case: Case, dtype: torch.dtype) -> Iterator[tuple[str, st
             at = 11 * sum(map(ord, case.id)) + 29 * j + 37 * step
             magnitude, weighting, angular = OPERATORS[at % len(OPERATORS)]
             if (magnitude, angular) == ("linear", "cosine"):
-                magnitude = "log"  # norm-free operators are plan A's
+                magnitude = "log"  # norm-free operators are library's
             yield (
                 f"{case.id} {layout} {magnitude} {weighting} {angular}",
                 layout,
@@ -81,16 +81,16 @@ def _inputs(name: str, case: Case, dtype: torch.dtype) -> Iterator[tuple[str, st
             )
 
 
-def accuracy(where: Where, plan: str, name: str, dtype: torch.dtype) -> Figures:
+def accuracy(where: Where, strategy: str, name: str, dtype: torch.dtype) -> Figures:
     """One kernel under the accuracy rule, y and all gradients.
 
     Raises:
-        NotRun: the plan refuses every call, with its sentence.
+        NotRun: the strategy refuses every call, with its sentence.
     """
-    where.need_gpu("plans")
+    where.need_gpu("strategies")
     worst, compared, refused = 0.0, 0, ""
-    with tf32(False), backends.plans(plan):
-        for case in CASES[plan, name]:
+    with tf32(False), backends.strategies(strategy):
+        for case in CASES[strategy, name]:
             for label, layout, inputs in _inputs(name, case, dtype):
                 try:
                     worst = max(worst, compare(where, label, inputs, layout))
@@ -149,7 +149,7 @@ def triton_tuner(where: Where) -> Figures:
     from dcconv.triton import tuning
 
     worst, before = 0.0, len(tuning._best)
-    with backends.plans("B", input_gradient="B"), backends.benchmarking():
+    with backends.strategies("fused", input_gradient="fused"), backends.benchmarking():
         for name, layout, inputs in _tiled():
             worst = max(worst, compare(where, name, inputs, layout))
     found = len(tuning._best) - before
