@@ -79,7 +79,7 @@ def test_a_gpu_has_a_class_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: Any = SimpleNamespace(forward=full)
     out_of_memory = pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(text)}$")
     with out_of_memory:
-        autograd.DecoupledConv2dFunction.apply(x, *[None] * 7, chosen)
+        autograd.DecoupledConv2dFunction.apply(x, *[None] * 5, Problem(), None, chosen)
     with out_of_memory:
         autograd.conv2d_forward(Operands(x, weight, *[None] * 4), Problem(), "nothing", chosen)
     if y is not None:
