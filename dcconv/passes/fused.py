@@ -1,10 +1,9 @@
-"""Plan B: forward, and the gradient of the input, in one pass each; the rest is plan A's.
+"""The strategy fused: forward, and the gradient of the input, in one pass; library has the rest.
 
 Three kernels share the work (schemas in ``csrc/schemas.h``): a depthwise one, which takes small
 groups too, one for stems, and an implicit GEMM. A predicate here says None or one sentence per
-direction; ``dcconv.dispatch`` reads it before it chooses. It asks for sizes, dtypes and the layout,
-which a traced tensor has, and for no address: an op that needs an aligned one copies what lies
-elsewhere.
+direction, which the choice reads. It asks for sizes, dtypes and the layout, which a traced tensor
+has, and for no address: an op that needs an aligned one copies what lies elsewhere.
 """
 
 from __future__ import annotations

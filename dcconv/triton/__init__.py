@@ -1,1 +1,1 @@
-"""The passes of plan A in Triton: the same ops as in ``csrc/schemas.h``, as ``dcconv_triton``."""
+"""The ops of ``csrc/schemas.h`` in Triton, as ``dcconv_triton``."""

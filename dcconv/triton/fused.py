@@ -1,4 +1,4 @@
-"""Plan B of the Triton backend: one pass in depthwise layers and, as an implicit GEMM, in others.
+"""The strategy fused in Triton: one pass in depthwise layers and, as an implicit GEMM, in others.
 
 The composition is that of :mod:`dcconv.passes.fused`, on Triton's ops.
 """

@@ -123,7 +123,7 @@ def evaluate_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
 
 
 def test_tables_name_the_functions() -> None:
-    """A function may be without expression (plan G refuses it then); these are not."""
+    """A function may be without expression (graph refuses it then); these are not."""
     assert set(MAGNITUDES_OF_PAPER) <= set(epilogue.magnitudes)
     assert set(ANGULARS_OF_PAPER) <= set(epilogue.angles)
     assert set(epilogue.magnitudes) <= set(magnitudes)

@@ -591,7 +591,7 @@ def test_depthwise_gradients_stay_in_registers(
 def test_compilers_see_the_kernels(compiler: Worker) -> None:
     """Forward: squares, window norms, filter norms, epilogue; backward: five more.
 
-    Plan B has one kernel each for epilogue and product, and for grad_x and its product.
+    fused has one kernel each for epilogue and product, and for grad_x and its product.
     """
     assert compiler.ask("traced", strategy="library") == {
         "triton_kernel_wrapper_functional": 9,
