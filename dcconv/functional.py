@@ -94,7 +94,8 @@ def decoupled_conv2d(
     """
     operator = operator_of(magnitude, angular, weighting, alpha, beta, power, eps)
     geometry = geometry_of(stride, padding, dilation, groups, padding_mode)
-    y, _ = run.conv2d(x, weight, bias, radius, norm_mean, k, operator, geometry, keep, backend)
+    tensors = (x, weight, bias, radius, norm_mean, k)
+    y, _ = run.conv2d(run.Arguments(*tensors, operator, geometry, keep, backend))
     return y
 
 

@@ -431,19 +431,10 @@ class DecoupledConv2d(nn.Module):
                 norm_mean = NORM_BATCH
         if self.gradient_scales:
             weight = weighed(weight, self.gradient_scales, self.operator.eps)
-        y, mean = run.conv2d(
-            x,
-            weight,
-            self.bias,
-            radius,
-            norm_mean,
-            self.initial_k if self.k_raw is None else self.k,
-            self.operator,
-            self.geometry,
-            self.keep,
-            self.backend,
-            self.norm_mean_grad,
-        )
+        k = self.initial_k if self.k_raw is None else self.k
+        tensors = (x, weight, self.bias, radius, norm_mean, k)
+        options = (self.operator, self.geometry, self.keep, self.backend, self.norm_mean_grad)
+        y, mean = run.conv2d(run.Arguments(*tensors, *options))
         if training and self.uses_norm_mean and settings.norm_updates.own() is not False:
             if isinstance(norm_mean, Tensor):
                 # Also with an empty batch here: the ranks' averages stay equal.

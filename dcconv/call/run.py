@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dcconv import backends
 from dcconv.call.runner import Runner
@@ -32,6 +33,22 @@ from dcconv.operator.records import (
     without_autocast,
 )
 from dcconv.tracing import quietly, recording
+
+
+class Arguments(NamedTuple):
+    """One call, as a layer or the functional makes it: tensors and checked records."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    radius: Tensor | float | Learned
+    norm_mean: Tensor | str | None
+    k: Tensor | float
+    operator: Operator
+    geometry: Geometry
+    keep: str = "auto"
+    backend: str | None = None
+    norm_grad: bool = True
 
 
 class Prepared(NamedTuple):
@@ -81,14 +98,13 @@ def forget() -> None:
     _prepared.clear()
 
 
-def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(call: Arguments) -> Arguments:
     """Cast x, weight and bias to the autocast dtype, where autocast is on for x's device."""
+    x = call.x
     if not isinstance(x, Tensor) or not knows_autocast(x):
-        return x, weight, bias
+        return call
     if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
+        return call
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Any) -> Any:
@@ -96,7 +112,7 @@ def _autocast(
         wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if wanted else t
 
-    return cast(x), cast(weight), cast(bias)
+    return call._replace(x=cast(x), weight=cast(call.weight), bias=cast(call.bias))
 
 
 # Arguments that are what they say.
@@ -115,86 +131,29 @@ def _facts_of(t: Any) -> Any:
     return None
 
 
-def _facts(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | float | Learned,
-    norm_mean: Tensor | str | None,
-    k: Tensor | float,
-    *records: Any,
-) -> tuple[Any, ...] | None:
+def _facts(call: Arguments) -> tuple[Any, ...] | None:
     """Return what the checks and choices of a call depend on; None where it is more than this."""
+    x, weight, bias, radius, norm_mean, k, *said = call
     if (
-        torch._C._are_functorch_transforms_active()
+        type(x) not in PLAIN
+        or type(weight) not in PLAIN
         or torch._C._is_tracing()
         or torch._C._is_any_autocast_enabled()
-        or backends.is_transformed()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
-        return None
-    if type(x) not in PLAIN or type(weight) not in PLAIN:
         return None
     try:
         # Tensors that are no arrays have no strides, or no shape: the checks have their sentences.
         others = (_facts_of(bias), _facts_of(radius), _facts_of(norm_mean), _facts_of(k))
-        tensors = (
-            x.shape,
-            x.stride(),
-            x.dtype,
-            x.device,
-            x.layout,
-            weight.shape,
-            weight.stride(),
-            weight.dtype,
-            weight.device,
-            weight.layout,
-        )
+        facts = (*_facts_of(x), *_facts_of(weight), *others)
     except RuntimeError:
         return None
-    if None in others:
-        return None
     tf32 = x.is_cuda and tf32_convolutions()
-    return *tensors, *others, *records, backends.setting(), tf32
+    return None if None in others else (*facts, *said, backends.setting(), tf32)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | float,
-    norm_mean: Tensor | str | None,
-    k: Tensor | float,
-    operator: Operator,
-    geometry: Geometry,
-    keep: str,
-    backend: str | None,
-    norm_grad: bool,
-) -> tuple[Operands, Problem, Runner, str]:
-    checks.functions(operator.magnitude, operator.angular, operator.weighting)
-    operands, problem = arguments.convolution(
-        x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
-    )
-    checks.choice("keep", keep, checks.KEEPS)
-    if backend is not None:
-        backends.check_name("backend", backend)
-    chosen = backends.choose(operands.x, backend, operator)
-    mode = kept(problem, operands.x.dtype, bias is not None, keep)
-    return operands, problem, chosen, mode
-
-
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | float | Learned,
-    norm_mean: Tensor | str | None,
-    k: Tensor | float,
-    operator: Operator,
-    geometry: Geometry,
-    keep: str,
-    backend: str | None,
-    norm_grad: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+def conv2d(call: Arguments) -> tuple[Tensor, Tensor | None]:
     """Run a decoupled convolution and also return the batch's mean norm, detached.
 
     The mean is a scalar in compute dtype where ``norm_mean="batch"`` and the magnitude has a
@@ -202,109 +161,96 @@ def conv2d(
     """
     facts: tuple[Any, ...] | None = None
     if not torch.compiler.is_compiling():
-        records = (operator, geometry, keep, backend, norm_grad)
-        facts = _facts(x, weight, bias, radius, norm_mean, k, *records)
+        facts = _facts(call)
         known = None if facts is None else _prepared.get(facts)
-        if known is not None and known.holds(operator):
-            operands, problem = _operands(x, weight, bias, radius, norm_mean, k, known)
+        if known is not None and known.holds(call.operator):
+            operands, problem = _operands(call, known)
             y, mean = known.backend.conv2d(operands, problem, known.mode)
             if mean is not None and mean.requires_grad:
                 mean = mean.detach()
             return y.squeeze(0) if known.image else y, mean
     with quietly() if recording() else nullcontext():
-        x, weight, bias = _autocast(x, weight, bias)
-        value = radius.value(compute_dtype(x.dtype)) if isinstance(radius, Learned) else radius
-        operands, problem, chosen, mode = _check(
-            x,
-            weight,
-            bias,
-            value,
-            norm_mean,
-            k,
-            operator,
-            geometry,
-            keep,
-            backend,
-            norm_grad,
+        call = _autocast(call)
+        x, weight, bias, radius, norm_mean, k, operator, geometry, keep, backend, norm_grad = call
+        if isinstance(radius, Learned):
+            radius = radius.value(compute_dtype(x.dtype))
+        checks.functions(operator.magnitude, operator.angular, operator.weighting)
+        operands, problem = arguments.convolution(
+            x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
         )
+        checks.choice("keep", keep, checks.KEEPS)
+        if backend is not None:
+            backends.check_name("backend", backend)
+        chosen = backends.choose(operands.x, backend, operator)
+        mode = kept(problem, operands.x.dtype, bias is not None, keep)
     with without_autocast(operands.x):
         y, mean = chosen.conv2d(operands, problem, mode)
     if facts is not None:
-        fits = operands.x is x and operands.weight is weight
-        _remember(facts, problem, chosen, mode, fits, x, value, k)
+        _remember(facts, call._replace(radius=radius), operands, problem, chosen, mode)
     return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()
 
 
 def _remember(
     facts: tuple[Any, ...],
+    call: Arguments,
+    operands: Operands,
     problem: Problem,
     chosen: Runner,
     mode: str,
-    fits: bool,
-    x: Tensor,
-    radius: Tensor | float,
-    k: Tensor | float,
 ) -> None:
     """Keep what the checks of a call have said."""
-    uses_rho, uses_k = problem.operator.uses_rho, problem.operator.uses_k
-    # On a GPU a constant belongs to the stream that makes it, or to the graph that is captured.
-    keeps_rho = uses_rho and x.device.type == "cpu" and not isinstance(radius, Tensor)
-    keeps_k = uses_k and x.device.type == "cpu" and not isinstance(k, Tensor)
+    x, operator = call.x, call.operator
+
+    def constant(value: Any, uses: bool) -> Tensor | None:
+        # On a GPU a constant belongs to the stream that makes it, or to the graph that is captured.
+        keeps = uses and x.device.type == "cpu" and not isinstance(value, Tensor)
+        return as_compute(value, x) if keeps else None
+
     # Constants of inference mode could not be saved for backward.
     with torch.inference_mode(False):
-        own_radius = as_compute(radius, x) if keeps_rho else None
-        own_k = as_compute(k, x) if keeps_k else None
+        radius, k = constant(call.radius, operator.uses_rho), constant(call.k, operator.uses_k)
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
-    image = x.dim() == 3
-    squares = None if chosen.name == "reference" else problem._replace(learned=True)
     _prepared[facts] = Prepared(
-        problem,
-        squares,
-        chosen,
-        mode,
-        image,
-        fits,
-        own_radius,
-        own_k,
-        uses_rho,
-        uses_k,
-        magnitudes[problem.operator.magnitude],
-        angulars[problem.operator.angular],
+        problem=problem,
+        squares=None if chosen.name == "reference" else problem._replace(learned=True),
+        backend=chosen,
+        mode=mode,
+        image=x.dim() == 3,
+        fits=operands.x is x and operands.weight is call.weight,
+        radius=radius,
+        k=k,
+        uses_rho=operator.uses_rho,
+        uses_k=operator.uses_k,
+        magnitude=magnitudes[operator.magnitude],
+        angular=angulars[operator.angular],
     )
 
 
-def _operands(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    radius: Tensor | float | Learned,
-    norm_mean: Tensor | str | None,
-    k: Tensor | float,
-    known: Prepared,
-) -> tuple[Operands, Problem]:
+def _operands(call: Arguments, known: Prepared) -> tuple[Operands, Problem]:
     """Return the operands and the problem of a call that has been checked before."""
-    own_radius, own_k, mean, problem = known.radius, known.k, None, known.problem
+    x, weight, bias, said, norm_mean, k, *_ = call
+    radius, curvature, mean, problem = known.radius, known.k, None, known.problem
     if known.uses_rho:
-        if isinstance(radius, Learned):
-            own_radius = radius.raw
+        if isinstance(said, Learned):
+            radius = said.raw
             if (
                 known.squares is not None
                 and torch.is_grad_enabled()
-                and (own_radius.requires_grad or weight.requires_grad or x.requires_grad)
+                and (radius.requires_grad or weight.requires_grad or x.requires_grad)
             ):
                 problem = known.squares
             else:
-                own_radius = radius.value(compute_dtype(x.dtype))
-        elif own_radius is None:
-            own_radius = as_compute(radius, x)
-        if type(norm_mean) is not str:
-            mean = as_compute(norm_mean, x)  # type: ignore[arg-type]
-    if known.uses_k and own_k is None:
-        own_k = as_compute(k, x)
+                radius = said.value(compute_dtype(x.dtype))
+        elif radius is None:
+            radius = as_compute(said, x)
+        if not isinstance(norm_mean, str):
+            mean = as_compute(norm_mean, x)
+    if known.uses_k and curvature is None:
+        curvature = as_compute(k, x)
     if not known.fits:
         x, weight = batched(x), fitted(weight)
-    return Operands(x, weight, bias, own_radius, mean, own_k), problem
+    return Operands(x, weight, bias, radius, mean, curvature), problem
 
 
 def patch_norm(

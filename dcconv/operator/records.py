@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dcconv.operator import checks
 from dcconv.operator.functions import angulars, magnitudes, weightings
-from dcconv.operator.numerics import ANGLE_DELTA, EPS, compute_dtype, constant
+from dcconv.operator.numerics import ANGLE_DELTA, EPS, RADIUS_OFFSET, compute_dtype, constant
 from dcconv.tracing import recording
 
 NORM_NONE, NORM_BATCH, NORM_GIVEN = "none", "batch", "given"
@@ -283,9 +283,10 @@ class Learned(NamedTuple):
         # The square keeps its argument, and another may be loaded before backward.
         copy = torch.is_grad_enabled() or recording()
         raw = self.raw
+        if not copy and raw.dtype == dtype and not torch.compiler.is_compiling():
+            return raw.square().add_(RADIUS_OFFSET)
         # Programs that are recorded keep a cast that has nothing to do.
-        if copy or raw.dtype != dtype or torch.compiler.is_compiling():
-            raw = raw.to(dtype, copy=copy)
+        raw = raw.to(dtype, copy=copy)
         offset: float = constant("RADIUS_OFFSET")
         return raw.square() + offset
 

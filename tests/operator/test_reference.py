@@ -309,8 +309,10 @@ def test_detached_mean_norm_gradients_are_those_of_a_constant(backend: str, devi
         tensors = [arguments.pop(name) for name in ("x", "weight", "radius", "norm_mean")]
         x, weight, radius, mean = tensors
         operator = Operator(**arguments)
-        call = (x, weight, None, radius, mean, CURVATURE, operator, geometry, "auto", None)
-        y, _ = running.conv2d(*call, norm_grad=False)
+        call = running.Arguments(
+            x, weight, None, radius, mean, CURVATURE, operator, geometry, norm_grad=False
+        )
+        y, _ = running.conv2d(call)
         return y
 
     got = evaluate(detached, inputs, cotangent)
