@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import decoupled
-from dcconv.triton.kernels.records import Filters, Functions, Numbers, Tile
 from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, source, spread
 
 
@@ -60,11 +59,11 @@ def depthwise_kernel(
     mask = inside[:, None] & exists[None, :]
     if KEEPS_DOT:
         tl.store(dot + at, u, mask=mask)
-    parameters = Filters(a, bias, radius, mean, k)
-    numbers = Numbers(alpha, beta, power, floor)
-    F: tl.constexpr = Functions(
-        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS
-    )
-    T: tl.constexpr = Tile(P, IN_GROUP, BY_GROUP)
-    value = decoupled(u, b, parameters, channel, exists, numbers, F, T)
+    parameters = (a, bias, radius, mean, k)
+    numbers = (alpha, beta, power, floor)
+    value = decoupled(
+        u, b, parameters, channel, exists, numbers,
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS,
+        P, IN_GROUP, BY_GROUP,
+    )  # fmt: skip
     tl.store(y + at, value, mask=mask)

@@ -4,63 +4,64 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.functions import angular_value, at_least, magnitude_value
-from dcconv.triton.kernels.records import (
-    Filters,
-    Functions,
-    Numbers,
-    Picture,
-    Positions,
-    Steps,
-    Tile,
-    Window,
-)
 from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, spread, window_norms
 
 
 @triton.jit
-def radius_of(filters, channel, exists, floor, F: tl.constexpr):
+def radius_of(
+    radius, mean, channel, exists, floor, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr
+):  # fmt: skip
     """rho = max(radius * mean, floor), one value or one per lane."""
-    if F.RADIUS == "filter":
-        rho = tl.load(filters.radius + channel, mask=exists, other=1.0)[None, :]
-    elif F.RADIUS == "one":
-        rho = tl.load(filters.radius)
+    if RADIUS == "filter":
+        rho = tl.load(radius + channel, mask=exists, other=1.0)[None, :]
+    elif RADIUS == "one":
+        rho = tl.load(radius)
     else:
         rho = 1.0
-    if F.HAS_MEAN:
-        rho = rho * tl.load(filters.mean)
+    if HAS_MEAN:
+        rho = rho * tl.load(mean)
     return at_least(rho, floor)
 
 
 @triton.jit
-def curvature_of(filters, channel, exists, F: tl.constexpr):
-    if F.CURVATURE == "filter":
-        value = tl.load(filters.k + channel, mask=exists, other=1.0)[None, :]
-    elif F.CURVATURE == "one":
-        value = tl.load(filters.k)
+def curvature_of(k, channel, exists, CURVATURE: tl.constexpr):
+    if CURVATURE == "filter":
+        value = tl.load(k + channel, mask=exists, other=1.0)[None, :]
+    elif CURVATURE == "one":
+        value = tl.load(k)
     else:
         value = 1.0
     return value
 
 
 @triton.jit
-def decoupled(u, b, filters, channel, exists, numbers, F: tl.constexpr, T: tl.constexpr):
-    """y of a tile, u [P, LANES] and b [P, BY_GROUP]."""
+def decoupled(
+    u, b, parameters, channel, exists, numbers,
+    MAGNITUDE: tl.constexpr, ANGULAR: tl.constexpr, TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    P: tl.constexpr, IN_GROUP: tl.constexpr, BY_GROUP: tl.constexpr,
+):  # fmt: skip
+    """y of a tile, u [P, LANES] and b [P, BY_GROUP].
+
+    PER_POSITION: h depends on the position alone, up to a factor a.
+    """
+    a, bias, radius, mean, k = parameters
     alpha, beta, power, floor = numbers
-    norm = tl.load(filters.a + channel, mask=exists, other=1.0)[None, :]
-    rho = radius_of(filters, channel, exists, floor, F)
-    if F.PER_POSITION:
-        h = magnitude_value(1.0, b, rho, alpha, beta, F.MAGNITUDE)
-        h = spread(h, T.P, T.IN_GROUP, T.BY_GROUP)
+    norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
+    rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
+    if PER_POSITION:
+        h = spread(magnitude_value(1.0, b, rho, alpha, beta, MAGNITUDE), P, IN_GROUP, BY_GROUP)
     else:
-        wide = spread(b, T.P, T.IN_GROUP, T.BY_GROUP)
-        h = magnitude_value(norm, wide, rho, alpha, beta, F.MAGNITUDE)
-    if F.TIMES_A:
+        wide = spread(b, P, IN_GROUP, BY_GROUP)
+        h = magnitude_value(norm, wide, rho, alpha, beta, MAGNITUDE)
+    if TIMES_A:
         h = h * norm
-    cosine = u * ((1.0 / norm) * spread(1.0 / b, T.P, T.IN_GROUP, T.BY_GROUP))
-    curvature = curvature_of(filters, channel, exists, F)
-    y = h * angular_value(cosine, curvature, power, F.ANGULAR)
-    if F.HAS_BIAS:
-        y += tl.load(filters.bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    cosine = u * ((1.0 / norm) * spread(1.0 / b, P, IN_GROUP, BY_GROUP))
+    curvature = curvature_of(k, channel, exists, CURVATURE)
+    y = h * angular_value(cosine, curvature, power, ANGULAR)
+    if HAS_BIAS:
+        y += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
     return y
 
 
@@ -93,19 +94,20 @@ def epilogue_kernel(
         b = tl.load(map + map_at, mask=map_mask, other=1.0)
     else:
         picture, row, column = coordinates(image, pixel, pixels, columns, LAST)
-        positions = Positions(picture, pixel, row, column, inside)
-        steps = Steps(stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
-        W: tl.constexpr = Window(ROWS, COLUMNS, MODE)
-        size = Picture(height, width)
-        b = window_norms(map, positions, group, groups, size, steps, eps, W, P, BY_GROUP, LAST)
+        positions = (picture, row, column, inside)
+        steps = (stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
+        b = window_norms(
+            map, positions, group, groups, (height, width), steps, eps,
+            ROWS, COLUMNS, MODE, P, BY_GROUP, LAST,
+        )  # fmt: skip
         # Tiles that share a group write the same values: only its first does.
         if chunk % chunks == 0:
             tl.store(norm_map + map_at, b, mask=map_mask)
-    filters = Filters(a, bias, radius, mean, k)
-    numbers = Numbers(alpha, beta, power, floor)
-    F: tl.constexpr = Functions(
-        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS
-    )
-    T: tl.constexpr = Tile(P, IN_GROUP, BY_GROUP)
-    value = decoupled(dot, b, filters, channel, exists, numbers, F, T)
+    parameters = (a, bias, radius, mean, k)
+    numbers = (alpha, beta, power, floor)
+    value = decoupled(
+        dot, b, parameters, channel, exists, numbers,
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS,
+        P, IN_GROUP, BY_GROUP,
+    )  # fmt: skip
     tl.store(y + at, value, mask=mask)

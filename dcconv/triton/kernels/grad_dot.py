@@ -9,7 +9,6 @@ import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import curvature_of, radius_of
 from dcconv.triton.kernels.functions import angular_grad, cosine_from, magnitude_grad
-from dcconv.triton.kernels.records import Filters, Functions
 from dcconv.triton.kernels.tiles import group_sums, lanes, offsets, place, spread
 
 
@@ -38,12 +37,8 @@ def grad_dot_kernel(
     chunk = program - part * all_chunks
     channel, exists, group = lanes(chunk, per_group, groups, chunks, IN_GROUP, BY_GROUP, EXACT)
     norm = tl.load(a + channel, mask=exists, other=1.0)[None, :]
-    filters_at = Filters(a, a, radius, mean, k)
-    F: tl.constexpr = Functions(
-        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, False
-    )
-    rho = radius_of(filters_at, channel, exists, floor, F)
-    curvature = curvature_of(filters_at, channel, exists, F)
+    rho = radius_of(radius, mean, channel, exists, floor, RADIUS, HAS_MEAN)
+    curvature = curvature_of(k, channel, exists, CURVATURE)
     # Per element: added up over the tile only at the end.
     by_rho = tl.zeros([P, LANES], tl.float32)
     by_a = tl.zeros([P, LANES], tl.float32)

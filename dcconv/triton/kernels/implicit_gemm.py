@@ -5,19 +5,6 @@ import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import decoupled
 from dcconv.triton.kernels.product import product, share
-from dcconv.triton.kernels.records import (
-    Block,
-    Filters,
-    Functions,
-    Group,
-    Loop,
-    Numbers,
-    Picture,
-    Positions,
-    Steps,
-    Tile,
-    Window,
-)
 from dcconv.triton.kernels.tiles import coordinates, offsets, place, window_norms
 
 # Elements of a tile that go through the functions at a time. More run out of registers: with 64
@@ -41,19 +28,26 @@ def part(u, NUMBER: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, LANES: t
 @triton.jit
 def finish(
     u, b, first, y, dot, parameters, numbers, positions, pixels, own,
-    F: tl.constexpr, KEEPS_DOT: tl.constexpr, LAST: tl.constexpr, T: tl.constexpr,
+    MAGNITUDE: tl.constexpr, ANGULAR: tl.constexpr, TIMES_A: tl.constexpr,
+    PER_POSITION: tl.constexpr, RADIUS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    CURVATURE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KEEPS_DOT: tl.constexpr, LAST: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write y and, with KEEPS_DOT, u of a tile's lanes of a group, from number ``first`` on."""
-    image, pixel, _, _, inside = positions
+    """Write y and, with KEEPS_DOT, u of LANES filters of a group, from number ``first`` on."""
+    image, pixel, inside = positions
     group, groups, _, filters = own
-    lane = first + tl.arange(0, T.IN_GROUP)
+    lane = first + tl.arange(0, LANES)
     exists = lane < filters
     channel = group * filters + lane
     at = offsets(image, pixel, channel, groups * filters, pixels, LAST)
     mask = inside[:, None] & exists[None, :]
     if KEEPS_DOT:
         tl.store(dot + at, u, mask=mask)
-    value = decoupled(u, b, parameters, channel, exists, numbers, F, T)
+    value = decoupled(
+        u, b, parameters, channel, exists, numbers,
+        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS,
+        P, LANES, 1,
+    )  # fmt: skip
     tl.store(y + at, value, mask=mask)
 
 
@@ -90,17 +84,14 @@ def implicit_gemm_kernel(
     else:
         picture, row, column = coordinates(image, pixel, pixels, columns, LAST)
     of_group = weight + group * filters * channels * (ROWS * COLUMNS)
-    starts = Positions(
-        picture, pixel, row * stride_rows - top, column * stride_columns - left, inside
-    )
-    size = Picture(height, width)
-    own = Group(group, groups, channels, filters)
-    W: tl.constexpr = Window(ROWS, COLUMNS, MODE)
-    L: tl.constexpr = Loop(False, DENSE, FLAT, NORM == "loop", LAST, PRECISION, UPCASTS)
-    B: tl.constexpr = Block(P, LANES, DEPTH)
+    starts = (picture, pixel, row * stride_rows - top, column * stride_columns - left, inside)
+    size = (height, width)
+    own = (group, groups, channels, filters)
     u, squares = product(
-        x, of_group, starts, size, dilation_rows, dilation_columns, own, lane, exists, W, L, B
-    )
+        x, of_group, starts, size, dilation_rows, dilation_columns, own, lane, exists,
+        False, ROWS, COLUMNS, MODE, DENSE, FLAT, NORM == "loop", LAST, PRECISION, UPCASTS,
+        P, LANES, DEPTH,
+    )  # fmt: skip
     group_at = group + tl.arange(0, 1)
     map_at = offsets(image, pixel, group_at, groups, pixels, LAST)
     map_mask = inside[:, None]
@@ -109,25 +100,24 @@ def implicit_gemm_kernel(
     elif NORM == "loop":
         b = tl.sqrt_rn(squares + eps)[:, None]
     else:
-        positions = Positions(picture, pixel, row, column, inside)
-        steps = Steps(stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
-        b = window_norms(map, positions, group_at, groups, size, steps, eps, W, P, 1, LAST)
+        positions = (picture, row, column, inside)
+        steps = (stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
+        b = window_norms(
+            map, positions, group_at, groups, size, steps, eps,
+            ROWS, COLUMNS, MODE, P, 1, LAST,
+        )  # fmt: skip
     # All blocks of lanes have the norms: the first writes them.
     if KEEPS_NORM and NORM != "norms" and first == 0:
         tl.store(norm_map + map_at, b, mask=map_mask)
-    parameters = Filters(a, bias, radius, mean, k)
-    numbers = Numbers(alpha, beta, power, floor)
-    F: tl.constexpr = Functions(
-        MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS
-    )
-    # Where results go: with channels_last, positions of the batch as one image.
-    places = Positions(image, pixel, row, column, inside)
+    parameters = (a, bias, radius, mean, k)
+    numbers = (alpha, beta, power, floor)
     PARTS: tl.constexpr = 2 if P * LANES > WHOLE else 1
     WIDTH: tl.constexpr = LANES // PARTS
-    T: tl.constexpr = Tile(P, WIDTH, 1)
     for number in tl.static_range(PARTS):
         some = part(u, number, PARTS, P, LANES)
-        start = first + number * WIDTH
         finish(
-            some, b, start, y, dot, parameters, numbers, places, pixels, own, F, KEEPS_DOT, LAST, T
-        )
+            some, b, first + number * WIDTH, y, dot, parameters, numbers, (image, pixel, inside),
+            pixels, own,
+            MAGNITUDE, ANGULAR, TIMES_A, PER_POSITION, RADIUS, HAS_MEAN, CURVATURE, HAS_BIAS,
+            KEEPS_DOT, LAST, P, WIDTH,
+        )  # fmt: skip

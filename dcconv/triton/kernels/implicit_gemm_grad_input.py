@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.product import product, share
-from dcconv.triton.kernels.records import Block, Group, Loop, Picture, Positions, Window
 from dcconv.triton.kernels.tiles import coordinates, offsets, place
 
 
@@ -38,15 +37,14 @@ def implicit_gemm_grad_input_kernel(
     else:
         picture, row, column = coordinates(image, pixel, pixels, width, LAST)
     of_group = weight + group * filters * channels * (ROWS * COLUMNS)
-    ends = Positions(picture, pixel, row + top, column + left, inside)
-    size = Picture(out_rows, out_columns)
-    own = Group(group, groups, filters, channels)
-    W: tl.constexpr = Window(ROWS, COLUMNS, "zeros")
-    L: tl.constexpr = Loop(True, DENSE, FLAT, False, LAST, PRECISION, UPCASTS)
-    B: tl.constexpr = Block(P, LANES, DEPTH)
+    ends = (picture, pixel, row + top, column + left, inside)
+    size = (out_rows, out_columns)
+    own = (group, groups, filters, channels)
     value, _ = product(
-        grad_u, of_group, ends, size, -dilation_rows, -dilation_columns, own, lane, exists, W, L, B
-    )
+        grad_u, of_group, ends, size, -dilation_rows, -dilation_columns, own, lane, exists,
+        True, ROWS, COLUMNS, "zeros", DENSE, FLAT, False, LAST, PRECISION, UPCASTS,
+        P, LANES, DEPTH,
+    )  # fmt: skip
     outputs = out_rows * out_columns
     seen = tl.zeros([P], tl.float32)
     for r in range(ROWS):

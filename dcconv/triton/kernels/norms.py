@@ -3,14 +3,6 @@
 import triton
 import triton.language as tl
 
-from dcconv.triton.kernels.records import (
-    FilterNorms,
-    FilterTile,
-    Picture,
-    Positions,
-    Steps,
-    Window,
-)
 from dcconv.triton.kernels.tiles import coordinates, group_sums, lanes, offsets, place, window_norms
 
 
@@ -57,11 +49,12 @@ def window_norm_kernel(
     image, pixel, inside = place(tile, images, pixels, P, LAST)
     group = (program - tile * group_chunks) * BY_GROUP + tl.arange(0, BY_GROUP)
     picture, row, column = coordinates(image, pixel, pixels, columns, LAST)
-    positions = Positions(picture, pixel, row, column, inside)
-    steps = Steps(stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
-    W: tl.constexpr = Window(ROWS, COLUMNS, MODE)
-    size = Picture(height, width)
-    norm = window_norms(sums, positions, group, groups, size, steps, eps, W, P, BY_GROUP, LAST)
+    positions = (picture, row, column, inside)
+    steps = (stride_rows, stride_columns, top, left, dilation_rows, dilation_columns)
+    norm = window_norms(
+        sums, positions, group, groups, (height, width), steps, eps,
+        ROWS, COLUMNS, MODE, P, BY_GROUP, LAST,
+    )  # fmt: skip
     mask = inside[:, None] & (group < groups)[None, :]
     tl.store(b + offsets(image, pixel, group, groups, pixels, LAST), norm, mask=mask)
     if SUMS:
@@ -79,22 +72,25 @@ def finish_mean(partial, mean, partials, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def filter_norm(norms, first, T: tl.constexpr):
+def filter_norm(
+    norms, first,
+    SCALES: tl.constexpr, DIVIDES: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     weight, a, scaled, filters, size, alpha, eps = norms
-    o = first + tl.arange(0, T.FILTERS)
+    o = first + tl.arange(0, FILTERS)
     exists = (o < filters)[:, None]
     row = (o * size)[:, None]
-    squares = tl.zeros([T.FILTERS, T.BLOCK], tl.float32)
-    for start in range(0, size, T.BLOCK):
-        i = (start + tl.arange(0, T.BLOCK))[None, :]
+    squares = tl.zeros([FILTERS, BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        i = (start + tl.arange(0, BLOCK))[None, :]
         value = tl.load(weight + row + i, mask=exists & (i < size), other=0.0).to(tl.float32)
         squares += value * value
     norm = tl.sqrt_rn(tl.sum(squares, axis=1) + eps)
     tl.store(a + o, norm, mask=o < filters)
-    if T.SCALES:
-        factor = (alpha / norm if T.DIVIDES else tl.zeros_like(norm) + alpha)[:, None]
-        for start in range(0, size, T.BLOCK):
-            i = (start + tl.arange(0, T.BLOCK))[None, :]
+    if SCALES:
+        factor = (alpha / norm if DIVIDES else tl.zeros_like(norm) + alpha)[:, None]
+        for start in range(0, size, BLOCK):
+            i = (start + tl.arange(0, BLOCK))[None, :]
             mask = exists & (i < size)
             value = tl.load(weight + row + i, mask=mask, other=0.0).to(tl.float32)
             tl.store(scaled + row + i, value * factor, mask=mask)
@@ -112,13 +108,12 @@ def filter_norm_kernel(
     With MEAN the first program finishes the mean norm instead.
     """
     program = tl.program_id(0).to(tl.int64)
-    norms = FilterNorms(weight, a, scaled, filters, size, alpha, eps)
-    T: tl.constexpr = FilterTile(SCALES, DIVIDES, FILTERS, BLOCK)
+    norms = (weight, a, scaled, filters, size, alpha, eps)
     if MEAN:
         program -= 1
         if program < 0:
             finish_mean(partial, mean, partials, count, BLOCK)
         else:
-            filter_norm(norms, program * FILTERS, T)
+            filter_norm(norms, program * FILTERS, SCALES, DIVIDES, FILTERS, BLOCK)
     else:
-        filter_norm(norms, program * FILTERS, T)
+        filter_norm(norms, program * FILTERS, SCALES, DIVIDES, FILTERS, BLOCK)

@@ -4,6 +4,9 @@ A tile has P positions and LANES channels. In channels_last order a position is 
 image, in contiguous order one of a single image, so that neighbours are neighbours in memory. The
 lanes are IN_GROUP channels of each of BY_GROUP groups: a wide group fills a tile or several, and
 many narrow ones share one. Offsets are int64: tensors may have more than 2^31 elements.
+
+Functions are handed values that go together as tuples. Not as named ones: Inductor writes a kernel
+and its functions out without the classes that they name.
 """
 
 import triton
@@ -110,20 +113,24 @@ def source(i, size, MODE: tl.constexpr):
 
 @triton.jit
 def window_norms(
-    sums, positions, group, groups, picture, steps, eps,
-    W: tl.constexpr, P: tl.constexpr, BY_GROUP: tl.constexpr, LAST: tl.constexpr,
+    sums, positions, group, groups, size, steps, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+    P: tl.constexpr, BY_GROUP: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """b = sqrt(sum of the sums of squares in each window + eps), [P, BY_GROUP]."""
-    image, _, row, column, inside = positions
-    height, width = picture
+    """b = sqrt(sum of the sums of squares in each window + eps), [P, BY_GROUP].
+
+    ``positions`` are those of the result, ``size`` that of the images with the sums.
+    """
+    image, row, column, inside = positions
+    height, width = size
     stride_rows, stride_columns, top, left, dilation_rows, dilation_columns = steps
     total = tl.zeros([P, BY_GROUP], tl.float32)
     pixels = height * width
     seen = inside[:, None] & (group < groups)[None, :]
-    for r in range(W.ROWS):
-        i, shown_row = source(row * stride_rows - top + r * dilation_rows, height, W.MODE)
-        for s in tl.static_range(W.COLUMNS):
-            j, shown = source(column * stride_columns - left + s * dilation_columns, width, W.MODE)
+    for r in range(ROWS):
+        i, shown_row = source(row * stride_rows - top + r * dilation_rows, height, MODE)
+        for s in tl.static_range(COLUMNS):
+            j, shown = source(column * stride_columns - left + s * dilation_columns, width, MODE)
             pixel = i * width + j
             if LAST:
                 at = (image * pixels + pixel)[:, None] * groups + group[None, :]
