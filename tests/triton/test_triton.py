@@ -426,6 +426,10 @@ def test_every_kernel_is_launched_by_some_op(compiler: Worker) -> None:
     assert compiler.ask("names") == list(KERNELS)
 
 
+def test_inductor_writes_out_all_that_kernels_name(compiler: Worker) -> None:
+    assert compiler.ask("left_out") == []
+
+
 Operator = tuple[str, str, str]
 
 

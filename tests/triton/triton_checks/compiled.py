@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from calls import problem_with
 from cuda_resources import find_cuobjdump
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -383,6 +385,29 @@ def of_amdgcn(text: str) -> dict[str, Any]:
     }
 
 
+def left_out() -> list[str]:
+    """Return what kernels and their functions name that Inductor does not write out with them.
+
+    It writes functions and plain constants, and imports what is Triton's own.
+    """
+    found = set()
+    launches = launches_of(torch.float16, True, ("tanh", "none", "cosine"), 1)
+    functions = [kernel for kernel, _, _ in launches.seen.values()]
+    seen = {function.__name__ for function in functions}
+    for function in functions:
+        for name in function.fn.__code__.co_names:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, JITFunction):
+                if name not in seen:
+                    seen.add(name)
+                    functions.append(value)
+            elif not isinstance(value, (int, str, tl.constexpr, type(None))):
+                module = getattr(value, "__module__", getattr(value, "__name__", ""))
+                if not str(module).startswith("triton"):
+                    found.add(f"{function.__name__}: {name}")
+    return sorted(found)
+
+
 class NoGpu:
     """The driver of a GPU that is not there: enough for PyTorch to look into kernels."""
 
@@ -427,4 +452,4 @@ def traced(strategy: str, depthwise: bool = False) -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve({"names": names, "build": build, "traced": traced})
+    serve({"names": names, "build": build, "traced": traced, "left_out": left_out})
