@@ -12,7 +12,7 @@ from train.engine.terminal import SpellingConsole, prepare
 
 COMMANDS = (
     *("ops", "networks", "functions", "scaling", "calls", "engine"),
-    *("report", "compare", "keep"),
+    *("report", "compare", "keep", "machine"),
 )
 
 REFUSED = 2

@@ -1,0 +1,104 @@
+"""The command line of ``python -m bench machine``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.machine.gpus import GPUS, Gpu, gpu_named
+from bench.machine.library import Library
+from bench.machine.loops import Trip, trips
+from bench.machine.pipes import costs_of
+from dcconv import native
+from dcconv.operator.checks import integer, value_error
+
+SHOWN = ("FMA", "HEAVY", "ALU", "HALF", "XU", "LSU", "BRANCH", "UNIFORM", "TENSOR")
+
+
+def built() -> Path:
+    """Return the compiled library of this checkout.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(native.__file__).parent
+    found = sorted(folder.glob("_C*.so"))
+    if not found:
+        raise value_error("library", "be given where dcconv has no compiled library", None)
+    return found[0]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.add_argument("--library", type=Path, help="with CUDA code; default: dcconv's own")
+        sub.set_defaults(action_run=run)
+        return sub
+
+    loops = action("loops", "count the loops of kernels by pipe, without executing them", _loops)
+    loops.add_argument("--kernel", default="", help="part of the kernels' names; default: all")
+    loops.add_argument("--arch", help="architecture; default: the GPU's")
+    loops.add_argument("--gpu", default="H200", help=f"one of {', '.join(GPUS)}; default: H200")
+    loops.add_argument("--smallest", type=int, default=8, help="instructions of a loop that counts")
+    loops.add_argument("--code", help="address of a loop's header: print its instructions")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Run the chosen action."""
+    status: int = options.action_run(options, console)
+    return status
+
+
+def _cells(trip: Trip) -> list[str]:
+    return [
+        "  " * trip.loop.depth + f"{trip.address:#x}",
+        str(len(trip.loop.own)),
+        f"{trip.shortest}-{trip.longest}",
+        *(f"{trip.pipes.get(pipe, 0):.0f}" for pipe in SHOWN),
+        str(trip.loads),
+        str(trip.stores),
+        "-" if trip.distance is None else str(trip.distance),
+        f"{trip.busiest} {trip.cycles:.0f}",
+        f"{trip.slots:.0f}" if trip.slots else "-",
+        "-" if trip.share is None else f"{trip.share:.2f}",
+    ]
+
+
+def _loops(options: argparse.Namespace, console: Console) -> int:
+    gpu: Gpu = gpu_named(options.gpu)
+    arch = options.arch or gpu.arch
+    costs_of(arch)
+    integer("smallest", options.smallest, 1)
+    if options.code is not None and not re.fullmatch(r"(0x)?[0-9a-f]+", options.code):
+        raise value_error("code", "be a hexadecimal address", options.code)
+    library = Library(options.library or built())
+    for kernel in library.find(options.kernel, arch):
+        found = trips(kernel, gpu, options.smallest)
+        if options.code is not None:
+            chosen = [trip for trip in found if trip.address == int(options.code, 16)]
+            for trip in chosen:
+                console.print(f"{kernel.name}, loop at {trip.address:#x}", markup=False)
+                for n in sorted(trip.loop.body):
+                    one = kernel.code[n]
+                    boards = "".join("-" if b == 7 else str(b) for b in (one.written, one.read))
+                    control = f"{one.stall:2d} {boards} {one.waits:06b}"
+                    console.print(f"  {one.address:05x} {control} {one.text}", markup=False)
+            continue
+        table = Table(
+            *("loop", "own", "way", *SHOWN, "loaded", "stored", "distance"),
+            *("busiest", "slots", "over slots"),
+            title=f"{kernel.name} ({arch}, {kernel.registers} registers, {gpu.name})",
+            title_justify="left",
+        )
+        for trip in found:
+            table.add_row(*_cells(trip))
+        console.print(table)
+    return 0
