@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dcconv.passes.fakes  # noqa: F401  (registers them)
 from dcconv import settings
 from dcconv.call import implementations, strategy
 from dcconv.call.key import FORWARD

@@ -1,6 +1,6 @@
 """Loads the compiled library; says what is in it and how its ops are called.
 
-Schemas and kernels live in ``csrc``, fakes in ``dcconv.passes.fakes``. An op has no autograd
+Schemas and kernels live in ``csrc``, fakes in ``dcconv.passes.ops``. An op has no autograd
 formula of its own: ``dcconv.call.autograd`` composes them.
 """
 

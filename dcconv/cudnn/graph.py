@@ -71,10 +71,6 @@ def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
     return why_not(operands, problem)
 
 
-def _geometry(problem: Problem) -> cudnn_ops.Geometry:
-    return cudnn_ops.Geometry(*problem.window[:3])
-
-
 def forward(
     operands: Operands, problem: Problem, kept: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -93,8 +89,8 @@ def forward(
     parameters = Parameters(radius, mean if batch_mean else norm_mean, k)
     formula = (functions(problem), problem.delta, eps)
     tensors = (x, weight, a, norms, bias, parameters)
-    call = cudnn_ops.GraphForward(*tensors, _geometry(problem), *formula, kept == DOT)
-    y, dot = cudnn_ops.conv2d_forward(call)
+    call = cudnn_ops.GraphForward(*tensors, problem.window, *formula, kept == DOT)
+    y, dot = cudnn_ops.cudnn_conv2d_forward(call)
     return y, norms, mean if batch_mean else mean.new_empty(0), dot, a
 
 
@@ -103,5 +99,5 @@ def input_gradient(side: InputSide, problem: Problem) -> Tensor:
     grad_u = side.grad_u.contiguous(memory_format=torch.channels_last)
     x = side.x.contiguous(memory_format=torch.channels_last)
     weight = side.weight.contiguous(memory_format=torch.channels_last)
-    call = cudnn_ops.GraphGradInput(grad_u, x, weight, side.taps, _geometry(problem))
-    return cudnn_ops.conv2d_grad_input(call)
+    call = cudnn_ops.GraphGradInput(grad_u, x, weight, side.taps, problem.window)
+    return cudnn_ops.cudnn_conv2d_grad_input(call)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from torch.utils.flop_counter import conv_flop_count
 from dcconv.cudnn import epilogue
 from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
 from dcconv.operator.records import Window, output_size
-from dcconv.passes import fakes, ops
-from dcconv.passes.ops import Op
+from dcconv.passes import ops
+from dcconv.passes.op import op
 from dcconv.passes.products import size_of
 from dcconv.passes.records import COMPILED, Epilogue, Functions, GradInput, Parameters, Taps
 from dcconv.warn import warn_once
@@ -371,19 +372,8 @@ def _dense(t: Tensor, layout: torch.memory_format = torch.channels_last) -> Tens
     return t.clone(memory_format=layout) if t.data_ptr() % ALIGNMENT else t
 
 
-_Two: TypeAlias = Annotated[tuple[int, int], "int[]"]
-
-
-class Geometry(NamedTuple):
-    """The windows of an ungrouped convolution that pads with zeros."""
-
-    stride: _Two
-    padding: Annotated[tuple[int, int, int, int], "int[]"]
-    dilation: _Two
-
-
 class GraphForward(NamedTuple):
-    """As ``OnePass``, with what a graph can do."""
+    """As ``OnePass``, with what a graph can do: no groups, and padding with zeros."""
 
     x: Tensor
     weight: Tensor
@@ -391,7 +381,7 @@ class GraphForward(NamedTuple):
     norms: Tensor
     bias: Tensor | None
     parameters: Parameters
-    geometry: Geometry
+    window: Window
     functions: Functions
     delta: float
     eps: float
@@ -405,28 +395,30 @@ class GraphGradInput(NamedTuple):
     x: Tensor
     weight: Tensor
     taps: Taps
-    geometry: Geometry
+    window: Window
 
 
-conv2d_forward = Op[GraphForward, tuple[Tensor, Tensor]](
-    "cudnn_conv2d_forward", GraphForward, "(Tensor, Tensor)"
-)
-conv2d_grad_input = Op[GraphGradInput, Tensor]("cudnn_conv2d_grad_input", GraphGradInput, "Tensor")
+# What is the same for all windows of a graph, which is built for numbers.
+_graph_op = partial(op, fixed={"groups": 1, "padding_mode": "zeros"}, static=True)
 
 
-def _window(geometry: Geometry) -> Window:
-    return Window(*geometry, 1, "zeros")
+@_graph_op("", "", flops=lambda call, y: conv_flop_count(call.x, call.weight, y[0]))
+def cudnn_conv2d_forward(call: GraphForward) -> tuple[Tensor, Tensor]:
+    x, sizes = call.x, ops.result_sizes(call.x, call.weight, call.window)
+    y = ops.images(x, sizes, torch.channels_last)
+    return y, torch.empty_like(y) if call.keep_dot else x.new_empty(0)
+
+
+@_graph_op("", flops=lambda call, _: conv_flop_count(call.x, call.weight, call.grad_u))
+def cudnn_conv2d_grad_input(call: GraphGradInput) -> Tensor:
+    return ops.images(call.x, list(call.x.shape), torch.channels_last)
 
 
 def _key(
-    x: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    operator: Form | None,
-    keep_dot: bool = False,
+    x: Tensor, weight: Tensor, window: Window, operator: Form | None, keep_dot: bool = False
 ) -> GraphKey:
-    (top, _, left, _), device = geometry.padding, x.device.index or 0
-    (rows, columns), (row_steps, column_steps) = geometry.stride, geometry.dilation
+    (top, _, left, _), device = window.padding, x.device.index or 0
+    (rows, columns), (row_steps, column_steps) = window.stride, window.dilation
     windows = ((rows, columns), (top, left), (row_steps, column_steps))
     sizes = (tuple(x.shape), tuple(weight.shape))
     return GraphKey(device, x.dtype, *sizes, *windows, operator, keep_dot)
@@ -442,8 +434,8 @@ def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:
         scaled_radius=radius is not None and mean is not None,
         bias=bias is not None,
     )
-    key = _key(x, weight, call.geometry, operator, call.keep_dot)
-    y, dot = _forward_fake(call)
+    key = _key(x, weight, call.window, operator, call.keep_dot)
+    y, dot = cudnn_conv2d_forward.fake(call)
     n, _, p, q = key.u
     leaves = {"b": call.norms.view(n, 1, p, q)}
     for name, leaf in (("a", a), ("radius", radius), ("mean", mean), ("k", k), ("bias", bias)):
@@ -457,7 +449,7 @@ def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:
     if reason is None:
         return y, dot
     _warn(reason)
-    window = _window(call.geometry)
+    window = call.window
     u = torch.ops.aten.convolution(
         x, weight, None, window.stride, key.padding, window.dilation, False, [0, 0], 1
     ).contiguous(memory_format=torch.channels_last)
@@ -472,14 +464,14 @@ def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:
 
 def _grad_input(call: GraphGradInput) -> Tensor:
     grad_u, x, weight = _dense(call.grad_u), _dense(call.x), _dense(call.weight)
-    key, window = _key(x, weight, call.geometry, None), _window(call.geometry)
+    key, window = _key(x, weight, call.window, None), call.window
     n, _, h, w = x.shape
     # The pass on one channel of ones: 0 + 1 * sum of the taps.
     ones = torch.ones((n, 1, h, w), dtype=call.taps.t.dtype, device=x.device)
     taps = torch.zeros_like(ones)
     rest = (call.taps, size_of(weight), window, False, True)
     ops.conv2d_grad_input_(GradInput(taps, ones, *rest))
-    grad_x = _grad_input_fake(call)
+    grad_x = cudnn_conv2d_grad_input.fake(call)
     tensors = {"grad_u": grad_u, "weight": weight, "x": x, "t": taps, "y": grad_x}
     reason = execute(key, tensors)
     if reason is None:
@@ -494,47 +486,14 @@ def _grad_input(call: GraphGradInput) -> Tensor:
     return grad_x
 
 
-def _forward_fake(call: GraphForward) -> tuple[Tensor, Tensor]:
-    x, weight, (stride, padding, dilation) = call.x, call.weight, call.geometry
-    p = output_size(x.shape[2], weight.shape[2], stride[0], padding[0], padding[1], dilation[0])
-    q = output_size(x.shape[3], weight.shape[3], stride[1], padding[2], padding[3], dilation[1])
-    shape, layout = (x.shape[0], weight.shape[0], p, q), torch.channels_last
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    return y, torch.empty_like(y) if call.keep_dot else x.new_empty(0)
-
-
-def _grad_input_fake(call: GraphGradInput) -> Tensor:
-    x, layout = call.x, torch.channels_last
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
 _library = torch.library.Library("dcconv", "FRAGMENT")
 
 #: What runs on GPUs, by the name of the op.
-implementations: dict[str, Callable[..., Any]] = {}
-
-
-def _register(
-    op: Op[Any, Any],
-    implementation: Callable[[Any], Any],
-    fake: Callable[[Any], Any],
-    count: Callable[[Any, Any], int],
-) -> None:
-    implementations[op.name] = op.taking(implementation)
-    _library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(op.name, implementations[op.name], "CUDA")
-    fakes.register(op, COMPILED, fake, count)
-
-
-_register(
-    conv2d_forward,
-    _forward,
-    _forward_fake,
-    lambda call, results: conv_flop_count(call.x, call.weight, results[0]),
-)
-_register(
-    conv2d_grad_input,
-    _grad_input,
-    _grad_input_fake,
-    lambda call, _: conv_flop_count(call.x, call.weight, call.grad_u),
-)
+implementations: dict[str, Callable[..., Any]] = {
+    cudnn_conv2d_forward.name: cudnn_conv2d_forward.taking(_forward),
+    cudnn_conv2d_grad_input.name: cudnn_conv2d_grad_input.taking(_grad_input),
+}
+for _op in (cudnn_conv2d_forward, cudnn_conv2d_grad_input):
+    _library.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_op.name, implementations[_op.name], "CUDA")
+    _op.register(COMPILED)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dcconv.operator.checks import PADDING_MODES
 from dcconv.operator.numerics import MOST_ELEMENTS, MOST_PIXELS
 from dcconv.operator.records import Window, output_size
+from dcconv.passes import records
 
 
 def error(argument: str, rule: str, got: object) -> RuntimeError:
@@ -45,6 +46,15 @@ def countable(argument: str, sizes: Sequence[Any]) -> None:
     """Require sizes of a tensor that has no more elements than fit 64 bits many times."""
     if _known(*sizes) and math.prod(max(size, 1) for size in sizes) > MOST_ELEMENTS:
         raise error(argument, "have at most 2^50 elements", list(sizes))
+
+
+def partial_sums(sums: int, rows: Any, filters: Any) -> None:
+    """Require bits of known sums, and a number of partial sums that there is room for."""
+    every = records.SUM_RHO | records.SUM_A | records.SUM_K | records.SUM_BIAS
+    if not 0 <= sums <= every:
+        raise error("sums", f"be bits of {every}", sums)
+    bounded("rows", rows, 1)
+    countable("parts", [4, rows, filters])
 
 
 def dimensions(argument: str, t: Tensor, count: int) -> None:

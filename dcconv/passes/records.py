@@ -1,7 +1,7 @@
 """One record per op: its arguments, in the order of its schema.
 
 What each means, and what each result holds, stands in ``csrc/schemas.h`` and ``csrc/ops.cpp``. A
-record inside another has its fields in its place. ``dcconv.passes.ops`` writes schemas from the
+record inside another has its fields in its place. ``dcconv.passes.op`` writes schemas from the
 records, and is the only place that lays them out as arguments.
 """
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from dcconv.passes import fakes
-from dcconv.passes.ops import Op, Record, Result
+from dcconv.passes.op import Op, Record, Result
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.fused import NAMESPACE
 
@@ -145,7 +144,7 @@ def op(
         mutates = (op.writes,) if op.writes else ()
         full_name, run = f"{NAMESPACE}::{op.name}", op.taking(function)
         define(full_name, run, mutates_args=mutates, schema=op.schema)
-        fakes.register(op, NAMESPACE)
+        op.register(NAMESPACE)
         names.append(op.name)
         return function
 

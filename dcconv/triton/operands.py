@@ -11,17 +11,12 @@ from dcconv.operator.functions import magnitudes, weightings
 from dcconv.operator.layout import is_channels_last
 from dcconv.operator.numerics import tf32_convolutions
 from dcconv.operator.records import Window
-from dcconv.passes.fakes import layout_of
 from dcconv.passes.records import Functions, Pair, Parameters
 from dcconv.triton.environment import twin_of
 
 
 def format_of(t: Tensor) -> bool:
     return t.shape[0] > 0 and is_channels_last(t)
-
-
-def empty_like(t: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty_like(t, memory_format=layout_of(channels_last))
 
 
 def slots(window: Window) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch.library import wrap_triton
 
 from dcconv.operator import checks
 from dcconv.operator.numerics import RHO_FLOOR
-from dcconv.passes import fakes, guards, ops
+from dcconv.passes import guards, ops
 from dcconv.passes.records import (
     DEPTHWISE,
     IMPLICIT_GEMM,
@@ -49,7 +49,7 @@ TAPS = 9
 
 @op(ops.filter_norm)
 def filter_norm(call: FilterNorm) -> Tensor:
-    a = fakes.filter_norm(call)
+    a = ops.filter_norm.fake(call)
     filter_norms(FilterScale(call.weight, 1.0, call.eps, False), a)
     return a
 
@@ -86,7 +86,7 @@ def _launch(
 @op(ops.conv2d_one_pass)
 def conv2d_one_pass(call: OnePass) -> ops.Three:
     checks.choice("kernel", call.kernel, (DEPTHWISE, IMPLICIT_GEMM))
-    y, norm_map, dot = fakes.conv2d_one_pass(call)
+    y, norm_map, dot = ops.conv2d_one_pass.fake(call)
     x, weight, a, map, window = call.x, call.weight, call.a, call.map, call.window
     check_parameters(weight.shape[0], a, call.bias, call.parameters, x.dtype)
     if y.numel() == 0:
@@ -142,7 +142,7 @@ def _depthwise_grad_input(call: OnePassGradInput, grad_x: Tensor) -> None:
 @op(ops.conv2d_one_pass_grad_input)
 def conv2d_one_pass_grad_input(call: OnePassGradInput) -> Tensor:
     checks.choice("kernel", call.kernel, (DEPTHWISE, IMPLICIT_GEMM))
-    grad_x = fakes.conv2d_one_pass_grad_input(call)
+    grad_x = ops.conv2d_one_pass_grad_input.fake(call)
     x, weight, (t, norm_map, sigma) = call.x, call.weight, call.taps
     guards.one_value("sigma", sigma)
     if sigma is not None:
@@ -171,7 +171,7 @@ def conv2d_one_pass_grad_input(call: OnePassGradInput) -> Tensor:
 
 @op(ops.depthwise_grad_weight)
 def depthwise_grad_weight(call: DepthwiseGradWeight) -> Tensor:
-    grad_weight = fakes.depthwise_grad_weight(call)
+    grad_weight = ops.depthwise_grad_weight.fake(call)
     x, window = call.x, call.window
     n, filters, p, q = call.grad_u.shape
     taps = call.kernel_size[0] * call.kernel_size[1]

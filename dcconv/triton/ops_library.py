@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from dcconv.operator.numerics import RHO_FLOOR
-from dcconv.passes import fakes, guards, ops, records
+from dcconv.passes import guards, ops, records
 from dcconv.passes.products import size_of
 from dcconv.passes.records import (
     Epilogue,
@@ -43,7 +43,6 @@ from dcconv.triton.operands import (
     dense,
     dense_parameters,
     edges,
-    empty_like,
     format_of,
     function_constants,
     number_of,
@@ -177,21 +176,21 @@ def _epilogue(call: Epilogue, y: Tensor, norm_map: Tensor) -> None:
 
 @op(ops.conv2d_epilogue)
 def conv2d_epilogue(call: Epilogue) -> ops.Two:
-    y, norm_map = fakes.conv2d_epilogue(call)
+    y, norm_map = ops.conv2d_epilogue.fake(call)
     _epilogue(call, y, norm_map)
     return y, norm_map
 
 
 @op(ops.conv2d_epilogue_)
 def conv2d_epilogue_(call: Epilogue) -> Tensor:
-    norm_map = fakes.conv2d_epilogue_(call)
+    norm_map = ops.conv2d_epilogue_.fake(call)
     _epilogue(call, call.u, norm_map)
     return norm_map
 
 
 @op(ops.conv2d_grad_dot)
 def conv2d_grad_dot(call: GradDot) -> ops.Three:
-    fakes.check_grad_dot(call)
+    ops.check_grad_dot(call)
     grad_y, a, sums = call.grad_y, call.a, call.sums
     check_parameters(grad_y.shape[1], a, None, call.parameters, grad_y.dtype)
     n, filters, p, q = grad_y.shape
@@ -204,7 +203,7 @@ def conv2d_grad_dot(call: GradDot) -> ops.Three:
         # linear and tanh x linear had two values more than registers (Triton 3.8, sm_90).
         elements = min(elements, GRADIENT_ELEMENTS >> kinds // 3)
     tiles = tiling(n, p * q, filters, call.groups, call.channels_last, elements)
-    grad_u = empty_like(grad_y, call.channels_last)
+    grad_u = ops.empty_like(grad_y, call.channels_last)
     t = a.new_empty(tiles.chunks * count if call.wants_t else 0)
     parts = a.new_empty((kinds, call.rows, filters) if kinds else 0)
     # Without sums nothing ties a program to a row.
@@ -243,7 +242,7 @@ def column_sums(parts: Tensor, totals: Tensor, wide: bool) -> None:
 
 @op(ops.conv2d_grad_filters)
 def conv2d_grad_filters(call: GradFilters) -> ops.Six:
-    grads = fakes.conv2d_grad_filters(call)
+    grads = ops.conv2d_grad_filters.fake(call)
     grad_weight, grad_bias, *grad_parameters, sigma = grads
     weight, a, sums, needs = call.weight, call.a, call.sums, call.needs
     radius, mean, k = call.parameters
@@ -327,41 +326,41 @@ def _tap(call: GradInput) -> str:
 
 @op(ops.conv2d_grad_input)
 def conv2d_grad_input(call: GradInput) -> Tensor:
-    grad_x = fakes.conv2d_grad_input(call)
+    grad_x = ops.conv2d_grad_input.fake(call)
     _grad_input(call, grad_x, _tap(call), "padded" if call.padded else "same")
     return grad_x
 
 
 @op(ops.conv2d_grad_input_)
 def conv2d_grad_input_(call: GradInput) -> None:
-    fakes.conv2d_grad_input_(call)
+    ops.conv2d_grad_input_.fake(call)
     _grad_input(call, call.library_grad, _tap(call), "same")
 
 
 @op(ops.filter_scale)
 def filter_scale(call: FilterScale) -> ops.Two:
-    scaled, a = fakes.filter_scale(call)
+    scaled, a = ops.filter_scale.fake(call)
     filter_norms(call, a, scaled)
     return scaled, a
 
 
 @op(ops.filter_scale_grad)
 def filter_scale_grad(call: records.FilterScaleGrad) -> Tensor:
-    grad_weight = fakes.filter_scale_grad(call)
+    grad_weight = ops.filter_scale_grad.fake(call)
     _filter_grad(call, grad_weight, call.divide, None)
     return grad_weight
 
 
 @op(ops.window_norm)
 def window_norm(call: WindowNorm) -> Tensor:
-    b, last = fakes.window_norm(call), format_of(call.x)
+    b, last = ops.window_norm.fake(call), format_of(call.x)
     _window_norm(call, _pixel_sumsq(call.x, call.window.groups, last), b, last, False)
     return b
 
 
 @op(ops.window_norm_grad)
 def window_norm_grad(call: records.WindowNormGrad) -> Tensor:
-    grad_x, last = fakes.window_norm_grad(call), format_of(call.x)
+    grad_x, last = ops.window_norm_grad.fake(call), format_of(call.x)
     taps = Taps(call.grad_b, call.b, None)
     own = GradInput(call.x, call.x, taps, call.kernel_size, call.window, False, last)
     _grad_input(own, grad_x, "over_norm", "none")

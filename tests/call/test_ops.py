@@ -22,7 +22,7 @@ from dcconv.call import refusals
 from dcconv.call.saved import kept
 from dcconv.operator import numerics, reference
 from dcconv.operator.functions import angulars, magnitudes
-from dcconv.passes import backward, fakes
+from dcconv.passes import backward, ops
 
 MODULES: tuple[dict[str, Any], ...] = (
     {},
@@ -59,13 +59,13 @@ def op_arguments(case: Any, dtype: torch.dtype, layout: str, **options: Any) -> 
 
 
 @cpu
-@pytest.mark.parametrize("op", fakes.FAKES, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
 def test_records_write_the_schemas_of_the_compiled_library(op: Any) -> None:
     compiled = getattr(torch.ops.dcconv, op.name).default._schema
     assert str(torch._C.parse_schema(f"dcconv::{op.name}{op.schema}")) == str(compiled)
 
 
-@pytest.mark.parametrize("op", fakes.FAKES, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
 def test_records_are_laid_out_as_schemas_say(op: Any) -> None:
     """Arguments become a record and arguments again; those at the end may be left to defaults."""
     arguments = torch._C.parse_schema(f"dcconv::{op.name}{op.schema}").arguments

@@ -29,7 +29,7 @@ from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.operator import functions
 from dcconv.operator.functions import angulars, magnitudes
 from dcconv.operator.records import Window
-from dcconv.passes import fakes, guards
+from dcconv.passes import guards, ops
 from dcconv.passes.records import DepthwiseGradWeight
 
 PACKAGE = Path(dcconv.__file__).parent
@@ -925,17 +925,17 @@ GUARDS = [
         "sigma must be one value, got shape [2]",
     ),
     Refusal(
-        partial(fakes.check_sums, **ROWS),
+        partial(guards.partial_sums, **ROWS),
         RuntimeError,
         "rows must be at least 1 and below 2^31, got 0",
     ),
     Refusal(
-        partial(fakes.check_sums, **(ROWS | {"sums": 16})),
+        partial(guards.partial_sums, **(ROWS | {"sums": 16})),
         RuntimeError,
         "sums must be bits of 15, got 16",
     ),
     Refusal(
-        lambda: fakes.depthwise_grad_weight(
+        lambda: ops.depthwise_grad_weight.fake(
             DepthwiseGradWeight(
                 X.to("meta"), X.to("meta"), [1, 1], Window(groups=2), 1, False, False
             )
