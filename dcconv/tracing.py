@@ -1,15 +1,23 @@
-"""How ``torch.fx`` and ``torch.jit.trace`` see a layer: as a leaf, and as plain operations."""
+"""How tracers see a layer: ``torch.fx`` as a leaf, ``torch.jit.trace`` as plain operations.
+
+Also what ``torch.compile`` takes for constant.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.jit._trace import TracerWarning
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_answers: dict[tuple[Any, ...], Any] = {}
 
 # Under this name a layer has itself, for graphs whose root it is.
 ITSELF = "itself"
@@ -60,3 +68,18 @@ def sizes(t: torch.Tensor) -> tuple[int, ...]:
         return known
     with quietly():
         return tuple([int(size) for size in shape])
+
+
+def asked_once(question: Callable[P, T]) -> Callable[P, T]:
+    """Make the answer to a question about this process a constant for tracing, found once."""
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def ask(*arguments: P.args, **keywords: P.kwargs) -> T:
+        key = (question, *arguments)
+        if key not in _answers:
+            _answers[key] = question(*arguments, **keywords)
+        answer: T = _answers[key]
+        return answer
+
+    asked: Callable[P, T] = ask
+    return asked

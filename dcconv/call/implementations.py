@@ -18,7 +18,7 @@ from torch import Tensor
 from dcconv import native
 from dcconv.call import cpu, refusals
 from dcconv.call.autograd import PatchNorm
-from dcconv.call.key import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Key
+from dcconv.call.key import DIRECTIONS, FORWARD, Key
 from dcconv.call.refusals import Call
 from dcconv.call.rule import (
     FUSED,
@@ -90,113 +90,82 @@ class Implementation(NamedTuple):
 CUDA_OPS, TRITON_OPS = COMPILED, triton_fused.NAMESPACE
 
 
-def _patch_norm(namespace: str) -> PatchNorm:
-    return PatchNorm(
+def _composed(
+    name: str,
+    namespace: str,
+    why_not: Callable[[Call], str | None],
+    prefers_fused: Callable[[Key], bool],
+) -> Backend:
+    """Return a backend for GPUs, composed of the passes of a namespace."""
+    patch_norm = PatchNorm(
         partial(library.window_norm, namespace=namespace),
         partial(backward.window_norm_grad, namespace=namespace),
     )
+    return Backend(name, ("cuda",), why_not, patch_norm, namespace, prefers_fused)
 
 
-CUDA = Backend(
-    "cuda",
-    ("cuda",),
-    refusals.cuda,
-    _patch_norm(CUDA_OPS),
-    CUDA_OPS,
-    prefers_fused_on_cuda,
-)
-TRITON = Backend(
-    "triton",
-    ("cuda",),
-    refusals.triton,
-    _patch_norm(TRITON_OPS),
-    TRITON_OPS,
-    prefers_fused_in_triton,
-)
+CUDA = _composed("cuda", CUDA_OPS, refusals.cuda, prefers_fused_on_cuda)
+TRITON = _composed("triton", TRITON_OPS, refusals.triton, prefers_fused_in_triton)
 CPU = Backend("cpu", ("cpu",), refusals.cpu, PatchNorm(native.patch_norm, native.patch_norm_grad))
 REFERENCE = Backend("reference", (), refusals.reference, None)
 
 
-def _willing(operands: Operands, problem: Problem) -> str | None:
+def _willing(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
     return None
 
 
-def _librarys(operands: Operands, problem: Problem) -> str | None:
-    return "the gradient of the weight is the library's"
+def _why_not_fused_on_cpu(operands: Operands, problem: Problem, direction: str) -> str | None:
+    return cpu.why_not_fused(direction)(operands, problem)
 
 
 def _reference(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, Tensor | None]:
     return reference.forward(operands, problem)
 
 
-OWN, TUNED = OWN_RULE, triton_fused.AUTOTUNED
+def _rows(
+    backend: Backend,
+    strategy: str,
+    why_not: Callable[..., str | None],
+    runs: tuple[Run, Run, Run],
+    tuned: tuple[Run | None, Run | None, Run | None] = (None, None, None),
+) -> list[Implementation]:
+    """Return the rows of a strategy, one per direction."""
+    return [
+        Implementation(backend, name, strategy, partial(why_not, direction=name), run, own)
+        for name, run, own in zip(DIRECTIONS, runs, tuned, strict=True)
+    ]
+
+
+def _librarys(namespace: str) -> tuple[Run, Run, Run]:
+    forward = partial(library.forward, namespace=namespace)
+    return forward, partial(backward.input_gradient, namespace=namespace), backward.weight_gradient
+
+
+def _on_cpu(strategy: str) -> tuple[Run, Run, Run]:
+    gradients = cpu.backward(strategy)
+    return cpu.forward(strategy), gradients, gradients
+
+
+def _in_triton(tile: int) -> tuple[Run, Run]:
+    forward = partial(triton_fused.forward, tile=tile)
+    return forward, partial(triton_fused.input_gradient, tile=tile)
+
+
+ONE_PASS = (fused.forward, fused.input_gradient, fused.weight_gradient)
+GRAPHS = (graph.forward, graph.input_gradient, backward.weight_gradient)
+OWN = (*_in_triton(OWN_RULE), triton_fused.weight_gradient)
+TUNED = (*_in_triton(triton_fused.AUTOTUNED), None)
 
 #: Every implementation, backends in order of preference. The reference has its forward alone:
 #: autograd differentiates it.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(CUDA, FORWARD, LIBRARY, _willing, partial(library.forward, namespace=CUDA_OPS)),
-    Implementation(CUDA, FORWARD, FUSED, fused.why_not, fused.forward),
-    Implementation(CUDA, FORWARD, GRAPH, graph.why_not, graph.forward),
-    Implementation(
-        CUDA,
-        INPUT_GRADIENT,
-        LIBRARY,
-        _willing,
-        partial(backward.input_gradient, namespace=CUDA_OPS),
-    ),
-    Implementation(CUDA, INPUT_GRADIENT, FUSED, fused.why_not_input_gradient, fused.input_gradient),
-    Implementation(CUDA, INPUT_GRADIENT, GRAPH, graph.why_not_input_gradient, graph.input_gradient),
-    Implementation(CUDA, WEIGHT_GRADIENT, LIBRARY, _willing, backward.weight_gradient),
-    Implementation(
-        CUDA, WEIGHT_GRADIENT, FUSED, fused.why_not_weight_gradient, fused.weight_gradient
-    ),
-    Implementation(CUDA, WEIGHT_GRADIENT, GRAPH, _librarys, backward.weight_gradient),
-    Implementation(
-        TRITON, FORWARD, LIBRARY, _willing, partial(library.forward, namespace=TRITON_OPS)
-    ),
-    Implementation(
-        TRITON,
-        FORWARD,
-        FUSED,
-        triton_fused.why_not,
-        partial(triton_fused.forward, tile=OWN),
-        partial(triton_fused.forward, tile=TUNED),
-    ),
-    Implementation(
-        TRITON,
-        INPUT_GRADIENT,
-        LIBRARY,
-        _willing,
-        partial(backward.input_gradient, namespace=TRITON_OPS),
-    ),
-    Implementation(
-        TRITON,
-        INPUT_GRADIENT,
-        FUSED,
-        triton_fused.why_not_input_gradient,
-        partial(triton_fused.input_gradient, tile=OWN),
-        partial(triton_fused.input_gradient, tile=TUNED),
-    ),
-    Implementation(TRITON, WEIGHT_GRADIENT, LIBRARY, _willing, backward.weight_gradient),
-    Implementation(
-        TRITON,
-        WEIGHT_GRADIENT,
-        FUSED,
-        triton_fused.why_not_weight_gradient,
-        triton_fused.weight_gradient,
-    ),
-    *(
-        Implementation(CPU, direction, strategy, why_not, run)
-        for direction, op in (
-            (FORWARD, cpu.forward),
-            (INPUT_GRADIENT, cpu.backward),
-            (WEIGHT_GRADIENT, cpu.backward),
-        )
-        for strategy, why_not, run in (
-            (LIBRARY, _willing, op(LIBRARY)),
-            (FUSED, cpu.why_not_fused(direction), op(FUSED)),
-        )
-    ),
+    *_rows(CUDA, LIBRARY, _willing, _librarys(CUDA_OPS)),
+    *_rows(CUDA, FUSED, fused.why_not, ONE_PASS),
+    *_rows(CUDA, GRAPH, graph.why_not, GRAPHS),
+    *_rows(TRITON, LIBRARY, _willing, _librarys(TRITON_OPS)),
+    *_rows(TRITON, FUSED, triton_fused.why_not, OWN, TUNED),
+    *_rows(CPU, LIBRARY, _willing, _on_cpu(LIBRARY)),
+    *_rows(CPU, FUSED, _why_not_fused_on_cpu, _on_cpu(FUSED)),
     Implementation(REFERENCE, FORWARD, LIBRARY, _willing, _reference),
 )
 

@@ -11,8 +11,10 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
+from dcconv.passes import records
+from dcconv.tracing import asked_once
 
-DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
+DIRECTIONS = records.DIRECTIONS
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = DIRECTIONS
 
 TF32 = "tf32"
@@ -96,14 +98,9 @@ class Key(NamedTuple):
         return " ".join(parts)
 
 
-_names: dict[int, str] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _gpu_name(index: int) -> str:
-    if index not in _names:
-        _names[index] = torch.cuda.get_device_name(index)
-    return _names[index]
+    return torch.cuda.get_device_name(index)
 
 
 def device_name(x: Tensor) -> str:

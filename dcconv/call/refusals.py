@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from dcconv import native
 from dcconv.operator.records import Operator
-from dcconv.tracing import recording
+from dcconv.tracing import asked_once, recording
 from dcconv.triton import environment
 
 
@@ -71,18 +71,11 @@ def _functions(call: Call) -> str | None:
     return native.why_not_functions(call.functions[0], call.functions[1])
 
 
-_gpus: dict[int, str | None] = {}
-
-
-# Constant for tracing, and asked once per GPU.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _why_not_gpu(index: int) -> str | None:
-    if index not in _gpus:
-        if index < torch.cuda.device_count():
-            _gpus[index] = native.why_not_gpu(torch.cuda.get_device_capability(index))
-        else:
-            _gpus[index] = f"this machine has no GPU {index}"
-    return _gpus[index]
+    if index < torch.cuda.device_count():
+        return native.why_not_gpu(torch.cuda.get_device_capability(index))
+    return f"this machine has no GPU {index}"
 
 
 def cuda(call: Call) -> str | None:
@@ -95,15 +88,8 @@ def cuda(call: Call) -> str | None:
     return _why_not_gpu(call.gpu) or _functions(call) or _transformed(call)
 
 
-_kernels: dict[int, str | None] = {}
-
-
-# Constant for tracing, and asked once per GPU: it imports the kernels.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _why_not_kernels(index: int) -> str | None:
-    if index not in _kernels:
-        _kernels[index] = environment.why_not(index)
-    return _kernels[index]
+# It imports the kernels.
+_why_not_kernels = asked_once(environment.why_not)
 
 
 # Constant for tracing: it reads a module's lists.

@@ -167,22 +167,14 @@ def _asin(p: _Program, c: str) -> str:
     return p("select", p("less", c, 0.0), p("mul", angle, -1.0), angle)
 
 
-def _linear_angle(p: _Program, operator: Form, c: str) -> str:
-    return p("mul", _asin(p, c), 2.0 / torch.pi)
-
-
-def _cosine_angle(p: _Program, operator: Form, c: str) -> str:
-    return c
+def _over(p: _Program, value: str, divisor: str) -> str:
+    return p("mul", value, p("reciprocal", divisor))
 
 
 def _sigmoid_angle(p: _Program, operator: Form, c: str) -> str:
     half = p("mul", p("reciprocal", "k"), 0.5)
     scale = p("reciprocal", p("tanh", p("mul", half, torch.pi / 2)))
     return p("mul", p("tanh", p("mul", _asin(p, c), half)), scale)
-
-
-def _square_cosine_angle(p: _Program, operator: Form, c: str) -> str:
-    return p("mul", c, p("abs", c))
 
 
 def _power_angle(p: _Program, operator: Form, c: str) -> str:
@@ -192,23 +184,16 @@ def _power_angle(p: _Program, operator: Form, c: str) -> str:
     return p("mul", c, p("pow", p("abs", c), operator.power - 1.0))
 
 
+#: g of c, by name.
+angles: dict[str, Callable[[_Program, Form, str], str]] = {
+    "linear": lambda p, operator, c: p("mul", _asin(p, c), 2.0 / torch.pi),
+    "cosine": lambda p, operator, c: c,
+    "sigmoid": _sigmoid_angle,
+    "square_cosine": lambda p, operator, c: p("mul", c, p("abs", c)),
+    "power": _power_angle,
+}
+
 Factors = tuple[Operand, ...]
-
-
-def _sphere(p: _Program, operator: Form, b: str, rho: str) -> Factors:
-    return (operator.alpha,)
-
-
-def _ball(p: _Program, operator: Form, b: str, rho: str) -> Factors:
-    return _at_most_one(p, p("mul", b, p("reciprocal", rho))), operator.alpha
-
-
-def _tanh(p: _Program, operator: Form, b: str, rho: str) -> Factors:
-    return p("tanh", p("mul", b, p("reciprocal", rho))), operator.alpha
-
-
-def _linear(p: _Program, operator: Form, b: str, rho: str) -> Factors:
-    return b, operator.alpha
 
 
 def _segmented(p: _Program, operator: Form, b: str, rho: str) -> Factors:
@@ -216,58 +201,34 @@ def _segmented(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     return (p("select", p("less", b, rho), p("mul", b, operator.alpha), beyond),)
 
 
-def _log(p: _Program, operator: Form, b: str, rho: str) -> Factors:
-    return p("log1p", b), operator.alpha
-
-
 def _mix(p: _Program, operator: Form, b: str, rho: str) -> Factors:
     curved = p("mul", p("log1p", b), operator.beta)
     return (p("add", p("mul", b, operator.alpha), curved),)
 
 
-def _none(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
-    return h
-
-
-def _times_a(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
-    return "a", *h
-
-
-def _product(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
-    ratio = p("mul", "a", p("reciprocal", rho))
-    return p("tanh", p("mul", p.carried("b"), ratio)), operator.alpha
-
-
-def _separate(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
-    return p("tanh", p("mul", "a", p("reciprocal", rho))), *h
-
-
-#: g of c, by name.
-angles: dict[str, Callable[[_Program, Form, str], str]] = {
-    "linear": _linear_angle,
-    "cosine": _cosine_angle,
-    "sigmoid": _sigmoid_angle,
-    "square_cosine": _square_cosine_angle,
-    "power": _power_angle,
-}
-
 #: h of b and rho, in factors, by name.
 magnitudes: dict[str, Callable[[_Program, Form, str, str], Factors]] = {
-    "sphere": _sphere,
-    "ball": _ball,
-    "tanh": _tanh,
-    "linear": _linear,
+    "sphere": lambda p, operator, b, rho: (operator.alpha,),
+    "ball": lambda p, operator, b, rho: (_at_most_one(p, _over(p, b, rho)), operator.alpha),
+    "tanh": lambda p, operator, b, rho: (p("tanh", _over(p, b, rho)), operator.alpha),
+    "linear": lambda p, operator, b, rho: (b, operator.alpha),
     "segmented": _segmented,
-    "log": _log,
+    "log": lambda p, operator, b, rho: (p("log1p", b), operator.alpha),
     "mix": _mix,
 }
 
+
+def _product(p: _Program, operator: Form, h: Factors, rho: str) -> Factors:
+    ratio = _over(p, "a", rho)
+    return p("tanh", p("mul", p.carried("b"), ratio)), operator.alpha
+
+
 #: h of the filter norm a, the unweighted h and rho, in factors, by name.
 weightings: dict[str, Callable[[_Program, Form, Factors, str], Factors]] = {
-    "none": _none,
-    "linear": _times_a,
+    "none": lambda p, operator, h, rho: h,
+    "linear": lambda p, operator, h, rho: ("a", *h),
     "product": _product,
-    "separate": _separate,
+    "separate": lambda p, operator, h, rho: (p("tanh", _over(p, "a", rho)), *h),
 }
 
 

@@ -20,7 +20,16 @@ from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
 from dcconv.passes import ops
 from dcconv.passes.backward import InputSide
-from dcconv.passes.records import DOT, Norms, Parameters, functions
+from dcconv.passes.records import (
+    DOT,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Norms,
+    Parameters,
+    functions,
+)
+from dcconv.tracing import asked_once
 
 # Channels and filters come in multiples of this: 16 bytes of half precision.
 CHANNELS = 8
@@ -28,23 +37,25 @@ CHANNELS = 8
 # The first GPUs that cuDNN compiles fused convolutions for at full speed.
 OLDEST_GPU = (8, 0)
 
-_gpus: dict[int, str | None] = {}
 
-
-# Constant for tracing, and asked once per GPU.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _why_not_gpu(index: int) -> str | None:
-    if index not in _gpus:
-        major, minor = torch.cuda.get_device_capability(index)
-        _gpus[index] = None
-        if (major, minor) < OLDEST_GPU:
-            _gpus[index] = f"this GPU is sm_{major}{minor}: sm_80 or later is needed"
-    return _gpus[index]
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < OLDEST_GPU:
+        return f"this GPU is sm_{major}{minor}: sm_80 or later is needed"
+    return None
 
 
-def why_not(operands: Operands, problem: Problem) -> str | None:
-    """Return one sentence why forward cannot run as a graph, None if it may; static facts only."""
-    x, weight = operands.x, operands.weight
+def why_not(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
+    """Return one sentence why a direction cannot run as a graph, None if it may.
+
+    Static facts only.
+    """
+    x, weight, stride = operands.x, operands.weight, problem.window.stride
+    if direction == WEIGHT_GRADIENT:
+        return "the gradient of the weight is the library's"
+    if direction == INPUT_GRADIENT and stride != (1, 1):
+        return f"its epilogue on a strided data gradient is slow, got stride {stride}"
     if x.device.type != "cuda":
         return f"it runs on CUDA tensors, got a {x.device.type} tensor"
     reason = cudnn_ops.why_not_installed() or _why_not_gpu(x.device.index or 0)
@@ -61,14 +72,6 @@ def why_not(operands: Operands, problem: Problem) -> str | None:
         if count % CHANNELS:
             return f"it takes {name} in multiples of {CHANNELS}, got {count}"
     return None
-
-
-def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
-    """Return one sentence why the input gradient cannot run as a graph, None if it may."""
-    if problem.window.stride != (1, 1):
-        stride = problem.window.stride
-        return f"its epilogue on a strided data gradient is slow, got stride {stride}"
-    return why_not(operands, problem)
 
 
 def forward(
@@ -95,7 +98,7 @@ def forward(
 
 
 def input_gradient(side: InputSide, problem: Problem) -> Tensor:
-    """Return grad_x of a call that :func:`why_not_input_gradient` accepts."""
+    """Return grad_x of a call that :func:`why_not` accepts."""
     grad_u = side.grad_u.contiguous(memory_format=torch.channels_last)
     x = side.x.contiguous(memory_format=torch.channels_last)
     weight = side.weight.contiguous(memory_format=torch.channels_last)

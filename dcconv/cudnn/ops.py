@@ -24,11 +24,12 @@ from torch.utils.flop_counter import conv_flop_count
 
 from dcconv.cudnn import epilogue
 from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
-from dcconv.operator.records import Window, output_size
-from dcconv.passes import ops
+from dcconv.operator.records import Window
+from dcconv.passes import guards, ops
 from dcconv.passes.op import op
 from dcconv.passes.products import size_of
 from dcconv.passes.records import COMPILED, Epilogue, Functions, GradInput, Parameters, Taps
+from dcconv.tracing import asked_once
 from dcconv.warn import warn_once
 
 # cuDNN plans without a device from 9.11 on; nothing older was tried.
@@ -64,7 +65,7 @@ class GraphKey(NamedTuple):
         device: index of the GPU.
         dtype: of x, the weight and the results.
         x, weight: shapes.
-        stride, padding, dilation: rows and columns; padding is the same before and after.
+        window: ungrouped, padded with as many zeros before as after.
         operator: the forward epilogue's; None for the input gradient.
         keep_dot: whether u is a result beside y.
     """
@@ -73,9 +74,7 @@ class GraphKey(NamedTuple):
     dtype: torch.dtype
     x: tuple[int, ...]
     weight: tuple[int, ...]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    window: Window
     operator: Form | None
     keep_dot: bool = False
 
@@ -89,13 +88,14 @@ class GraphKey(NamedTuple):
     @property
     def u(self) -> tuple[int, ...]:
         """Shape of the forward convolution's result."""
-        p, q = (
-            output_size(size, kernel, stride, padding, padding, dilation)
-            for size, kernel, stride, padding, dilation in zip(
-                self.x[2:], self.weight[2:], self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        p, q = guards.windows(self.x, self.weight[0], self.weight[2:], self.window)
         return (self.x[0], self.weight[0], p, q)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows and columns, before as after."""
+        top, _, left, _ = self.window.padding
+        return top, left
 
 
 class Compiled(NamedTuple):
@@ -115,38 +115,27 @@ class Compiled(NamedTuple):
 
 
 _frontend: Any = None
-_missing: str | None = None
-_looked = False
 
 
-# Constant for tracing, and looked for once.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def why_not_installed() -> str | None:
     """Return None when cuDNN graphs can be built in this process, else one sentence."""
-    global _frontend, _missing, _looked
-    if not _looked:
-        _frontend, _missing = _load()
-        _looked = True
-    return _missing
-
-
-def _load() -> tuple[Any, str | None]:
+    global _frontend
     try:
-        frontend = importlib.import_module("cudnn")
+        _frontend = importlib.import_module("cudnn")
     except ModuleNotFoundError:
-        return None, "the package nvidia-cudnn-frontend is missing: pip install 'dcconv[cudnn]'"
+        return "the package nvidia-cudnn-frontend is missing: pip install 'dcconv[cudnn]'"
     except (ImportError, OSError) as error:
-        return None, f"the package nvidia-cudnn-frontend does not load: {error}"
+        return f"the package nvidia-cudnn-frontend does not load: {error}"
     try:
-        version = int(frontend.backend_version())
+        version = int(_frontend.backend_version())
     except RuntimeError as error:
-        return None, f"the package nvidia-cudnn-frontend finds no cuDNN library: {error}"
+        return f"the package nvidia-cudnn-frontend finds no cuDNN library: {error}"
     if version < OLDEST_CUDNN:
         # 8.9.5 is 8905, 9.1.0 is 90100.
         major, minor = divmod(version // 100, 100 if version >= 90000 else 10)
-        found = f"{major}.{minor}"
-        return None, f"cuDNN {found} is too old: 9.11 or later is needed"
-    return frontend, None
+        return f"cuDNN {major}.{minor} is too old: 9.11 or later is needed"
+    return None
 
 
 def _data_type(frontend: Any, dtype: torch.dtype) -> Any:
@@ -193,8 +182,8 @@ def compose(
     result = key.u if forward else key.x
     geometry: dict[str, Any] = {
         "padding": list(key.padding),
-        "stride": list(key.stride),
-        "dilation": list(key.dilation),
+        "stride": list(key.window.stride),
+        "dilation": list(key.window.dilation),
     }
     tensors = {"weight": tensor("weight", key.weight, storage)}
     if forward:
@@ -343,8 +332,9 @@ def execute(key: GraphKey, tensors: dict[str, Tensor]) -> str | None:
     Returns:
         None, or one sentence why it did not run.
     """
-    if why_not_installed() is not None:
-        return _missing
+    missing = why_not_installed()
+    if missing is not None:
+        return missing
     with torch.cuda.device(key.device), _lock:
         handle = _handle(key.device)
         if handle is None:
@@ -417,11 +407,10 @@ def cudnn_conv2d_grad_input(call: GraphGradInput) -> Tensor:
 def _key(
     x: Tensor, weight: Tensor, window: Window, operator: Form | None, keep_dot: bool = False
 ) -> GraphKey:
-    (top, _, left, _), device = window.padding, x.device.index or 0
-    (rows, columns), (row_steps, column_steps) = window.stride, window.dilation
-    windows = ((rows, columns), (top, left), (row_steps, column_steps))
+    # An op's lists of integers can be no keys.
+    hashable = Window(*map(tuple, window[:3]))  # type: ignore[arg-type]
     sizes = (tuple(x.shape), tuple(weight.shape))
-    return GraphKey(device, x.dtype, *sizes, *windows, operator, keep_dot)
+    return GraphKey(x.device.index or 0, x.dtype, *sizes, hashable, operator, keep_dot)
 
 
 def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:

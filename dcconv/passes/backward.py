@@ -20,6 +20,7 @@ from dcconv.passes import ops, products, records
 from dcconv.passes.library import scaled_filters, scales_filters
 from dcconv.passes.products import size_of
 from dcconv.passes.records import COMPILED, GradInput, Parameters, Taps
+from dcconv.tracing import asked_once
 
 # The pass over dy has at most this many blocks per multiprocessor, each with at least this many
 # positions: every block leaves one row of partial sums.
@@ -47,15 +48,11 @@ class InputSide(NamedTuple):
 InputGradient: TypeAlias = Callable[[InputSide, Problem], Tensor]
 WeightGradient: TypeAlias = Callable[[Tensor, Tensor, Tensor, Problem], Tensor]
 
-_multiprocessors: dict[int, int] = {}
 
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _multiprocessors_of(index: int) -> int:
-    if index not in _multiprocessors:
-        properties = torch.cuda.get_device_properties(index)
-        _multiprocessors[index] = properties.multi_processor_count
-    return _multiprocessors[index]
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
 
 
 def partial_rows(x: Tensor, positions: int, groups: int, channels_last: bool) -> int:

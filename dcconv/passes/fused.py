@@ -16,17 +16,20 @@ from torch import Tensor
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
-from dcconv.passes import ops
+from dcconv.passes import ops, records
 from dcconv.passes.backward import InputSide, rows_of
 from dcconv.passes.products import size_of
 from dcconv.passes.records import (
     COMPILED,
     DEPTHWISE,
     DOT,
+    FORWARD,
     IMPLICIT_GEMM,
+    INPUT_GRADIENT,
     NOTHING,
     OWN_RULE,
     STEM,
+    WEIGHT_GRADIENT,
     DepthwiseGradWeight,
     FilterNorm,
     Norms,
@@ -35,6 +38,7 @@ from dcconv.passes.records import (
     Parameters,
     functions,
 )
+from dcconv.tracing import asked_once
 
 # Groups of fewer channels are the depthwise kernel's.
 SMALL_GROUP = 8
@@ -52,14 +56,10 @@ GEMM_DTYPES = (torch.bfloat16, torch.float16)
 # Tensor cores for both 16-bit types, asynchronous copies, shared memory beyond 96 KiB.
 CAPABILITY = (8, 0)
 
-_capabilities: dict[int, tuple[int, int]] = {}
 
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _capability(index: int) -> tuple[int, int]:
-    if index not in _capabilities:
-        _capabilities[index] = torch.cuda.get_device_capability(index)
-    return _capabilities[index]
+    return torch.cuda.get_device_capability(index)
 
 
 def kernel_of(weight: Tensor, problem: Problem) -> str:
@@ -114,43 +114,25 @@ def _why_not_stem(weight: Tensor) -> str | None:
     return None
 
 
-def why_not(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the forward pass of a call can run, else one sentence why not."""
-    reason = _why_not_any(operands.x, problem)
+def why_not(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
+    """Return None if a direction of a call has a kernel of its own, else one sentence why not."""
+    x, weight, groups = operands.x, operands.weight, problem.window.groups
+    reason = _why_not_any(x, problem)
     if reason is not None:
         return reason
-    kernel = kernel_of(operands.weight, problem)
+    if direction == WEIGHT_GRADIENT:
+        depthwise = weight.shape[1] == 1 and groups > 1
+        return None if depthwise else records.NO_WEIGHT_GRADIENT
+    kernel = kernel_of(weight, problem)
     if kernel == DEPTHWISE:
-        return _why_not_depthwise(operands.x, operands.weight, operands.weight.shape[1])
+        summed = weight.shape[1] if direction == FORWARD else weight.shape[0] // groups
+        return _why_not_depthwise(x, weight, summed)
     if kernel == STEM:
-        return _why_not_stem(operands.weight)
-    return _why_not_gemm(operands.x, operands.weight, problem)
-
-
-def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the gradient of x can be computed, else one sentence why not."""
-    reason = _why_not_any(operands.x, problem)
-    if reason is not None:
-        return reason
-    kernel = kernel_of(operands.weight, problem)
-    if kernel == DEPTHWISE:
-        filters = operands.weight.shape[0] // problem.window.groups
-        return _why_not_depthwise(operands.x, operands.weight, filters)
-    if kernel == STEM:
-        return "the stem kernel has no gradient of the input"
-    if problem.window.stride != (1, 1):
+        forward = direction == FORWARD
+        return _why_not_stem(weight) if forward else "the stem kernel has no gradient of the input"
+    if direction == INPUT_GRADIENT and problem.window.stride != (1, 1):
         return f"the gradient of the input takes stride 1, got {problem.window.stride}"
-    return _why_not_gemm(operands.x, operands.weight, problem)
-
-
-def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
-    reason = _why_not_any(operands.x, problem)
-    if reason is not None:
-        return reason
-    if operands.weight.shape[1] > 1 or problem.window.groups == 1:
-        return "the gradient of the weight is the library's, but for depthwise layers"
-    return None
+    return _why_not_gemm(x, weight, problem)
 
 
 def forward(

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from dcconv.operator.records import Operands, Problem, Window
 
+#: What a call can be asked for.
+DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = DIRECTIONS
+
 #: What backward keeps of the result: y, u, or neither; ``kept_is`` of ops.
 OUTPUT, DOT, NOTHING = "output", "dot", "nothing"
 
@@ -28,6 +32,9 @@ NEEDS_X, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_RADIUS, NEEDS_NORM_MEAN, NEEDS_K = (
 # Bits of the ``sums`` argument: per-filter sums over all positions, of dy g h_rho, dy g h_a,
 # dy h g_k and dy.
 SUM_RHO, SUM_A, SUM_K, SUM_BIAS = (1 << i for i in range(4))
+
+#: Why the gradient of a weight has no kernel of its own.
+NO_WEIGHT_GRADIENT = "the gradient of the weight is the library's, but for depthwise layers"
 
 #: Names of the kernels that take a whole direction in one pass.
 DEPTHWISE, STEM, IMPLICIT_GEMM = "depthwise", "stem", "implicit_gemm"

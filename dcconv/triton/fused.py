@@ -10,7 +10,14 @@ from torch import Tensor
 from dcconv.operator.records import Operands, Problem
 from dcconv.passes import fused
 from dcconv.passes.backward import InputSide
-from dcconv.passes.records import DEPTHWISE, IMPLICIT_GEMM, OWN_RULE
+from dcconv.passes.records import (
+    DEPTHWISE,
+    FORWARD,
+    IMPLICIT_GEMM,
+    NO_WEIGHT_GRADIENT,
+    OWN_RULE,
+    WEIGHT_GRADIENT,
+)
 
 NAMESPACE = "dcconv_triton"
 
@@ -27,36 +34,19 @@ def kernel_of(weight: Tensor, problem: Problem) -> str:
     return DEPTHWISE if problem.window.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
 
 
-def _why_not_any(problem: Problem) -> str | None:
-    return "norm-free operators are one library convolution" if problem.operator.norm_free else None
-
-
-def why_not(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the forward pass of a call can run, else one sentence why not."""
-    return _why_not_any(problem)
-
-
-def why_not_input_gradient(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the gradient of x can be computed, else one sentence why not."""
-    reason = _why_not_any(problem)
-    if reason is not None:
-        return reason
-    if kernel_of(operands.weight, problem) == DEPTHWISE:
+def why_not(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
+    """Return None if a direction of a call has a kernel of its own, else one sentence why not."""
+    window = problem.window
+    if problem.operator.norm_free:
+        return "norm-free operators are one library convolution"
+    if direction == FORWARD or kernel_of(operands.weight, problem) == DEPTHWISE:
         return None
-    if problem.window.padding_mode != "zeros":
-        return f"its kernels pad with zeros, got padding_mode '{problem.window.padding_mode}'"
-    if problem.window.stride != (1, 1):
-        return f"the gradient of the input takes stride 1, got {problem.window.stride}"
-    return None
-
-
-def why_not_weight_gradient(operands: Operands, problem: Problem) -> str | None:
-    """Return None if the gradient of the weight has a kernel of its own, else one sentence."""
-    reason = _why_not_any(problem)
-    if reason is not None:
-        return reason
-    if kernel_of(operands.weight, problem) != DEPTHWISE:
-        return "the gradient of the weight is the library's, but for depthwise layers"
+    if direction == WEIGHT_GRADIENT:
+        return NO_WEIGHT_GRADIENT
+    if window.padding_mode != "zeros":
+        return f"its kernels pad with zeros, got padding_mode '{window.padding_mode}'"
+    if window.stride != (1, 1):
+        return f"the gradient of the input takes stride 1, got {window.stride}"
     return None
 
 

@@ -23,6 +23,7 @@ from dcconv.call.saved import kept
 from dcconv.operator import numerics, reference
 from dcconv.operator.functions import angulars, magnitudes
 from dcconv.passes import backward, ops
+from dcconv.tracing import asked_once
 
 MODULES: tuple[dict[str, Any], ...] = (
     {},
@@ -590,8 +591,9 @@ def test_tf32_widens_the_floor_of_the_angle(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_questions_to_the_gpu_are_traceable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "_gpus", {3: "a test says so"})
-    monkeypatch.setattr(backward, "_multiprocessors", {3: 132})
+    counts = {3: 132}
+    monkeypatch.setattr(refusals, "_why_not_gpu", asked_once(lambda index: "a test says so"))
+    monkeypatch.setattr(backward, "_multiprocessors_of", asked_once(counts.pop))
     torch._dynamo.reset()
 
     def ask(x: torch.Tensor) -> tuple[Any, ...]:
@@ -599,7 +601,7 @@ def test_questions_to_the_gpu_are_traceable(monkeypatch: pytest.MonkeyPatch) -> 
         return x + backward._multiprocessors_of(3), *answers
 
     got, *answers = torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(()))
-    assert int(got) == 132
+    assert int(got) == 132 and backward._multiprocessors_of(3) == 132
     assert answers == ["a test says so", numerics.tf32_convolutions()]
 
 

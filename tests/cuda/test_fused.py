@@ -27,6 +27,7 @@ from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import Problem
 from dcconv.passes import fused
 from dcconv.passes.backward import partial_rows
+from dcconv.passes.records import INPUT_GRADIENT, WEIGHT_GRADIENT
 
 NORMS = ("batch", "given", "none")
 HALF = (torch.bfloat16, torch.float16)
@@ -390,8 +391,8 @@ def refusals(
     operands, problem, _ = check_call(**tensors, **call)
     return (
         fused.why_not(operands, problem),
-        fused.why_not_input_gradient(operands, problem),
-        fused.why_not_weight_gradient(operands, problem),
+        fused.why_not(operands, problem, INPUT_GRADIENT),
+        fused.why_not(operands, problem, WEIGHT_GRADIENT),
     )
 
 
@@ -465,7 +466,7 @@ def test_views_at_any_address_are_taken(name: str) -> None:
     moved = Inputs(inputs.tensors | {name: shifted(inputs.tensors[name], 1)}, inputs.options)
     operands, problem, _ = check_call(**moved.tensors, **moved.options)
     assert fused.why_not(operands, problem) is None
-    assert fused.why_not_input_gradient(operands, problem) is None
+    assert fused.why_not(operands, problem, INPUT_GRADIENT) is None
     compare(GEMM[4], "both", moved)
 
 
@@ -510,7 +511,7 @@ def test_strategies_ask_for_no_address() -> None:
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_capabilities", {0: (7, 5), 1: (8, 0)})
+    monkeypatch.setattr(fused, "_capability", {0: (7, 5), 1: (8, 0)}.get)
 
     class OnGpu:
         def __init__(self, index: int) -> None:

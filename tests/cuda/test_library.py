@@ -485,7 +485,7 @@ def test_partial_rows_follow_the_problem_and_the_device(monkeypatch: pytest.Monk
     assert backward.partial_rows(x, 10**6, 100, True) == 8
     assert backward.partial_rows(x, 10**6, 4, False) == 2
     assert backward.partial_rows(x, 10**6, 100, False) == 1
-    monkeypatch.setattr(backward, "_multiprocessors", {3: 132})
+    monkeypatch.setattr(backward, "_multiprocessors_of", {3: 132}.get)
 
     class OnGpu(NamedDevice):
         device = torch.device("cuda", 3)

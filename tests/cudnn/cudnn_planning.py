@@ -26,7 +26,7 @@ from cases import IN_STEPS
 from dcconv.cudnn import ops as cudnn_ops
 from dcconv.cudnn.epilogue import Form
 from dcconv.cudnn.ops import GraphKey
-from dcconv.operator.records import is_norm_free
+from dcconv.operator.records import Window, is_norm_free
 
 # An H100 in the words of cuDNN's device descriptor.
 DEVICE: dict[str, Any] = {
@@ -97,7 +97,8 @@ def stand_in_driver(folder: Path) -> str | None:
     return None
 
 
-LAYER = GraphKey(0, torch.bfloat16, (8, 64, 14, 14), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), None)
+WINDOW = Window(padding=(1, 1, 1, 1))
+LAYER = GraphKey(0, torch.bfloat16, (8, 64, 14, 14), (64, 64, 3, 3), WINDOW, None)
 DEFAULT = Form("tanh", "cosine", "none", scaled_radius=True)
 
 

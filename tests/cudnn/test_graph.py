@@ -37,7 +37,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcconv import native, warn
+from dcconv import native, tracing, warn
 from dcconv.call import saved
 from dcconv.cudnn import epilogue, graph
 from dcconv.cudnn import ops as cudnn_ops
@@ -46,10 +46,10 @@ from dcconv.cudnn.ops import GraphKey
 from dcconv.operator.functions import weightings
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
-from dcconv.operator.records import NORM_BATCH, Operands, Problem
+from dcconv.operator.records import NORM_BATCH, Operands, Problem, Window
 from dcconv.passes import backward, library, records
 from dcconv.passes.backward import InputSide
-from dcconv.passes.records import Taps
+from dcconv.passes.records import FORWARD, INPUT_GRADIENT, Taps
 
 STREAM = 1234
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +58,9 @@ EXPRESSIBLE = [
     for case in CASES
     if case.groups == 1 and case.n and case.padding_mode == "zeros" and case.padding != "same"
 ]
+
+
+why_not_installed = cudnn_ops.why_not_installed
 
 
 class World(SimpleNamespace):
@@ -74,8 +77,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         pytest.skip(native.missing)
     world = World(frontend=Frontend(STREAM), capturing=False)
     monkeypatch.setattr(cudnn_ops, "_frontend", world.frontend)
-    monkeypatch.setattr(cudnn_ops, "_missing", None)
-    monkeypatch.setattr(cudnn_ops, "_looked", True)
+    monkeypatch.setattr(cudnn_ops, "why_not_installed", lambda: None)
     monkeypatch.setattr(cudnn_ops, "_compiled", {})
     monkeypatch.setattr(cudnn_ops, "_captured", {})
     monkeypatch.setattr(warn, "_said", set())
@@ -278,7 +280,8 @@ def test_graphs_are_built_once_per_key(world: World) -> None:
 
 
 def test_key_tells_devices_and_directions_apart() -> None:
-    key = GraphKey(0, torch.bfloat16, (1, 8, 4, 5), (16, 8, 3, 3), (2, 1), (1, 0), (1, 2), None)
+    window = Window((2, 1), (1, 1, 0, 0), (1, 2))
+    key = GraphKey(0, torch.bfloat16, (1, 8, 4, 5), (16, 8, 3, 3), window, None)
     assert key.u == (1, 16, 2, 1)
     keys = {key, key._replace(device=1), key._replace(operator=Form("tanh", "cosine", "none"))}
     assert len(keys) == 3
@@ -451,7 +454,7 @@ def test_flops_are_those_of_the_convolutions(world: World) -> None:
 
 def test_graph_compiles_as_one_graph(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(graph, "_gpus", {})
+    monkeypatch.setattr(tracing, "_answers", {})
     graphs: list[torch.fx.GraphModule] = []
 
     def keep_graph(module: torch.fx.GraphModule, example: list[Any]) -> Any:
@@ -494,12 +497,12 @@ def refused(
         x = torch.empty(2, channels, 5, 5, dtype=dtype, device=device, memory_format=layout)
         weight = torch.empty(filters, channels, 3, 3, dtype=dtype, device=device)
         operands = Operands(x, weight, None, None, None, None)
-        predicate = graph.why_not_input_gradient if gradient else graph.why_not
-        return predicate(operands, problem or Problem())
+        direction = INPUT_GRADIENT if gradient else FORWARD
+        return graph.why_not(operands, problem or Problem(), direction)
 
 
 def test_predicates_say_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_gpus", {0: None})
+    monkeypatch.setattr(graph, "_why_not_gpu", lambda index: None)
     assert refused() is None
     assert refused(gradient=True) is None
     assert refused(dtype=torch.float16, gradient=True) is None
@@ -531,7 +534,7 @@ def test_old_gpus_are_refused(
     world: World,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(graph, "_gpus", {})
+    monkeypatch.setattr(tracing, "_answers", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     assert refused() == sentence
 
@@ -560,8 +563,9 @@ def broken(message: str) -> Any:
 def test_missing_and_old_packages_are_named(
     module: Any, sentence: str | None, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "_gpus", {0: None})
-    monkeypatch.setattr(cudnn_ops, "_looked", False)
+    monkeypatch.setattr(graph, "_why_not_gpu", lambda index: None)
+    monkeypatch.setattr(cudnn_ops, "why_not_installed", why_not_installed)
+    monkeypatch.setattr(tracing, "_answers", {})
     monkeypatch.setitem(sys.modules, "cudnn", module)
     assert refused() == sentence
     monkeypatch.delitem(sys.modules, "cudnn")  # looked for once
@@ -572,8 +576,9 @@ def test_a_package_that_does_not_load_is_named(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "cudnn.py").write_text("raise OSError('libcudnn.so: no such file')\n")
-    monkeypatch.setattr(graph, "_gpus", {0: None})
-    monkeypatch.setattr(cudnn_ops, "_looked", False)
+    monkeypatch.setattr(graph, "_why_not_gpu", lambda index: None)
+    monkeypatch.setattr(cudnn_ops, "why_not_installed", why_not_installed)
+    monkeypatch.setattr(tracing, "_answers", {})
     monkeypatch.delitem(sys.modules, "cudnn", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     assert refused() == (
@@ -648,7 +653,7 @@ def test_graphs_agree_with_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
             device="cuda",
         )
         operands, problem = prepare(inputs)
-        reason = graph.why_not_input_gradient(operands, problem)
+        reason = graph.why_not(operands, problem, INPUT_GRADIENT)
         if cudnn_ops.why_not_installed() is not None:
             pytest.skip(str(reason))
         if problem.operator.norm_free:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import dcconv
-from dcconv import DecoupledConv2d, backends, native, warn
+from dcconv import DecoupledConv2d, backends, native, tracing, warn
 from dcconv.call import refusals
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.operator import functions
@@ -1112,7 +1112,7 @@ def test_gpu_without_code_is_refused(
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability
     )
-    monkeypatch.setattr(refusals, "_gpus", {})
+    monkeypatch.setattr(tracing, "_answers", {})
     known = ", ".join((archs or "none").replace(";", " ").split())
     sentence = f"this GPU is sm_{capability[0]}{capability[1]}; the library has code for {known}"
     with FakeTensorMode():
@@ -1137,7 +1137,7 @@ def test_cuda_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda_missing", lambda: "a test says so")
     assert record.why_not(call) == "a test says so"
     monkeypatch.setattr(native, "cuda_missing", lambda: None)
-    monkeypatch.setattr(refusals, "_gpus", {0: None})
+    monkeypatch.setattr(refusals, "_why_not_gpu", lambda index: None)
     assert record.why_not(call) is None
     sentence = "torch.func transforms and forward-mode derivatives need plain PyTorch operations"
     assert record.why_not(call._replace(transformed=True)) == sentence

@@ -109,8 +109,8 @@ def test_the_cuda_backends_would_refuse_it(
 ) -> None:
     """Asked of a GPU that is not there."""
     monkeypatch.setattr(native, "cuda_missing", lambda: None)
-    monkeypatch.setattr(refusals, "_gpus", {0: None})
-    monkeypatch.setattr(refusals, "_kernels", {0: None})
+    monkeypatch.setattr(refusals, "_why_not_gpu", lambda index: None)
+    monkeypatch.setattr(refusals, "_why_not_kernels", lambda index: None)
     asked = backends.Call("cuda", torch.float32, False, 0, (magnitude, angular, "none"))
     cuda, triton, *_ = backends._BACKENDS
     assert cuda.why_not(asked) == sentence(magnitude, angular)

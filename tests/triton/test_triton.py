@@ -22,12 +22,12 @@ from cases import (
 from library_model import implementations
 from triton_checks.worker import Worker
 
-from dcconv import backends
+from dcconv import backends, tracing
 from dcconv.call import refusals
 from dcconv.operator.functions import angulars, magnitudes
 from dcconv.operator.records import Operands, Problem
 from dcconv.passes import records
-from dcconv.passes.records import OWN_RULE
+from dcconv.passes.records import DIRECTIONS, OWN_RULE
 from dcconv.triton import environment
 from dcconv.triton import fused as triton_fused
 from dcconv.triton.tiles import TILES, Gpu, Product, own_rule, worthwhile
@@ -228,12 +228,7 @@ def test_what_fused_takes() -> None:
 
     def reasons(weight: torch.Tensor, problem: Problem) -> list[str | None]:
         operands = Operands(x, weight, None, None, None, None)
-        predicates = (
-            triton_fused.why_not,
-            triton_fused.why_not_input_gradient,
-            triton_fused.why_not_weight_gradient,
-        )
-        return [predicate(operands, problem) for predicate in predicates]
+        return [triton_fused.why_not(operands, problem, direction) for direction in DIRECTIONS]
 
     norm_free = "norm-free operators are one library convolution"
     librarys = "the gradient of the weight is the library's, but for depthwise layers"
@@ -362,7 +357,7 @@ def test_interpreted_kernels_run_only_where_they_are_named(interpreter: Worker) 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     def sentence(dtype: torch.dtype = torch.float32, index: int = 0) -> str | None:
-        monkeypatch.setattr(refusals, "_kernels", {})
+        monkeypatch.setattr(tracing, "_answers", {})
         return refusals.triton(backends.Call("cuda", dtype, False, index))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -378,7 +373,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_willing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "_kernels", {})
+    monkeypatch.setattr(tracing, "_answers", {})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     for transformed, want in ((False, type(None)), (True, str)):

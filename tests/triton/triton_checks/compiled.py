@@ -419,7 +419,7 @@ def traced(strategy: str, depthwise: bool = False) -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
     ops_library.on_device = ops_fused.on_device = lambda t: nullcontext()
-    backward._multiprocessors[0] = 132
+    backward._multiprocessors_of = lambda index: 132
     gemm_tiles._gpus[0] = GPUS["sm_90"]
     forward = partial(library.forward, namespace=NAMESPACE)
     gradients: tuple[Any, ...] = ()

@@ -11,7 +11,7 @@ from torch import Tensor
 from dcconv.call import autograd
 from dcconv.call.autograd import Chosen
 from dcconv.call.saved import kept
-from dcconv.passes.records import OWN_RULE
+from dcconv.passes.records import INPUT_GRADIENT, OWN_RULE, WEIGHT_GRADIENT
 from dcconv.triton import fused as triton_fused
 
 
@@ -26,8 +26,8 @@ def fused_conv2d(
 ) -> Tensor:
     """Run the operator in one pass with a tile, in every direction that has one."""
     operands, problem, _ = check_call(x, weight, bias, keep=keep, **options)
-    takes_x = triton_fused.why_not_input_gradient(operands, problem) is None
-    takes_weight = triton_fused.why_not_weight_gradient(operands, problem) is None
+    takes_x = triton_fused.why_not(operands, problem, INPUT_GRADIENT) is None
+    takes_weight = triton_fused.why_not(operands, problem, WEIGHT_GRADIENT) is None
     chosen = Chosen(
         partial(triton_fused.forward, tile=tile),
         triton_fused.NAMESPACE,
