@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from dcconv.call.key import DIRECTIONS, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from dcconv.call.measure.stopwatch import Stopwatch, compare, cuda_events
 from dcconv.call.measure.tables import Cache, Table, Times, read, shipped
 from dcconv.call.rule import FUSED, GRAPH, LIBRARY, STRATEGIES, fastest, rule
-from dcconv.call.saved import DOT
+from dcconv.call.saved import DOT, NOTHING
 from dcconv.operator.checks import value_error
 from dcconv.operator.layout import memory_format
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
@@ -43,6 +44,29 @@ class Allowed(NamedTuple):
     names: str = ",".join(STRATEGIES)
     input_gradient: str | None = None
     weight_gradient: str | None = None
+
+
+class Question(NamedTuple):
+    """One call to choose for.
+
+    Attributes:
+        backend: its name.
+        operands, problem: the call.
+        kept: what its backward keeps.
+        benchmark: whether to measure what is not known, and to tune what runs.
+        setting: what is allowed, read once: other threads may change it meanwhile.
+    """
+
+    backend: str
+    operands: Operands
+    problem: Problem
+    kept: str
+    benchmark: bool
+    setting: Allowed
+
+    def key(self, direction: str) -> Key:
+        """Return the key of a direction."""
+        return key_of(self.backend, self.operands, self.problem, self.kept, direction)
 
 
 class Decision(NamedTuple):
@@ -226,11 +250,10 @@ def _allowed_names(direction: str, setting: Allowed) -> tuple[str, ...]:
     return found if direction == FORWARD else (LIBRARY, *found)
 
 
-def _reasons(
-    backend: str, operands: Operands, problem: Problem, direction: str, setting: Allowed
-) -> dict[str, str | None]:
+def _reasons(question: Question, direction: str) -> dict[str, str | None]:
     """Return by allowed strategy why it refuses a direction of a call, None if it does not."""
-    allowed = _allowed_names(direction, setting)
+    backend, operands, problem, *_ = question
+    allowed = _allowed_names(direction, question.setting)
     rows = implementations.rows[backend, direction]
     return {
         name: rows[name].why_not(operands, problem)
@@ -241,10 +264,8 @@ def _reasons(
     }
 
 
-def _willing(
-    backend: str, operands: Operands, problem: Problem, direction: str, setting: Allowed
-) -> tuple[str, ...]:
-    reasons = _reasons(backend, operands, problem, direction, setting)
+def _willing(question: Question, direction: str) -> tuple[str, ...]:
+    reasons = _reasons(question, direction)
     willing = tuple([name for name, reason in reasons.items() if reason is None])
     if not willing:
         said = "; ".join([f"{name}: {reason}" for name, reason in reasons.items()])
@@ -318,28 +339,27 @@ def _scratch(t: Tensor | None) -> Tensor | None:
     return t.detach().clone(memory_format=layout)
 
 
-def _runs(
-    operands: Operands, problem: Problem, kept: str, key: Key, willing: Sequence[str]
-) -> dict[str, Any]:
+def _runs(question: Question, direction: str, willing: Sequence[str]) -> dict[str, Any]:
     """Return by strategy a function that runs a direction, on copies of the call's tensors."""
-    rows = implementations.rows[key.backend, key.direction]
+    backend, operands, problem, kept, *_ = question
+    rows = implementations.rows[backend, direction]
     runs = {name: rows[name].run_as(True) for name in willing}
     operands = Operands._make(_scratch(t) for t in operands)
-    if key.direction == FORWARD:
-        return {name: lambda run=run: run(operands, problem, kept) for name, run in runs.items()}
-    layout = memory_format(operands.x, operands.weight)
-    x = operands.x.contiguous(memory_format=layout)
-    weight = operands.weight.contiguous(memory_format=memory_format(operands.weight))
-    # Of the right shapes, layouts and magnitudes.
-    namespace = implementations.backends[key.backend].namespace
-    assert namespace is not None
-    _, norm_map, _, grad_u, _ = library.forward(operands, problem, DOT, namespace)
-    if key.direction == WEIGHT_GRADIENT:
-        return {name: lambda run=run: run(grad_u, x, weight, problem) for name, run in runs.items()}
-    barrier = problem.norm == NORM_BATCH and problem.norm_grad
-    sigma = norm_map.new_ones(()) if barrier else None
-    side = InputSide(grad_u, x, weight, Taps(norm_map, norm_map, sigma))
-    return {name: lambda run=run: run(side, problem) for name, run in runs.items()}
+    arguments: tuple[Any, ...] = (operands, problem, kept)
+    if direction != FORWARD:
+        layout = memory_format(operands.x, operands.weight)
+        x = operands.x.contiguous(memory_format=layout)
+        weight = operands.weight.contiguous(memory_format=memory_format(operands.weight))
+        # Of the right shapes, layouts and magnitudes.
+        namespace = implementations.backends[backend].namespace
+        assert namespace is not None
+        _, norm_map, _, grad_u, _ = library.forward(operands, problem, DOT, namespace)
+        barrier = problem.norm == NORM_BATCH and problem.norm_grad
+        sigma = norm_map.new_ones(()) if barrier else None
+        side = InputSide(grad_u, x, weight, Taps(norm_map, norm_map, sigma))
+        gradient_of_x = direction == INPUT_GRADIENT
+        arguments = (side, problem) if gradient_of_x else (*side[:3], problem)
+    return {name: partial(run, *arguments) for name, run in runs.items()}
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -355,17 +375,15 @@ def _may_measure(x: Tensor) -> bool:
         return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _measure(
-    operands: Operands, problem: Problem, kept: str, key: Key, willing: Sequence[str]
-) -> None:
+def _measure(question: Question, key: Key, willing: Sequence[str]) -> None:
     """Time the willing strategies of one direction and remember it; the lock is held."""
     with (
-        _on_device(operands.x),
+        _on_device(question.operands.x),
         torch.no_grad(),
         torch.profiler.record_function("dcconv: measuring strategies"),
     ):
         try:
-            times = compare(_runs(operands, problem, kept, key, willing), stopwatch)
+            times = compare(_runs(question, key.direction, willing), stopwatch)
         except RuntimeError as error:
             if not isinstance(native.as_pytorch(error), torch.OutOfMemoryError):
                 raise
@@ -408,47 +426,19 @@ def choose(
         benchmark: whether to measure what is not known, and to tune what runs.
     """
     x, weight, bias, radius, norm_mean, k = operands
-    device = x.device
-    benchmark = benchmark and _measures(device.type)
-    # Read once: other threads may change it meanwhile.
-    setting = _setting()
-    if torch.compiler.is_compiling():
-        wanted = _wanted(backward)
-        names = [
-            _decided_name(
-                tuple(key_of(backend, operands, problem, kept, direction)),
-                _willing(backend, operands, problem, direction, setting),
-                benchmark,
-            )
-            if direction in wanted
-            else LIBRARY
-            for direction in DIRECTIONS
-        ]
-        return _functions(backend, names, benchmark)
-    if not (_plain(x) and _plain(weight)):
-        return _choose(backend, operands, problem, kept, backward, benchmark, setting)[0]
-    facts = (
-        backend,
-        x.shape,
-        x.stride(),
-        x.dtype,
-        device,
-        weight.shape,
-        weight.stride(),
-        bias is None,
-        _dimensions(radius),
-        _dimensions(norm_mean),
-        _dimensions(k),
-        problem,
-        kept,
-        backward,
-        benchmark,
-        setting,
-    )
+    benchmark = benchmark and _measures(x.device.type)
+    question = Question(backend, operands, problem, kept, benchmark, _setting())
+    if torch.compiler.is_compiling() or not (_plain(x) and _plain(weight)):
+        return _choose(question, backward)[0]
+    images = (x.shape, x.stride(), x.dtype, x.device)
+    filters = (weight.shape, weight.stride(), bias is None)
+    numbers = (_dimensions(radius), _dimensions(norm_mean), _dimensions(k))
+    said = (problem, kept, backward, benchmark, question.setting)
+    facts = (backend, *images, *filters, *numbers, *said)
     choices = _choices
     found = choices.get(facts)
     if found is None:
-        found, final = _choose(backend, operands, problem, kept, backward, benchmark, setting)
+        found, final = _choose(question, backward)
         if final:
             if len(choices) >= _MOST_CHOICES:
                 choices.clear()
@@ -457,42 +447,32 @@ def choose(
 
 
 def _wanted(backward: int) -> tuple[str, ...]:
-    wanted: tuple[str, ...] = (FORWARD,)
-    if backward & records.NEEDS_X:
-        wanted = (*wanted, INPUT_GRADIENT)
-    if backward & records.NEEDS_WEIGHT:
-        wanted = (*wanted, WEIGHT_GRADIENT)
-    return wanted
+    bits = ((INPUT_GRADIENT, records.NEEDS_X), (WEIGHT_GRADIENT, records.NEEDS_WEIGHT))
+    return FORWARD, *[direction for direction, bit in bits if backward & bit]
 
 
-def _choose(
-    backend: str,
-    operands: Operands,
-    problem: Problem,
-    kept: str,
-    backward: int,
-    benchmark: bool,
-    setting: Allowed,
-) -> tuple[Chosen, bool]:
+def _choose(question: Question, backward: int) -> tuple[Chosen, bool]:
     """Return what computes a call, and whether the choice stands, so that it is not made again.
 
     It does not where the strategies should have been measured but cannot be now.
     """
-    names, final = [], True
+    benchmark, names, final = question.benchmark, [], True
     for direction in DIRECTIONS:
         name = LIBRARY
         if direction in _wanted(backward):
-            willing = _willing(backend, operands, problem, direction, setting)
-            key = key_of(backend, operands, problem, kept, direction)
-            with _lock:
-                if benchmark and _lacks_times(key, willing):
-                    if _may_measure(operands.x):
-                        _measure(operands, problem, kept, key, willing)
-                    else:
-                        final = False
-                name = decide(key, willing, benchmark).strategy
+            willing, key = _willing(question, direction), question.key(direction)
+            if torch.compiler.is_compiling():
+                name = _decided_name(tuple(key), willing, benchmark)
+            else:
+                with _lock:
+                    if benchmark and _lacks_times(key, willing):
+                        if _may_measure(question.operands.x):
+                            _measure(question, key, willing)
+                        else:
+                            final = False
+                    name = decide(key, willing, benchmark).strategy
         names.append(name)
-    return _functions(backend, names, benchmark), final
+    return _functions(question.backend, names, benchmark), final
 
 
 def _lacks_times(key: Key, willing: Sequence[str]) -> bool:
@@ -517,13 +497,13 @@ def force(operands: Operands, problem: Problem, backward: int | None) -> Chosen 
     """
     if not (_plain(operands.x) and _plain(operands.weight)):
         return None
-    setting = _setting()
-    forward = _forced_name(_willing(CPU, operands, problem, FORWARD, setting))
+    question = Question(CPU, operands, problem, NOTHING, False, _setting())
+    forward = _forced_name(_willing(question, FORWARD))
     gradient = cpu.AUTO
     if backward is not None:
         # Also where neither of the two is wanted: the op is the same.
         directions = _wanted(backward)[1:] or DIRECTIONS[1:]
-        willing = [_willing(CPU, operands, problem, name, setting) for name in directions]
+        willing = [_willing(question, name) for name in directions]
         both = [name for name in willing[0] if name in willing[-1]]
         if not both:
             raise NotImplementedError(
@@ -541,22 +521,14 @@ def _forced_name(willing: Sequence[str]) -> str:
     return willing[0] if len(willing) == 1 else cpu.AUTO
 
 
-def _decided(
-    backend: str,
-    operands: Operands,
-    problem: Problem,
-    kept: str,
-    direction: str,
-    willing: Sequence[str],
-    benchmark: bool,
-) -> Decision:
+def _decided(question: Question, direction: str, willing: Sequence[str]) -> Decision:
     """Return the choice of one direction for the report, without measuring."""
-    if implementations.backends[backend].prefers_fused is not None:
+    if implementations.backends[question.backend].prefers_fused is not None:
         with _lock:
-            return decide(key_of(backend, operands, problem, kept, direction), willing, benchmark)
+            return decide(question.key(direction), willing, question.benchmark)
     if len(willing) == 1:
         return Decision(willing[0], ONLY_ONE, {})
-    return Decision(cpu.taken(operands, problem, direction), BY_RULE, {})
+    return Decision(cpu.taken(question.operands, question.problem, direction), BY_RULE, {})
 
 
 def describe(
@@ -564,17 +536,15 @@ def describe(
 ) -> list[str]:
     """Return lines for the report: by direction the choice, and each strategy's time or refusal."""
     benchmark = benchmark and _measures(operands.x.device.type)
-    setting = _setting()
+    question = Question(backend, operands, problem, kept, benchmark, _setting())
     lines = []
     for direction in DIRECTIONS:
         title = direction.replace("_", " ")
-        reasons = _reasons(backend, operands, problem, direction, setting)
+        reasons = _reasons(question, direction)
         willing = tuple(name for name, reason in reasons.items() if reason is None)
         times: Times = {}
         if willing:
-            name, source, times = _decided(
-                backend, operands, problem, kept, direction, willing, benchmark
-            )
+            name, source, times = _decided(question, direction, willing)
             lines.append(f"{title}: {name} ({TITLES[name]}; {source})")
         else:
             lines.append(f"{title}: no allowed strategy runs it")

@@ -1232,8 +1232,8 @@ def test_passes_around_a_choice_are_the_backends(
         return (torch.zeros(1),) * 5
 
     monkeypatch.setattr(library, "forward", forward)
-    key = key_of(name, checked, problem, "output", INPUT_GRADIENT)
-    assert list(strategy._runs(checked, problem, "output", key, ("library",))) == ["library"]
+    question = strategy.Question(name, checked, problem, "output", False, strategy.EVERY)
+    assert list(strategy._runs(question, INPUT_GRADIENT, ("library",))) == ["library"]
     assert seen == [(namespace,)]
 
 
