@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import custom_op, triton_op, wrap_triton
 
 from dcconv.passes.op import Op, Record, Result
 from dcconv.triton.environment import INTERPRETED
@@ -71,9 +71,9 @@ class Tiling(NamedTuple):
         return self.chunks * self.group_chunks
 
     @property
-    def grid(self) -> tuple[Any]:
-        """One program per tile."""
-        return (self.tiles * self.all_chunks,)
+    def programs(self) -> Any:
+        """One per tile."""
+        return self.tiles * self.all_chunks
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -116,15 +116,37 @@ def gradient_tiling(
     return tiling(images, pixels, channels, groups, last, elements)
 
 
-def filter_tile(size: int) -> tuple[int, int]:
-    """Return how many filters of a size, and how many of their elements, a program takes."""
+class FilterTiling(NamedTuple):
+    """A cover of filters, of a size each, by programs; FILTERS and BLOCK of its kernels."""
+
+    filters: int
+    size: int
+    programs: int
+    constants: dict[str, int]
+
+
+def filter_tiling(weight: Tensor) -> FilterTiling:
+    """Return the cover of a weight: whole filters or, of long ones, one after another."""
+    filters, size = weight.shape[0], weight.shape[1] * weight.shape[2] * weight.shape[3]
     block = min(power_of_two_at_least(size), FILTER_ELEMENTS)
-    return FILTER_ELEMENTS // block, block
+    together = FILTER_ELEMENTS // block
+    constants = {"FILTERS": together, "BLOCK": block}
+    return FilterTiling(filters, size, blocks(filters, together), constants)
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which kernels are launched on the tensor's device."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def launch(kernel: Any, programs: Any) -> Callable[..., None]:
+    """Return the function that launches a kernel, on the device of its first argument."""
+
+    def run(*arguments: Any, **constants: Any) -> None:
+        with on_device(arguments[0]):
+            wrap_triton(kernel)[(programs,)](*arguments, **constants)
+
+    return run
 
 
 #: Names of the registered ops.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from dcconv.operator import checks
 from dcconv.operator.numerics import RHO_FLOOR
@@ -28,7 +27,7 @@ from dcconv.triton.kernels.depthwise_grad_input import depthwise_grad_input_kern
 from dcconv.triton.kernels.depthwise_grad_weight import depthwise_grad_weight_kernel
 from dcconv.triton.kernels.implicit_gemm import implicit_gemm_kernel
 from dcconv.triton.kernels.implicit_gemm_grad_input import implicit_gemm_grad_input_kernel
-from dcconv.triton.launch import blocks, gradient_tiling, on_device, op, tiling
+from dcconv.triton.launch import blocks, gradient_tiling, launch, on_device, op, tiling
 from dcconv.triton.operands import (
     dense,
     dense_parameters,
@@ -73,14 +72,13 @@ def _launch(
         "UPCASTS": INTERPRETED and x.dtype == torch.bfloat16,
     }
     gpu = gpu_of(x)
-    with on_device(x):
-        if number == AUTOTUNED:
+    if number == AUTOTUNED:
+        with on_device(x):
             number = tuned(kernel, arguments, constants, product, gpu, x)
-        tile = tile_of(number, product, gpu)
-        constants |= {"P": tile.positions, "LANES": tile.lanes, "DEPTH": tile.depth}
-        wrap_triton(kernel)[(programs(tile, product),)](
-            *arguments, 0, num_warps=tile.warps, num_stages=tile.stages, **constants
-        )
+    tile = tile_of(number, product, gpu)
+    constants |= {"P": tile.positions, "LANES": tile.lanes, "DEPTH": tile.depth}
+    constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch(kernel, programs(tile, product))(*arguments, 0, **constants)
 
 
 @op(ops.conv2d_one_pass)
@@ -117,8 +115,7 @@ def conv2d_one_pass(call: OnePass) -> ops.Three:
         return y, norm_map, dot
     tiles = tiling(n, p * q, filters, groups, call.channels_last)
     constants |= {"MAP_IS_NORM": call.map_is_norm, **tiles.constants}
-    with on_device(x):
-        wrap_triton(depthwise_kernel)[tiles.grid](*tensors, *tiles.sizes, *numbers, **constants)
+    launch(depthwise_kernel, tiles.programs)(*tensors, *tiles.sizes, *numbers, **constants)
     return y, norm_map, dot
 
 
@@ -128,15 +125,14 @@ def _depthwise_grad_input(call: OnePassGradInput, grad_x: Tensor) -> None:
     t, norm_map, sigma = call.taps
     row_slots, column_slots = slots(window)
     tiles = gradient_tiling(n, h * w, groups, groups, call.channels_last, x.element_size())
-    with on_device(x):
-        wrap_triton(depthwise_grad_input_kernel)[tiles.grid](
-            *(call.grad_u, weight, x, t, norm_map, dense(sigma, t), grad_x),
-            *(n, h * w, groups, weight.shape[0] // groups, tiles.chunks, tiles.all_chunks),
-            *(h, w, p, q, *edges(window), row_slots * column_slots, column_slots),
-            WITH_MEAN=sigma is not None,
-            **window_constants(weight.shape[2:], window),
-            **tiles.map_constants,
-        )
+    launch(depthwise_grad_input_kernel, tiles.programs)(
+        *(call.grad_u, weight, x, t, norm_map, dense(sigma, t), grad_x),
+        *(n, h * w, groups, weight.shape[0] // groups, tiles.chunks, tiles.all_chunks),
+        *(h, w, p, q, *edges(window), row_slots * column_slots, column_slots),
+        WITH_MEAN=sigma is not None,
+        **window_constants(weight.shape[2:], window),
+        **tiles.map_constants,
+    )
 
 
 @op(ops.conv2d_one_pass_grad_input)
@@ -179,14 +175,13 @@ def depthwise_grad_weight(call: DepthwiseGradWeight) -> Tensor:
     element_size, last = x.element_size(), call.channels_last
     tiles = gradient_tiling(n, p * q, filters, window.groups, last, element_size)
     parts = call.grad_u.new_empty((1, call.rows, filters * taps), dtype=torch.float32)
-    with on_device(x):
-        wrap_triton(depthwise_grad_weight_kernel)[(call.rows * tiles.all_chunks * tap_blocks,)](
-            *(call.grad_u, x, parts, *tiles.sizes, tiles.tiles, blocks(tiles.tiles, call.rows)),
-            *(x.shape[2], x.shape[3], q, *steps(window), tap_blocks),
-            TAPS=blocks(taps, tap_blocks),
-            **window_constants(call.kernel_size, window),
-            **tiles.constants,
-        )
+    launch(depthwise_grad_weight_kernel, call.rows * tiles.all_chunks * tap_blocks)(
+        *(call.grad_u, x, parts, *tiles.sizes, tiles.tiles, blocks(tiles.tiles, call.rows)),
+        *(x.shape[2], x.shape[3], q, *steps(window), tap_blocks),
+        TAPS=blocks(taps, tap_blocks),
+        **window_constants(call.kernel_size, window),
+        **tiles.constants,
+    )
     # Filters of one channel lie the same way in both layouts.
     column_sums(parts, grad_weight, True)
     return grad_weight

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from dcconv.operator.numerics import RHO_FLOOR
 from dcconv.passes import guards, ops, records
@@ -34,8 +33,8 @@ from dcconv.triton.launch import (
     ELEMENTS,
     GRADIENT_ELEMENTS,
     blocks,
-    filter_tile,
-    on_device,
+    filter_tiling,
+    launch,
     op,
     tiling,
 )
@@ -76,10 +75,9 @@ def _pixel_sumsq(x: Tensor, groups: int, channels_last: bool) -> Tensor:
     sums = x.new_empty(n * groups * h * w, dtype=COMPUTE)
     tiles = tiling(n, h * w, c, groups, channels_last)
     if x.numel() > 0:
-        with on_device(x):
-            wrap_triton(pixel_sumsq_kernel)[(tiles.tiles * tiles.group_chunks,)](
-                *(x, sums, *tiles.sizes[:-1], tiles.group_chunks), **tiles.constants
-            )
+        programs = tiles.tiles * tiles.group_chunks
+        arguments = (x, sums, *tiles.sizes[:-1], tiles.group_chunks)
+        launch(pixel_sumsq_kernel, programs)(*arguments, **tiles.constants)
     return sums
 
 
@@ -94,14 +92,13 @@ def _window_norm(
     programs = tiles.tiles * tiles.group_chunks
     partial = sums.new_empty(programs if wants_sums else 0, dtype=torch.float64)
     if b.numel() > 0:
-        with on_device(sums):
-            wrap_triton(window_norm_kernel)[(programs,)](
-                *(sums, b, partial, n, p * q, groups, tiles.group_chunks),
-                *(h, w, q, *steps(window), call.eps),
-                SUMS=wants_sums,
-                **window_constants(call.kernel_size, window),
-                **tiles.map_constants,
-            )
+        launch(window_norm_kernel, programs)(
+            *(sums, b, partial, n, p * q, groups, tiles.group_chunks),
+            *(h, w, q, *steps(window), call.eps),
+            SUMS=wants_sums,
+            **window_constants(call.kernel_size, window),
+            **tiles.map_constants,
+        )
     return partial
 
 
@@ -118,20 +115,17 @@ def filter_norms(
 ) -> None:
     """Fill the norms of filters and, where they are given, the scaled filters and the mean norm."""
     weight = call.weight
-    filters, size = weight.shape[0], weight.shape[1] * weight.shape[2] * weight.shape[3]
-    per_program, block = filter_tile(size)
+    tiles = filter_tiling(weight)
     tensors = (weight, a, a if scaled is None else scaled)
     means = (a, a) if mean is None else (mean.partial, mean.mean)
     counts = (0, 1) if mean is None else (mean.partial.numel(), mean.norms)
-    with on_device(weight):
-        wrap_triton(filter_norm_kernel)[(blocks(filters, per_program) + int(mean is not None),)](
-            *(*tensors, *means, filters, size, *counts, call.alpha, call.eps),
-            MEAN=mean is not None,
-            SCALES=scaled is not None,
-            DIVIDES=call.divide,
-            FILTERS=per_program,
-            BLOCK=block,
-        )
+    launch(filter_norm_kernel, tiles.programs + int(mean is not None))(
+        *(*tensors, *means, *tiles[:2], *counts, call.alpha, call.eps),
+        MEAN=mean is not None,
+        SCALES=scaled is not None,
+        DIVIDES=call.divide,
+        **tiles.constants,
+    )
 
 
 @op(ops.conv2d_norms)
@@ -160,18 +154,17 @@ def _epilogue(call: Epilogue, y: Tensor, norm_map: Tensor) -> None:
     n, filters, p, q = u.shape
     tiles = tiling(n, p * q, filters, window.groups, call.channels_last)
     if u.numel() > 0:
-        with on_device(u):
-            wrap_triton(epilogue_kernel)[tiles.grid](
-                *(u, y, a, call.map, norm_map, dense(call.bias, a)),
-                *(*dense_parameters(call.parameters, a), *tiles.sizes),
-                *(*call.input_size, q, *steps(window)),
-                *(*call.functions[3:], call.eps, RHO_FLOOR),
-                HAS_BIAS=call.bias is not None,
-                MAP_IS_NORM=call.map_is_norm,
-                **function_constants(call.functions, call.parameters),
-                **window_constants(call.kernel_size, window),
-                **tiles.constants,
-            )
+        launch(epilogue_kernel, tiles.programs)(
+            *(u, y, a, call.map, norm_map, dense(call.bias, a)),
+            *(*dense_parameters(call.parameters, a), *tiles.sizes),
+            *(*call.input_size, q, *steps(window)),
+            *(*call.functions[3:], call.eps, RHO_FLOOR),
+            HAS_BIAS=call.bias is not None,
+            MAP_IS_NORM=call.map_is_norm,
+            **function_constants(call.functions, call.parameters),
+            **window_constants(call.kernel_size, window),
+            **tiles.constants,
+        )
 
 
 @op(ops.conv2d_epilogue)
@@ -209,20 +202,19 @@ def conv2d_grad_dot(call: GradDot) -> ops.Three:
     # Without sums nothing ties a program to a row.
     programs = call.rows if kinds else tiles.tiles
     if grad_y.numel() > 0 or kinds:
-        with on_device(grad_y):
-            wrap_triton(grad_dot_kernel)[(programs * tiles.all_chunks,)](
-                *(grad_y, call.kept, call.norm_map, a, *dense_parameters(call.parameters, a)),
-                *(grad_u, t, parts, *tiles.sizes, tiles.tiles, programs, count),
-                *(*call.functions[3:], call.delta, RHO_FLOOR),
-                FROM_OUTPUT=call.kept_is == records.OUTPUT,
-                WANTS_T=call.wants_t,
-                SUM_RHO=sums & records.SUM_RHO != 0,
-                SUM_A=sums & records.SUM_A != 0,
-                SUM_K=sums & records.SUM_K != 0,
-                SUM_BIAS=sums & records.SUM_BIAS != 0,
-                **function_constants(call.functions, call.parameters),
-                **tiles.constants,
-            )
+        launch(grad_dot_kernel, programs * tiles.all_chunks)(
+            *(grad_y, call.kept, call.norm_map, a, *dense_parameters(call.parameters, a)),
+            *(grad_u, t, parts, *tiles.sizes, tiles.tiles, programs, count),
+            *(*call.functions[3:], call.delta, RHO_FLOOR),
+            FROM_OUTPUT=call.kept_is == records.OUTPUT,
+            WANTS_T=call.wants_t,
+            SUM_RHO=sums & records.SUM_RHO != 0,
+            SUM_A=sums & records.SUM_A != 0,
+            SUM_K=sums & records.SUM_K != 0,
+            SUM_BIAS=sums & records.SUM_BIAS != 0,
+            **function_constants(call.functions, call.parameters),
+            **tiles.constants,
+        )
     if call.wants_t and tiles.chunks > 1:
         chunks = t.view(1, tiles.chunks, count)
         t = a.new_empty(count)
@@ -234,10 +226,15 @@ def column_sums(parts: Tensor, totals: Tensor, wide: bool) -> None:
     """Fill totals, [kinds, count], with sums of [kinds, rows, count], in float64 if ``wide``."""
     kinds, rows, count = parts.shape
     if totals.numel() > 0:
-        with on_device(parts):
-            wrap_triton(column_sums_kernel)[(kinds * blocks(count, SUM_FILTERS),)](
-                parts, totals, rows, count, WIDE=wide, WAYS=SUM_ROWS, BLOCK=SUM_FILTERS
-            )
+        launch(column_sums_kernel, kinds * blocks(count, SUM_FILTERS))(
+            parts,
+            totals,
+            rows,
+            count,
+            WIDE=wide,
+            WAYS=SUM_ROWS,
+            BLOCK=SUM_FILTERS,
+        )
 
 
 @op(ops.conv2d_grad_filters)
@@ -265,21 +262,20 @@ def conv2d_grad_filters(call: GradFilters) -> ops.Six:
     wants_k = bool(needs & records.NEEDS_K) and k is not None
     wants_bias = bool(needs & records.NEEDS_BIAS)
     if wants_radius or wants_mean or wants_k or wants_bias or call.barrier:
-        with on_device(weight):
-            wrap_triton(parameter_grads_kernel)[(1,)](
-                *(total(records.SUM_RHO), total(records.SUM_K), total(records.SUM_BIAS)),
-                *(dense(radius, a), dense(mean, a), *grad_parameters, grad_bias, sigma),
-                *(filters, torch.sym_max(call.map_count, 1), RHO_FLOOR),
-                RADIUS=number_of(radius),
-                HAS_MEAN=mean is not None,
-                CURVATURE=number_of(k) if wants_k else "none",
-                SUM_RHO=sums & records.SUM_RHO != 0,
-                WANTS_RADIUS=wants_radius,
-                WANTS_MEAN=wants_mean,
-                WANTS_BIAS=wants_bias,
-                WANTS_SIGMA=call.barrier,
-                BLOCK=BLOCK,
-            )
+        launch(parameter_grads_kernel, 1)(
+            *(total(records.SUM_RHO), total(records.SUM_K), total(records.SUM_BIAS)),
+            *(dense(radius, a), dense(mean, a), *grad_parameters, grad_bias, sigma),
+            *(filters, torch.sym_max(call.map_count, 1), RHO_FLOOR),
+            RADIUS=number_of(radius),
+            HAS_MEAN=mean is not None,
+            CURVATURE=number_of(k) if wants_k else "none",
+            SUM_RHO=sums & records.SUM_RHO != 0,
+            WANTS_RADIUS=wants_radius,
+            WANTS_MEAN=wants_mean,
+            WANTS_BIAS=wants_bias,
+            WANTS_SIGMA=call.barrier,
+            BLOCK=BLOCK,
+        )
     return grads
 
 
@@ -287,18 +283,15 @@ def _filter_grad(
     call: records.FilterScaleGrad, grad_weight: Tensor, projects: bool, by_a: Tensor | None
 ) -> None:
     weight, a = call.weight, call.a
-    filters, size = weight.shape[0], weight.shape[1] * weight.shape[2] * weight.shape[3]
-    per_program, block = filter_tile(size)
-    with on_device(weight):
-        wrap_triton(filter_grad_kernel)[(blocks(filters, per_program),)](
-            *(call.library_grad, weight, a, dense(by_a, a), grad_weight),
-            *(filters, size, call.alpha),
-            DIVIDES=call.divide,
-            PROJECTS=projects,
-            HAS_A=by_a is not None,
-            FILTERS=per_program,
-            BLOCK=block,
-        )
+    tiles = filter_tiling(weight)
+    launch(filter_grad_kernel, tiles.programs)(
+        *(call.library_grad, weight, a, dense(by_a, a), grad_weight),
+        *(*tiles[:2], call.alpha),
+        DIVIDES=call.divide,
+        PROJECTS=projects,
+        HAS_A=by_a is not None,
+        **tiles.constants,
+    )
 
 
 def _grad_input(call: GradInput, grad_x: Tensor, tap: str, library: str) -> None:
@@ -310,14 +303,13 @@ def _grad_input(call: GradInput, grad_x: Tensor, tap: str, library: str) -> None
         guards.values("norm_map", norm_map, n * window.groups * p * q)
     tiles = tiling(n, h * w, c, window.groups, call.channels_last)
     if x.numel() > 0:
-        with on_device(x):
-            wrap_triton(grad_input_kernel)[tiles.grid](
-                *(call.library_grad, x, t, norm_map, dense(sigma, t), grad_x),
-                *(*tiles.sizes, h, w, p, q, *edges(window), *slots(window)),
-                **{"TAP": tap, "LIBRARY": library},
-                **window_constants(call.kernel_size, window),
-                **tiles.constants,
-            )
+        launch(grad_input_kernel, tiles.programs)(
+            *(call.library_grad, x, t, norm_map, dense(sigma, t), grad_x),
+            *(*tiles.sizes, h, w, p, q, *edges(window), *slots(window)),
+            **{"TAP": tap, "LIBRARY": library},
+            **window_constants(call.kernel_size, window),
+            **tiles.constants,
+        )
 
 
 def _tap(call: GradInput) -> str:

@@ -37,7 +37,7 @@ from dcconv.passes.records import (
     OWN_RULE,
 )
 from dcconv.triton import fused as triton_fused
-from dcconv.triton import ops_fused, ops_library
+from dcconv.triton import launch, ops_fused, ops_library
 from dcconv.triton import tiles as gemm_tiles
 from dcconv.triton.fused import NAMESPACE
 from dcconv.triton.tiles import Gpu
@@ -85,12 +85,12 @@ class Launches:
 
 @contextmanager
 def recorded() -> Iterator[Launches]:
-    real, launches = ops_library.wrap_triton, Launches()
-    ops_library.wrap_triton = ops_fused.wrap_triton = launches
+    real, launches = launch.wrap_triton, Launches()
+    launch.wrap_triton = launches
     try:
         yield launches
     finally:
-        ops_library.wrap_triton = ops_fused.wrap_triton = real
+        launch.wrap_triton = real
 
 
 def call(module: Any, name: str, *arguments: Any) -> Any:
@@ -418,7 +418,7 @@ class NoGpu:
 def traced(strategy: str, depthwise: bool = False) -> dict[str, int]:
     """Count what a compiler sees of forward and backward on a GPU: kernels, not opaque ops."""
     triton.runtime.driver.set_active(NoGpu())
-    ops_library.on_device = ops_fused.on_device = lambda t: nullcontext()
+    launch.on_device = ops_fused.on_device = lambda t: nullcontext()
     backward._multiprocessors_of = lambda index: 132
     gemm_tiles._gpus[0] = GPUS["sm_90"]
     forward = partial(library.forward, namespace=NAMESPACE)
