@@ -18,17 +18,8 @@ from dcconv.cudnn import ops as cudnn_ops
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
-from dcconv.passes import ops
+from dcconv.passes import ops, records
 from dcconv.passes.backward import InputSide
-from dcconv.passes.records import (
-    DOT,
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    Norms,
-    Parameters,
-    functions,
-)
 from dcconv.tracing import asked_once
 
 # Channels and filters come in multiples of this: 16 bytes of half precision.
@@ -46,15 +37,15 @@ def _why_not_gpu(index: int) -> str | None:
     return None
 
 
-def why_not(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
+def why_not(operands: Operands, problem: Problem, direction: str = records.FORWARD) -> str | None:
     """Return one sentence why a direction cannot run as a graph, None if it may.
 
     Static facts only.
     """
     x, weight, stride = operands.x, operands.weight, problem.window.stride
-    if direction == WEIGHT_GRADIENT:
+    if direction == records.WEIGHT_GRADIENT:
         return "the gradient of the weight is the library's"
-    if direction == INPUT_GRADIENT and stride != (1, 1):
+    if direction == records.INPUT_GRADIENT and stride != (1, 1):
         return f"its epilogue on a strided data gradient is slow, got stride {stride}"
     if x.device.type != "cuda":
         return f"it runs on CUDA tensors, got a {x.device.type} tensor"
@@ -87,12 +78,12 @@ def forward(
     weight = weight.contiguous(memory_format=torch.channels_last)
     eps = problem.operator.eps
     # With the mean: that variant returns the norm map itself, not the sums of squares.
-    a, norms, mean = ops.conv2d_norms(Norms(x, weight, problem.window, eps, True, True))
+    a, norms, mean = ops.conv2d_norms(records.Norms(x, weight, problem.window, eps, True, True))
     batch_mean = problem.norm == NORM_BATCH
-    parameters = Parameters(radius, mean if batch_mean else norm_mean, k)
-    formula = (functions(problem), problem.delta, eps)
+    parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)
+    formula = (records.functions(problem), problem.delta, eps)
     tensors = (x, weight, a, norms, bias, parameters)
-    call = cudnn_ops.GraphForward(*tensors, problem.window, *formula, kept == DOT)
+    call = cudnn_ops.GraphForward(*tensors, problem.window, *formula, kept == records.DOT)
     y, dot = cudnn_ops.cudnn_conv2d_forward(call)
     return y, norms, mean if batch_mean else mean.new_empty(0), dot, a
 

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import conv_flop_count
 from dcconv.cudnn import epilogue
 from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
 from dcconv.operator.records import Window
-from dcconv.passes import guards, ops
+from dcconv.passes import guards, ops, records
 from dcconv.passes.op import op
 from dcconv.passes.products import size_of
-from dcconv.passes.records import COMPILED, Epilogue, Functions, GradInput, Parameters, Taps
+from dcconv.passes.records import COMPILED
 from dcconv.tracing import asked_once
 from dcconv.warn import warn_once
 
@@ -370,9 +370,9 @@ class GraphForward(NamedTuple):
     a: Tensor
     norms: Tensor
     bias: Tensor | None
-    parameters: Parameters
+    parameters: records.Parameters
     window: Window
-    functions: Functions
+    functions: records.Functions
     delta: float
     eps: float
     keep_dot: bool
@@ -384,7 +384,7 @@ class GraphGradInput(NamedTuple):
     grad_u: Tensor
     x: Tensor
     weight: Tensor
-    taps: Taps
+    taps: records.Taps
     window: Window
 
 
@@ -447,7 +447,7 @@ def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:
     windows = (size_of(x), size_of(weight), window)
     formula = (call.functions, call.delta, call.eps)
     operands = (u, a, call.norms, bias, call.parameters)
-    y, _ = ops.conv2d_epilogue(Epilogue(*operands, *windows, *formula, True, True))
+    y, _ = ops.conv2d_epilogue(records.Epilogue(*operands, *windows, *formula, True, True))
     return y, dot
 
 
@@ -459,7 +459,7 @@ def _grad_input(call: GraphGradInput) -> Tensor:
     ones = torch.ones((n, 1, h, w), dtype=call.taps.t.dtype, device=x.device)
     taps = torch.zeros_like(ones)
     rest = (call.taps, size_of(weight), window, False, True)
-    ops.conv2d_grad_input_(GradInput(taps, ones, *rest))
+    ops.conv2d_grad_input_(records.GradInput(taps, ones, *rest))
     grad_x = cudnn_conv2d_grad_input.fake(call)
     tensors = {"grad_u": grad_u, "weight": weight, "x": x, "t": taps, "y": grad_x}
     reason = execute(key, tensors)
@@ -471,7 +471,7 @@ def _grad_input(call: GraphGradInput) -> Tensor:
         grad_u, x, weight, None, *geometry, [True, False, False]
     )
     grad_x.copy_(library_grad)
-    ops.conv2d_grad_input_(GradInput(grad_x, x, *rest))
+    ops.conv2d_grad_input_(records.GradInput(grad_x, x, *rest))
     return grad_x
 
 

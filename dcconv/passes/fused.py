@@ -19,25 +19,7 @@ from dcconv.operator.records import NORM_BATCH, Operands, Problem
 from dcconv.passes import ops, records
 from dcconv.passes.backward import InputSide, rows_of
 from dcconv.passes.products import size_of
-from dcconv.passes.records import (
-    COMPILED,
-    DEPTHWISE,
-    DOT,
-    FORWARD,
-    IMPLICIT_GEMM,
-    INPUT_GRADIENT,
-    NOTHING,
-    OWN_RULE,
-    STEM,
-    WEIGHT_GRADIENT,
-    DepthwiseGradWeight,
-    FilterNorm,
-    Norms,
-    OnePass,
-    OnePassGradInput,
-    Parameters,
-    functions,
-)
+from dcconv.passes.records import COMPILED
 from dcconv.tracing import asked_once
 
 # Groups of fewer channels are the depthwise kernel's.
@@ -66,8 +48,12 @@ def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
     channels = weight.shape[1]
     if channels < SMALL_GROUP and problem.window.groups > 1:
-        return DEPTHWISE
-    return STEM if problem.window.groups == 1 and channels <= STEM_CHANNELS else IMPLICIT_GEMM
+        return records.DEPTHWISE
+    return (
+        records.STEM
+        if problem.window.groups == 1 and channels <= STEM_CHANNELS
+        else records.IMPLICIT_GEMM
+    )
 
 
 def _why_not_any(x: Tensor, problem: Problem) -> str | None:
@@ -114,23 +100,23 @@ def _why_not_stem(weight: Tensor) -> str | None:
     return None
 
 
-def why_not(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
+def why_not(operands: Operands, problem: Problem, direction: str = records.FORWARD) -> str | None:
     """Return None if a direction of a call has a kernel of its own, else one sentence why not."""
     x, weight, groups = operands.x, operands.weight, problem.window.groups
     reason = _why_not_any(x, problem)
     if reason is not None:
         return reason
-    if direction == WEIGHT_GRADIENT:
+    if direction == records.WEIGHT_GRADIENT:
         depthwise = weight.shape[1] == 1 and groups > 1
         return None if depthwise else records.NO_WEIGHT_GRADIENT
     kernel = kernel_of(weight, problem)
-    if kernel == DEPTHWISE:
-        summed = weight.shape[1] if direction == FORWARD else weight.shape[0] // groups
+    if kernel == records.DEPTHWISE:
+        summed = weight.shape[1] if direction == records.FORWARD else weight.shape[0] // groups
         return _why_not_depthwise(x, weight, summed)
-    if kernel == STEM:
-        forward = direction == FORWARD
+    if kernel == records.STEM:
+        forward = direction == records.FORWARD
         return _why_not_stem(weight) if forward else "the stem kernel has no gradient of the input"
-    if direction == INPUT_GRADIENT and problem.window.stride != (1, 1):
+    if direction == records.INPUT_GRADIENT and problem.window.stride != (1, 1):
         return f"the gradient of the input takes stride 1, got {problem.window.stride}"
     return _why_not_gemm(x, weight, problem)
 
@@ -145,7 +131,7 @@ def forward(
     kernel = kernel_of(operands.weight, problem)
     # Where windows overlap the implicit GEMM would take each square once per window and column
     # tile, and takes sums per pixel instead.
-    finds_norms = kernel != IMPLICIT_GEMM or single_pixels(operands.weight, problem)
+    finds_norms = kernel != records.IMPLICIT_GEMM or single_pixels(operands.weight, problem)
     return compose(operands, problem, kept, kernel, finds_norms)
 
 
@@ -160,7 +146,7 @@ def compose(
     kept: str,
     kernel: str,
     finds_norms: bool,
-    tile: int = OWN_RULE,
+    tile: int = records.OWN_RULE,
     namespace: str = COMPILED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator by a kernel and tile of a namespace's ops.
@@ -174,16 +160,16 @@ def compose(
     batch_mean, eps, window = problem.norm == NORM_BATCH, problem.operator.eps, problem.window
     norms: Tensor | None = None
     if batch_mean or not finds_norms:
-        norms_of = Norms(x, weight, window, eps, batch_mean, last)
+        norms_of = records.Norms(x, weight, window, eps, batch_mean, last)
         a, norms, mean = ops.conv2d_norms(norms_of, namespace)
     else:
-        a = ops.filter_norm(FilterNorm(weight, eps), namespace)
+        a = ops.filter_norm(records.FilterNorm(weight, eps), namespace)
         mean = x.new_empty(0, dtype=compute_dtype(x.dtype))
-    parameters = Parameters(radius, mean if batch_mean else norm_mean, k)
-    formula = (functions(problem), problem.delta, eps)
-    keeps = (kept != NOTHING, kept == DOT)
+    parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)
+    formula = (records.functions(problem), problem.delta, eps)
+    keeps = (kept != records.NOTHING, kept == records.DOT)
     tensors = (x, weight, a, norms, bias, parameters)
-    call = OnePass(*tensors, window, *formula, batch_mean, *keeps, kernel, tile, last)
+    call = records.OnePass(*tensors, window, *formula, batch_mean, *keeps, kernel, tile, last)
     y, norm_map, dot = ops.conv2d_one_pass(call, namespace)
     return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
 
@@ -197,14 +183,14 @@ def compose_input_gradient(
     side: InputSide,
     problem: Problem,
     kernel: str,
-    tile: int = OWN_RULE,
+    tile: int = records.OWN_RULE,
     namespace: str = COMPILED,
 ) -> Tensor:
     """Return the gradient of x by a kernel and tile of a namespace's ops."""
     grad_u, x, weight, taps = side
     layout = memory_format(x, weight)
     weight, last = weight.contiguous(memory_format=layout), layout == torch.channels_last
-    call = OnePassGradInput(grad_u, weight, x, taps, problem.window, kernel, tile, last)
+    call = records.OnePassGradInput(grad_u, weight, x, taps, problem.window, kernel, tile, last)
     return ops.conv2d_one_pass_grad_input(call, namespace)
 
 
@@ -218,5 +204,5 @@ def weight_gradient(
     positions = grad_u.shape[0] * grad_u.shape[2] * grad_u.shape[3]
     most = torch.sym_max(1, positions // (weight.shape[2] * weight.shape[3]))
     rows = cast(int, torch.sym_min(rows_of(x, grad_u, problem, last, namespace), most))
-    call = DepthwiseGradWeight(grad_u, x, size_of(weight), problem.window, rows, own, last)
+    call = records.DepthwiseGradWeight(grad_u, x, size_of(weight), problem.window, rows, own, last)
     return ops.depthwise_grad_weight(call, namespace)

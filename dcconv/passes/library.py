@@ -13,18 +13,9 @@ from torch import Tensor
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import compute_dtype
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
-from dcconv.passes import ops, products
+from dcconv.passes import ops, products, records
 from dcconv.passes.products import size_of
-from dcconv.passes.records import (
-    COMPILED,
-    DOT,
-    Epilogue,
-    FilterScale,
-    Norms,
-    Parameters,
-    WindowNorm,
-    functions,
-)
+from dcconv.passes.records import COMPILED
 
 
 def scales_filters(problem: Problem) -> bool:
@@ -36,7 +27,9 @@ def scaled_filters(weight: Tensor, problem: Problem, namespace: str) -> tuple[Te
     """Return the filters of a norm-free operator, and their norms."""
     operator = problem.operator
     divide = operator.weighting == "none"
-    return ops.filter_scale(FilterScale(weight, operator.alpha, operator.eps, divide), namespace)
+    return ops.filter_scale(
+        records.FilterScale(weight, operator.alpha, operator.eps, divide), namespace
+    )
 
 
 def forward(
@@ -64,14 +57,14 @@ def forward(
         return y, norm_map, mean, x.new_empty(0), a
 
     batch_mean, eps = problem.norm == NORM_BATCH, problem.operator.eps
-    norms_of = Norms(x, weight, problem.window, eps, batch_mean, last)
+    norms_of = records.Norms(x, weight, problem.window, eps, batch_mean, last)
     a, norms, mean = ops.conv2d_norms(norms_of, namespace)
     u = products.forward(x, weight, None, problem, layout)
-    parameters = Parameters(radius, mean if batch_mean else norm_mean, k)
+    parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)
     windows = (size_of(x), size_of(weight), problem.window)
-    formula = (functions(problem), problem.delta, eps)
-    call = Epilogue(u, a, norms, bias, parameters, *windows, *formula, batch_mean, last)
-    if kept == DOT:
+    formula = (records.functions(problem), problem.delta, eps)
+    call = records.Epilogue(u, a, norms, bias, parameters, *windows, *formula, batch_mean, last)
+    if kept == records.DOT:
         y, norm_map = ops.conv2d_epilogue(call, namespace)
         dot = u
     else:
@@ -85,5 +78,5 @@ def window_norm(
 ) -> Tensor:
     """Return the patch norm, [n, groups, p, q]."""
     x = x.contiguous(memory_format=memory_format(x))
-    call = WindowNorm(x, kernel, problem.window, problem.operator.eps)
+    call = records.WindowNorm(x, kernel, problem.window, problem.operator.eps)
     return ops.window_norm(call, namespace)

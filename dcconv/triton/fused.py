@@ -8,16 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dcconv.operator.records import Operands, Problem
-from dcconv.passes import fused
+from dcconv.passes import fused, records
 from dcconv.passes.backward import InputSide
-from dcconv.passes.records import (
-    DEPTHWISE,
-    FORWARD,
-    IMPLICIT_GEMM,
-    NO_WEIGHT_GRADIENT,
-    OWN_RULE,
-    WEIGHT_GRADIENT,
-)
 
 NAMESPACE = "dcconv_triton"
 
@@ -31,18 +23,22 @@ SHORT_WINDOW, FILTER_TILE = 256, 128
 
 def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
-    return DEPTHWISE if problem.window.groups > 1 and weight.shape[1] == 1 else IMPLICIT_GEMM
+    return (
+        records.DEPTHWISE
+        if problem.window.groups > 1 and weight.shape[1] == 1
+        else records.IMPLICIT_GEMM
+    )
 
 
-def why_not(operands: Operands, problem: Problem, direction: str = FORWARD) -> str | None:
+def why_not(operands: Operands, problem: Problem, direction: str = records.FORWARD) -> str | None:
     """Return None if a direction of a call has a kernel of its own, else one sentence why not."""
     window = problem.window
     if problem.operator.norm_free:
         return "norm-free operators are one library convolution"
-    if direction == FORWARD or kernel_of(operands.weight, problem) == DEPTHWISE:
+    if direction == records.FORWARD or kernel_of(operands.weight, problem) == records.DEPTHWISE:
         return None
-    if direction == WEIGHT_GRADIENT:
-        return NO_WEIGHT_GRADIENT
+    if direction == records.WEIGHT_GRADIENT:
+        return records.NO_WEIGHT_GRADIENT
     if window.padding_mode != "zeros":
         return f"its kernels pad with zeros, got padding_mode '{window.padding_mode}'"
     if window.stride != (1, 1):
@@ -56,14 +52,14 @@ def _finds_norms(weight: Tensor, problem: Problem) -> bool:
     So it is where windows do not overlap, and where they are so short that a pass over x for sums
     per pixel takes longer.
     """
-    if kernel_of(weight, problem) == DEPTHWISE or fused.single_pixels(weight, problem):
+    if kernel_of(weight, problem) == records.DEPTHWISE or fused.single_pixels(weight, problem):
         return True
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
     return size <= SHORT_WINDOW and weight.shape[0] // problem.window.groups <= FILTER_TILE
 
 
 def forward(
-    operands: Operands, problem: Problem, kept: str, tile: int = OWN_RULE
+    operands: Operands, problem: Problem, kept: str, tile: int = records.OWN_RULE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator; results as of ``fused.forward``."""
     weight = operands.weight
@@ -71,7 +67,7 @@ def forward(
     return fused.compose(operands, problem, kept, kernel, finds_norms, tile, NAMESPACE)
 
 
-def input_gradient(side: InputSide, problem: Problem, tile: int = OWN_RULE) -> Tensor:
+def input_gradient(side: InputSide, problem: Problem, tile: int = records.OWN_RULE) -> Tensor:
     """Return grad_x: the convolution's, and x times the window sums of the taps."""
     kernel = kernel_of(side.weight, problem)
     return fused.compose_input_gradient(side, problem, kernel, tile, NAMESPACE)

@@ -10,16 +10,7 @@ from torch import Tensor
 
 from dcconv.operator import checks
 from dcconv.operator.numerics import RHO_FLOOR
-from dcconv.passes import guards, ops
-from dcconv.passes.records import (
-    DEPTHWISE,
-    IMPLICIT_GEMM,
-    DepthwiseGradWeight,
-    FilterNorm,
-    FilterScale,
-    OnePass,
-    OnePassGradInput,
-)
+from dcconv.passes import guards, ops, records
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.fused import AUTOTUNED
 from dcconv.triton.kernels.depthwise import depthwise_kernel
@@ -47,9 +38,9 @@ TAPS = 9
 
 
 @op(ops.filter_norm)
-def filter_norm(call: FilterNorm) -> Tensor:
+def filter_norm(call: records.FilterNorm) -> Tensor:
     a = ops.filter_norm.fake(call)
-    filter_norms(FilterScale(call.weight, 1.0, call.eps, False), a)
+    filter_norms(records.FilterScale(call.weight, 1.0, call.eps, False), a)
     return a
 
 
@@ -82,8 +73,8 @@ def _launch(
 
 
 @op(ops.conv2d_one_pass)
-def conv2d_one_pass(call: OnePass) -> ops.Three:
-    checks.choice("kernel", call.kernel, (DEPTHWISE, IMPLICIT_GEMM))
+def conv2d_one_pass(call: records.OnePass) -> ops.Three:
+    checks.choice("kernel", call.kernel, (records.DEPTHWISE, records.IMPLICIT_GEMM))
     y, norm_map, dot = ops.conv2d_one_pass.fake(call)
     x, weight, a, map, window = call.x, call.weight, call.a, call.map, call.window
     check_parameters(weight.shape[0], a, call.bias, call.parameters, x.dtype)
@@ -101,7 +92,7 @@ def conv2d_one_pass(call: OnePass) -> ops.Three:
         "KEEPS_NORM": call.keep_norm,
         "KEEPS_DOT": call.keep_dot,
     }
-    if call.kernel == IMPLICIT_GEMM:
+    if call.kernel == records.IMPLICIT_GEMM:
         taps, lanes = rows * columns, filters // groups
         point = taps == 1 and not any(window.padding)
         constants["DENSE"] = point and max(window.stride) == 1
@@ -119,7 +110,7 @@ def conv2d_one_pass(call: OnePass) -> ops.Three:
     return y, norm_map, dot
 
 
-def _depthwise_grad_input(call: OnePassGradInput, grad_x: Tensor) -> None:
+def _depthwise_grad_input(call: records.OnePassGradInput, grad_x: Tensor) -> None:
     x, weight, window = call.x, call.weight, call.window
     (n, _, h, w), (p, q), groups = x.shape, call.grad_u.shape[2:], window.groups
     t, norm_map, sigma = call.taps
@@ -136,8 +127,8 @@ def _depthwise_grad_input(call: OnePassGradInput, grad_x: Tensor) -> None:
 
 
 @op(ops.conv2d_one_pass_grad_input)
-def conv2d_one_pass_grad_input(call: OnePassGradInput) -> Tensor:
-    checks.choice("kernel", call.kernel, (DEPTHWISE, IMPLICIT_GEMM))
+def conv2d_one_pass_grad_input(call: records.OnePassGradInput) -> Tensor:
+    checks.choice("kernel", call.kernel, (records.DEPTHWISE, records.IMPLICIT_GEMM))
     grad_x = ops.conv2d_one_pass_grad_input.fake(call)
     x, weight, (t, norm_map, sigma) = call.x, call.weight, call.taps
     guards.one_value("sigma", sigma)
@@ -145,7 +136,7 @@ def conv2d_one_pass_grad_input(call: OnePassGradInput) -> Tensor:
         guards.values("norm_map", norm_map, t.shape[0])
     if x.numel() == 0:
         return grad_x
-    if call.kernel == DEPTHWISE:
+    if call.kernel == records.DEPTHWISE:
         _depthwise_grad_input(call, grad_x)
         return grad_x
     (n, _, h, w), (p, q), groups = x.shape, call.grad_u.shape[2:], call.window.groups
@@ -166,7 +157,7 @@ def conv2d_one_pass_grad_input(call: OnePassGradInput) -> Tensor:
 
 
 @op(ops.depthwise_grad_weight)
-def depthwise_grad_weight(call: DepthwiseGradWeight) -> Tensor:
+def depthwise_grad_weight(call: records.DepthwiseGradWeight) -> Tensor:
     grad_weight = ops.depthwise_grad_weight.fake(call)
     x, window = call.x, call.window
     n, filters, p, q = call.grad_u.shape

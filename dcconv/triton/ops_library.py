@@ -12,17 +12,6 @@ from torch import Tensor
 from dcconv.operator.numerics import RHO_FLOOR
 from dcconv.passes import guards, ops, records
 from dcconv.passes.products import size_of
-from dcconv.passes.records import (
-    Epilogue,
-    FilterScale,
-    GradDot,
-    GradFilters,
-    GradInput,
-    Norms,
-    Parameters,
-    Taps,
-    WindowNorm,
-)
 from dcconv.triton.kernels.epilogue import epilogue_kernel
 from dcconv.triton.kernels.filters import filter_grad_kernel, parameter_grads_kernel
 from dcconv.triton.kernels.grad_dot import column_sums_kernel, grad_dot_kernel
@@ -57,7 +46,7 @@ SUM_ROWS, SUM_FILTERS = 32, 32
 
 
 def check_parameters(
-    filters: int, a: Tensor, bias: Tensor | None, parameters: Parameters, dtype: torch.dtype
+    filters: int, a: Tensor, bias: Tensor | None, parameters: records.Parameters, dtype: torch.dtype
 ) -> None:
     """Require one value per filter, or one, of the dtypes that kernels read."""
     if bias is not None:
@@ -82,7 +71,7 @@ def _pixel_sumsq(x: Tensor, groups: int, channels_last: bool) -> Tensor:
 
 
 def _window_norm(
-    call: WindowNorm, sums: Tensor, b: Tensor, channels_last: bool, wants_sums: bool
+    call: records.WindowNorm, sums: Tensor, b: Tensor, channels_last: bool, wants_sums: bool
 ) -> Tensor:
     """Fill b; return its partial sums, [0] where they are not wanted."""
     (n, _, h, w), window = call.x.shape, call.window
@@ -111,7 +100,7 @@ class Mean(NamedTuple):
 
 
 def filter_norms(
-    call: FilterScale, a: Tensor, scaled: Tensor | None = None, mean: Mean | None = None
+    call: records.FilterScale, a: Tensor, scaled: Tensor | None = None, mean: Mean | None = None
 ) -> None:
     """Fill the norms of filters and, where they are given, the scaled filters and the mean norm."""
     weight = call.weight
@@ -129,7 +118,7 @@ def filter_norms(
 
 
 @op(ops.conv2d_norms)
-def conv2d_norms(call: Norms) -> ops.Three:
+def conv2d_norms(call: records.Norms) -> ops.Three:
     x, weight, window, last = call.x, call.weight, call.window, call.channels_last
     guards.filters_of(x, weight, window.groups)
     kernel = size_of(weight)
@@ -140,14 +129,14 @@ def conv2d_norms(call: Norms) -> ops.Three:
     finished = None
     if call.batch_mean:
         b = x.new_empty(x.shape[0] * window.groups * p * q, dtype=COMPUTE)
-        windows = WindowNorm(x, kernel, window, call.eps)
+        windows = records.WindowNorm(x, kernel, window, call.eps)
         partial = _window_norm(windows, norms, b, last, True)
         finished, norms = Mean(mean, partial, torch.sym_max(b.numel(), 1)), b
-    filter_norms(FilterScale(weight, 1.0, call.eps, False), a, mean=finished)
+    filter_norms(records.FilterScale(weight, 1.0, call.eps, False), a, mean=finished)
     return a, norms, mean
 
 
-def _epilogue(call: Epilogue, y: Tensor, norm_map: Tensor) -> None:
+def _epilogue(call: records.Epilogue, y: Tensor, norm_map: Tensor) -> None:
     """Fill y, and the norm map where ``map`` is not it."""
     u, a, window = call.u, call.a, call.window
     check_parameters(u.shape[1], a, call.bias, call.parameters, u.dtype)
@@ -168,21 +157,21 @@ def _epilogue(call: Epilogue, y: Tensor, norm_map: Tensor) -> None:
 
 
 @op(ops.conv2d_epilogue)
-def conv2d_epilogue(call: Epilogue) -> ops.Two:
+def conv2d_epilogue(call: records.Epilogue) -> ops.Two:
     y, norm_map = ops.conv2d_epilogue.fake(call)
     _epilogue(call, y, norm_map)
     return y, norm_map
 
 
 @op(ops.conv2d_epilogue_)
-def conv2d_epilogue_(call: Epilogue) -> Tensor:
+def conv2d_epilogue_(call: records.Epilogue) -> Tensor:
     norm_map = ops.conv2d_epilogue_.fake(call)
     _epilogue(call, call.u, norm_map)
     return norm_map
 
 
 @op(ops.conv2d_grad_dot)
-def conv2d_grad_dot(call: GradDot) -> ops.Three:
+def conv2d_grad_dot(call: records.GradDot) -> ops.Three:
     ops.check_grad_dot(call)
     grad_y, a, sums = call.grad_y, call.a, call.sums
     check_parameters(grad_y.shape[1], a, None, call.parameters, grad_y.dtype)
@@ -238,7 +227,7 @@ def column_sums(parts: Tensor, totals: Tensor, wide: bool) -> None:
 
 
 @op(ops.conv2d_grad_filters)
-def conv2d_grad_filters(call: GradFilters) -> ops.Six:
+def conv2d_grad_filters(call: records.GradFilters) -> ops.Six:
     grads = ops.conv2d_grad_filters.fake(call)
     grad_weight, grad_bias, *grad_parameters, sigma = grads
     weight, a, sums, needs = call.weight, call.a, call.sums, call.needs
@@ -294,7 +283,7 @@ def _filter_grad(
     )
 
 
-def _grad_input(call: GradInput, grad_x: Tensor, tap: str, library: str) -> None:
+def _grad_input(call: records.GradInput, grad_x: Tensor, tap: str, library: str) -> None:
     x, (t, norm_map, sigma), window = call.x, call.taps, call.window
     n, c, h, w = x.shape
     p, q = guards.windows(x.shape, window.groups, call.kernel_size, window)
@@ -312,25 +301,25 @@ def _grad_input(call: GradInput, grad_x: Tensor, tap: str, library: str) -> None
         )
 
 
-def _tap(call: GradInput) -> str:
+def _tap(call: records.GradInput) -> str:
     return "plain" if call.taps.sigma is None else "with_mean"
 
 
 @op(ops.conv2d_grad_input)
-def conv2d_grad_input(call: GradInput) -> Tensor:
+def conv2d_grad_input(call: records.GradInput) -> Tensor:
     grad_x = ops.conv2d_grad_input.fake(call)
     _grad_input(call, grad_x, _tap(call), "padded" if call.padded else "same")
     return grad_x
 
 
 @op(ops.conv2d_grad_input_)
-def conv2d_grad_input_(call: GradInput) -> None:
+def conv2d_grad_input_(call: records.GradInput) -> None:
     ops.conv2d_grad_input_.fake(call)
     _grad_input(call, call.library_grad, _tap(call), "same")
 
 
 @op(ops.filter_scale)
-def filter_scale(call: FilterScale) -> ops.Two:
+def filter_scale(call: records.FilterScale) -> ops.Two:
     scaled, a = ops.filter_scale.fake(call)
     filter_norms(call, a, scaled)
     return scaled, a
@@ -344,7 +333,7 @@ def filter_scale_grad(call: records.FilterScaleGrad) -> Tensor:
 
 
 @op(ops.window_norm)
-def window_norm(call: WindowNorm) -> Tensor:
+def window_norm(call: records.WindowNorm) -> Tensor:
     b, last = ops.window_norm.fake(call), format_of(call.x)
     _window_norm(call, _pixel_sumsq(call.x, call.window.groups, last), b, last, False)
     return b
@@ -353,7 +342,7 @@ def window_norm(call: WindowNorm) -> Tensor:
 @op(ops.window_norm_grad)
 def window_norm_grad(call: records.WindowNormGrad) -> Tensor:
     grad_x, last = ops.window_norm_grad.fake(call), format_of(call.x)
-    taps = Taps(call.grad_b, call.b, None)
-    own = GradInput(call.x, call.x, taps, call.kernel_size, call.window, False, last)
+    taps = records.Taps(call.grad_b, call.b, None)
+    own = records.GradInput(call.x, call.x, taps, call.kernel_size, call.window, False, last)
     _grad_input(own, grad_x, "over_norm", "none")
     return grad_x
