@@ -218,27 +218,17 @@ def _found(kind: type[Any], arguments: tuple[Any, ...]) -> Any:
     return record
 
 
-def operator_of(
-    magnitude: str,
-    angular: str,
-    weighting: str,
-    alpha: float,
-    beta: float,
-    power: float,
-    eps: float,
-) -> Operator:
+def operator_of(*arguments: Any) -> Operator:
     """Return the ``Operator`` of these arguments, checked once."""
-    found: Operator = _found(Operator, (magnitude, angular, weighting, alpha, beta, power, eps))
+    found: Operator = _found(Operator, arguments)
     if found.magnitude not in magnitudes or found.angular not in angulars:
-        checks.functions(magnitude, angular, weighting)  # a function that has been taken back
+        checks.functions(*arguments[:3])  # a function that has been taken back
     return found
 
 
-def geometry_of(
-    stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str
-) -> Geometry:
+def geometry_of(*arguments: Any) -> Geometry:
     """Return the ``Geometry`` of these arguments, checked once."""
-    found: Geometry = _found(Geometry, (stride, padding, dilation, groups, padding_mode))
+    found: Geometry = _found(Geometry, arguments)
     return found
 
 

@@ -46,14 +46,11 @@ def _capability(index: int) -> tuple[int, int]:
 
 def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
-    channels = weight.shape[1]
-    if channels < SMALL_GROUP and problem.window.groups > 1:
+    channels, groups = weight.shape[1], problem.window.groups
+    if channels < SMALL_GROUP and groups > 1:
         return records.DEPTHWISE
-    return (
-        records.STEM
-        if problem.window.groups == 1 and channels <= STEM_CHANNELS
-        else records.IMPLICIT_GEMM
-    )
+    stem = groups == 1 and channels <= STEM_CHANNELS
+    return records.STEM if stem else records.IMPLICIT_GEMM
 
 
 def _why_not_any(x: Tensor, problem: Problem) -> str | None:

@@ -23,11 +23,8 @@ SHORT_WINDOW, FILTER_TILE = 256, 128
 
 def kernel_of(weight: Tensor, problem: Problem) -> str:
     """Return the kernel that is made for a call's channels."""
-    return (
-        records.DEPTHWISE
-        if problem.window.groups > 1 and weight.shape[1] == 1
-        else records.IMPLICIT_GEMM
-    )
+    depthwise = problem.window.groups > 1 and weight.shape[1] == 1
+    return records.DEPTHWISE if depthwise else records.IMPLICIT_GEMM
 
 
 def why_not(operands: Operands, problem: Problem, direction: str = records.FORWARD) -> str | None:
