@@ -45,6 +45,15 @@ def with_sign(size, sign):
 
 
 @triton.jit
+def polynomial(x, coefficients):
+    """By Horner's rule, the coefficient of the highest power first."""
+    p = coefficients[0] * x + coefficients[1]
+    for i in tl.static_range(2, len(coefficients)):
+        p = p * x + coefficients[i]
+    return p
+
+
+@triton.jit
 def power_of_two(shifted):
     """2^n for shifted = n + 1.5 * 2^23: the low bits of such a sum are n itself."""
     bits = shifted.to(tl.int32, bitcast=True)
@@ -60,11 +69,7 @@ def tanh_slope(x):
     n = shifted - 12582912.0
     # ln 2 in two parts, the first exact in products with an exponent.
     r = (y - n * 0.693145752) - n * 1.42860677e-06
-    p = 0.00138888566 * r + 0.0083690742
-    p = p * r + 0.0416671373
-    p = p * r + 0.166665062
-    p = p * r + 0.5
-    p = p * r + 1.0
+    p = polynomial(r, (0.00138888566, 0.0083690742, 0.0416671373, 0.166665062, 0.5, 1.0))
     scale = power_of_two(shifted)
     minus = scale * (r * p) + (scale - 1.0)  # exp(y) - 1
     inverse = 1.0 / (2.0 + minus)
@@ -79,9 +84,7 @@ def tanh_of(x):
     t = z * z
     p = 0.000105595297 * t + 0.0275366791
     n = z * (p * t + 0.925)
-    q = 2.26981943e-06 * t + 0.00223125657
-    q = q * t + 0.209239960
-    q = q * t + 1.85
+    q = polynomial(t, (2.26981943e-06, 0.00223125657, 0.209239960, 1.85))
     return clamp_unit((n + n) * q / (q * q + n * n))
 
 
@@ -89,10 +92,7 @@ def tanh_of(x):
 def tanh_defect(z, t, slope):
     """z / cosh(z)^2 - tanh(z) for z >= 0, given both: the difference cancels for small z."""
     s = z * z
-    p = -0.0660842583 * s + 0.170292109
-    p = p * s - 0.323401719
-    p = p * s + 0.533320606
-    p = p * s - 0.666666627
+    p = polynomial(s, (-0.0660842583, 0.170292109, -0.323401719, 0.533320606, -0.666666627))
     return tl.where(z < 0.5, z * s * p, z * slope - t)
 
 
@@ -111,13 +111,9 @@ def log1p_of(x):
     u = 1.0 + x
     lost = (x - (u - 1.0)) / u
     e, f = split(u)
-    p = -0.0797415748 * f + 0.126556724
-    p = p * f - 0.129892841
-    p = p * f + 0.142099485
-    p = p * f - 0.166415811
-    p = p * f + 0.200012013
-    p = p * f - 0.25000304
-    p = p * f + 0.333333313
+    high = (-0.0797415748, 0.126556724, -0.129892841, 0.142099485)
+    low = (-0.166415811, 0.200012013, -0.25000304, 0.333333313)
+    p = polynomial(f, high + low)
     r = f * f * (f * p - 0.5)
     value = e * 0.693145752 + (f + (r + (e * 1.42860677e-06 + lost)))
     return tl.where(x < 3.0e38, value, x)
@@ -126,12 +122,9 @@ def log1p_of(x):
 @triton.jit
 def log_defect(b, log):
     """b / (1 + b) - log(1 + b) for b >= 0, given the logarithm."""
-    p = -0.386207134 * b + 0.715531468
-    p = p * b - 0.811072409
-    p = p * b + 0.79813236
-    p = p * b - 0.749923766
-    p = p * b + 0.666665494
-    p = p * b - 0.5
+    high = (-0.386207134, 0.715531468, -0.811072409, 0.79813236)
+    low = (-0.749923766, 0.666665494, -0.5)
+    p = polynomial(b, high + low)
     return tl.where(b < 0.25, b * b * p, b / (1.0 + b) - log)
 
 
@@ -142,10 +135,7 @@ def asin_of(x):
     large = size > 0.5
     t = tl.where(large, 0.5 - 0.5 * size, size * size)
     s = tl.where(large, tl.sqrt_rn(t), size)
-    p = 0.0381963216 * t + 0.0264993571
-    p = p * t + 0.0450099036
-    p = p * t + 0.0749881342
-    p = p * t + 0.166666731
+    p = polynomial(t, (0.0381963216, 0.0264993571, 0.0450099036, 0.0749881342, 0.166666731))
     small = s + s * t * p
     # pi/2 in two parts keeps the difference within an ulp.
     value = tl.where(large, 1.57079637 - (2.0 * small + 4.37113883e-08), small)
@@ -156,10 +146,7 @@ def asin_of(x):
 def sin_half_pi(x):
     """sin(pi/2 x) for |x| <= 1."""
     t = x * x
-    p = 0.000151485117 * t - 0.00467376644
-    p = p * t + 0.0796896815
-    p = p * t - 0.645963728
-    p = p * t + 1.57079637
+    p = polynomial(t, (0.000151485117, -0.00467376644, 0.0796896815, -0.645963728, 1.57079637))
     return x * p
 
 
@@ -167,26 +154,18 @@ def sin_half_pi(x):
 def pow_of(x, y):
     """x^y for x >= 0, y >= 0: exp2(y log2 x), the leading product in two parts."""
     e, f = split(x)
-    p = -0.112212539 * f + 0.184337556
-    p = p * f - 0.189195678
-    p = p * f + 0.204807162
-    p = p * f - 0.239878252
-    p = p * f + 0.288562626
-    p = p * f - 0.360684991
-    p = p * f + 0.480898231
-    p = p * f - 0.721347511
+    high = (-0.112212539, 0.184337556, -0.189195678, 0.204807162, -0.239878252)
+    low = (0.288562626, -0.360684991, 0.480898231, -0.721347511)
+    p = polynomial(f, high + low)
     fraction = y * (1.44269502 * f + (1.92596303e-08 * f + f * f * p))
     whole = y * e
     total = at_least(at_most(whole + fraction, 127.0), -126.0)
     shifted = total + 12582912.0
     n = shifted - 12582912.0
     r = at_least(at_most((whole - n) + fraction, 1.0), -1.0)
-    q = 0.000153533605 * r + 0.0013398875
-    q = q * r + 0.00961843692
-    q = q * r + 0.0555033237
-    q = q * r + 0.240226477
-    q = q * r + 0.693147182
-    q = q * r + 1.0
+    upper = (0.000153533605, 0.0013398875, 0.00961843692, 0.0555033237)
+    lower = (0.240226477, 0.693147182, 1.0)
+    q = polynomial(r, upper + lower)
     nonzero = tl.where(x > 0.0, q * power_of_two(shifted), x)  # 0 and NaN come out as they are
     return tl.where(y == 0.0, 1.0, nonzero)
 

@@ -6,7 +6,15 @@ S is the transposed window sum of what the output positions say about the norms 
 import triton
 import triton.language as tl
 
-from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, showing, spread
+from dcconv.triton.kernels.tiles import (
+    coordinates,
+    in_image,
+    lanes,
+    offsets,
+    place,
+    showing,
+    spread,
+)
 
 
 @triton.jit
@@ -53,12 +61,7 @@ def grad_input_kernel(
             shown = row_shown & column_shown
             if LIBRARY == "padded":
                 padded = i * padded_width + j
-                if LAST:
-                    from_at = (picture * padded_pixels + padded)[:, None] * channels
-                    from_at = from_at + channel[None, :]
-                else:
-                    from_at = (picture * channels + channel[None, :]) * padded_pixels
-                    from_at = from_at + padded[:, None]
+                from_at = in_image(picture, padded, channel, channels, padded_pixels, LAST)
                 folded = tl.load(library_grad + from_at, mask=mask & shown[:, None], other=0.0)
                 total += folded.to(tl.float32)
             for r in range(ROWS):
@@ -71,10 +74,7 @@ def grad_input_kernel(
                     hit = in_rows & (begin >= 0) & (q * stride_columns == begin)
                     hit = hit & (q < out_columns)
                     output = p * out_columns + q
-                    if LAST:
-                        map_at = (picture * outputs + output)[:, None] * groups + group[None, :]
-                    else:
-                        map_at = (picture * groups + group[None, :]) * outputs + output[:, None]
+                    map_at = in_image(picture, output, group, groups, outputs, LAST)
                     hit_mask = map_mask & hit[:, None]
                     tap = tl.load(t + map_at, mask=hit_mask, other=0.0)
                     if TAP != "plain":
