@@ -16,17 +16,11 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from dcconv import native
-from dcconv.call import cpu, refusals
+from dcconv.call import cpu, refusals, rule
 from dcconv.call.autograd import PatchNorm
 from dcconv.call.key import DIRECTIONS, FORWARD, Key
 from dcconv.call.refusals import Call
-from dcconv.call.rule import (
-    FUSED,
-    GRAPH,
-    LIBRARY,
-    prefers_fused_in_triton,
-    prefers_fused_on_cuda,
-)
+from dcconv.call.rule import FUSED, GRAPH, LIBRARY
 from dcconv.cudnn import graph
 from dcconv.operator import reference
 from dcconv.operator.records import Operands, Problem
@@ -104,8 +98,8 @@ def _composed(
     return Backend(name, ("cuda",), why_not, patch_norm, namespace, prefers_fused)
 
 
-CUDA = _composed("cuda", CUDA_OPS, refusals.cuda, prefers_fused_on_cuda)
-TRITON = _composed("triton", TRITON_OPS, refusals.triton, prefers_fused_in_triton)
+CUDA = _composed("cuda", CUDA_OPS, refusals.cuda, rule.prefers_fused_on_cuda)
+TRITON = _composed("triton", TRITON_OPS, refusals.triton, rule.prefers_fused_in_triton)
 CPU = Backend("cpu", ("cpu",), refusals.cpu, PatchNorm(native.patch_norm, native.patch_norm_grad))
 REFERENCE = Backend("reference", (), refusals.reference, None)
 

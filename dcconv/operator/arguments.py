@@ -12,22 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcconv.operator import records
 from dcconv.operator.checks import dense, is_number, pair, type_error, value_error
 from dcconv.operator.convolution import batched, fitted
 from dcconv.operator.numerics import FLOATING_DTYPES, MOST_PIXELS, angle_delta
-from dcconv.operator.records import (
-    NORM_BATCH,
-    NORM_GIVEN,
-    NORM_NONE,
-    Geometry,
-    Operands,
-    Operator,
-    Problem,
-    Window,
-    as_compute,
-    output_size,
-    same_padding,
-)
 from dcconv.warn import warn_once
 
 # Padding from which the pixels of the output are counted, and how many there may be.
@@ -119,11 +107,11 @@ def norm_mean_argument(norm_mean: object, x: Tensor) -> str:
     """Return the norm mode of a ``norm_mean`` argument."""
     rule = "be None, 'batch' or a floating tensor of shape []"
     if norm_mean is None:
-        return NORM_NONE
+        return records.NORM_NONE
     if isinstance(norm_mean, str):
-        if norm_mean != NORM_BATCH:
+        if norm_mean != records.NORM_BATCH:
             raise value_error("norm_mean", rule, repr(norm_mean))
-        return NORM_BATCH
+        return records.NORM_BATCH
     if not isinstance(norm_mean, Tensor) or norm_mean.dtype not in FLOATING_DTYPES:
         got = norm_mean.dtype if isinstance(norm_mean, Tensor) else type(norm_mean).__name__
         raise type_error("norm_mean", rule, got)
@@ -131,10 +119,10 @@ def norm_mean_argument(norm_mean: object, x: Tensor) -> str:
     if norm_mean.dim() != 0:
         raise value_error("norm_mean", rule, f"shape {list(norm_mean.shape)}")
     same_device("norm_mean", norm_mean, x)
-    return NORM_GIVEN
+    return records.NORM_GIVEN
 
 
-def window_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Window:
+def window_of(x: Tensor, kernel: tuple[int, int], geometry: records.Geometry) -> records.Window:
     """Return where windows lie in x; a geometry that does not fit x is refused."""
     stride, padding, dilation, _, padding_mode = geometry
     h: Any = x.shape[-2]
@@ -149,8 +137,8 @@ def window_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Window:
             )
     if padding == "same":
         edges: tuple[int, int, int, int] = (
-            *same_padding(h, kernel[0], stride[0], dilation[0]),
-            *same_padding(w, kernel[1], stride[1], dilation[1]),
+            *records.same_padding(h, kernel[0], stride[0], dilation[0]),
+            *records.same_padding(w, kernel[1], stride[1], dilation[1]),
         )
     elif padding == "valid":
         edges = (0, 0, 0, 0)
@@ -168,8 +156,8 @@ def window_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Window:
             raise value_error("padding", f"be at most the {axis} {size} for 'circular'", largest)
         if padding_mode == "replicate" and largest and size == 0:
             raise value_error("x", f"have a {axis} of at least 1 for 'replicate'", size)
-    p = output_size(h, kernel[0], stride[0], edges[0], edges[1], dilation[0])
-    q = output_size(w, kernel[1], stride[1], edges[2], edges[3], dilation[1])
+    p = records.output_size(h, kernel[0], stride[0], edges[0], edges[1], dilation[0])
+    q = records.output_size(w, kernel[1], stride[1], edges[2], edges[3], dilation[1])
     # With 'same' there is a window for every stride.
     if padding != "same" and (p < 1 or q < 1):
         extent = [dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1]
@@ -182,7 +170,7 @@ def window_of(x: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Window:
             raise value_error("padding", f"leave at most {LARGEST_OUTPUT} pixels", [p, q])
     if h == 0 or w == 0:
         raise value_error("x", "have a height and width of at least 1", [h, w])
-    return Window(stride, edges, dilation, geometry.groups, padding_mode)
+    return records.Window(stride, edges, dilation, geometry.groups, padding_mode)
 
 
 def convolution(
@@ -192,10 +180,10 @@ def convolution(
     radius: Tensor | float,
     norm_mean: Tensor | str | None,
     k: Tensor | float,
-    operator: Operator,
-    geometry: Geometry,
+    operator: records.Operator,
+    geometry: records.Geometry,
     norm_grad: bool = True,
-) -> tuple[Operands, Problem]:
+) -> tuple[records.Operands, records.Problem]:
     """Check a decoupled convolution call and return its operands, x batched, and its problem."""
     input_tensor(x)
     weight_tensor(weight, x, geometry.groups)
@@ -207,26 +195,26 @@ def convolution(
     window = window_of(x, (weight.shape[2], weight.shape[3]), geometry)
     uses_rho = operator.uses_rho
     mean = norm_mean if isinstance(norm_mean, Tensor) and uses_rho else None
-    operands = Operands(
+    operands = records.Operands(
         x=batched(x),
         weight=fitted(weight),
         bias=bias,
-        radius=as_compute(radius, x) if uses_rho else None,
-        norm_mean=as_compute(mean, x),
-        k=as_compute(k, x) if operator.uses_k else None,
+        radius=records.as_compute(radius, x) if uses_rho else None,
+        norm_mean=records.as_compute(mean, x),
+        k=records.as_compute(k, x) if operator.uses_k else None,
     )
-    norm = norm if uses_rho else NORM_NONE
-    return operands, Problem(operator, window, norm, norm_grad, angle_delta(x))
+    norm = norm if uses_rho else records.NORM_NONE
+    return operands, records.Problem(operator, window, norm, norm_grad, angle_delta(x))
 
 
 def patch_norm(
-    x: Tensor, kernel_size: Any, geometry: Geometry, eps: float
-) -> tuple[Tensor, tuple[int, int], Problem]:
+    x: Tensor, kernel_size: Any, geometry: records.Geometry, eps: float
+) -> tuple[Tensor, tuple[int, int], records.Problem]:
     """Check a patch norm call and return x batched, the kernel size and the problem."""
-    operator = Operator(eps=eps)
+    operator = records.Operator(eps=eps)
     input_tensor(x)
     kernel = pair("kernel_size", kernel_size, 1)
     channels, groups = x.shape[-3], geometry.groups
     if channels % groups:
         raise value_error("groups", f"divide the {channels} channels of x", groups)
-    return batched(x), kernel, Problem(operator, window_of(x, kernel, geometry))
+    return batched(x), kernel, records.Problem(operator, window_of(x, kernel, geometry))

@@ -21,19 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconv.operator import arguments, convolution
+from dcconv.operator import arguments, convolution, records
 from dcconv.operator.functions import angulars, weighted_magnitude
 from dcconv.operator.numerics import compute_dtype, constant
-from dcconv.operator.records import (
-    CURVATURE,
-    NORM_BATCH,
-    NORM_GIVEN,
-    RADIUS,
-    Geometry,
-    Operands,
-    Operator,
-    Problem,
-)
+from dcconv.operator.records import Geometry, Operands, Operator, Problem
 from dcconv.tracing import recording
 
 
@@ -111,10 +102,10 @@ def forward(operands: Operands, problem: Problem) -> tuple[Tensor, Tensor | None
     rho = None
     if radius is not None:
         rho = radius
-        if problem.norm == NORM_BATCH:
+        if problem.norm == records.NORM_BATCH:
             mean = mean_norm(b_map)
             rho = radius * (mean if problem.norm_grad else mean.detach())
-        elif problem.norm == NORM_GIVEN:
+        elif problem.norm == records.NORM_GIVEN:
             assert norm_mean is not None
             rho = radius * norm_mean
         # Slope 1 on the floor, 0 below; NaN passes.
@@ -152,9 +143,9 @@ def decoupled_conv2d(
     weighting: str = Operator.weighting,
     alpha: float = Operator.alpha,
     beta: float = Operator.beta,
-    radius: Tensor | float = RADIUS,
+    radius: Tensor | float = records.RADIUS,
     norm_mean: Tensor | str | None = None,
-    k: Tensor | float = CURVATURE,
+    k: Tensor | float = records.CURVATURE,
     power: float = Operator.power,
     eps: float = Operator.eps,
     padding_mode: str = "zeros",

@@ -11,6 +11,7 @@ from torch import Tensor
 from dcconv.operator import checks
 from dcconv.operator.numerics import RHO_FLOOR
 from dcconv.passes import guards, ops, records
+from dcconv.triton import operands
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.fused import AUTOTUNED
 from dcconv.triton.kernels.depthwise import depthwise_kernel
@@ -19,16 +20,6 @@ from dcconv.triton.kernels.depthwise_grad_weight import depthwise_grad_weight_ke
 from dcconv.triton.kernels.implicit_gemm import implicit_gemm_kernel
 from dcconv.triton.kernels.implicit_gemm_grad_input import implicit_gemm_grad_input_kernel
 from dcconv.triton.launch import blocks, gradient_tiling, launch, on_device, op, tiling
-from dcconv.triton.operands import (
-    dense,
-    dense_parameters,
-    edges,
-    function_constants,
-    precision,
-    slots,
-    steps,
-    window_constants,
-)
 from dcconv.triton.ops_library import check_parameters, column_sums, filter_norms
 from dcconv.triton.tiles import TILES, Product, gpu_of, product_of, programs, tile_of
 from dcconv.triton.tuning import tuned
@@ -59,7 +50,7 @@ def _launch(
         **constants,
         "FLAT": product.shares_steps,
         "LAST": not product.in_planes,
-        "PRECISION": precision(x),
+        "PRECISION": operands.precision(x),
         "UPCASTS": INTERPRETED and x.dtype == torch.bfloat16,
     }
     gpu = gpu_of(x)
@@ -82,12 +73,12 @@ def conv2d_one_pass(call: records.OnePass) -> ops.Three:
         return y, norm_map, dot
     (n, _, h, w), (p, q), groups = x.shape, y.shape[2:], window.groups
     filters, channels, rows, columns = weight.shape
-    parameters = (dense(call.bias, a), *dense_parameters(call.parameters, a))
-    tensors = (x, weight, y, dot, a, dense(map, a), norm_map, *parameters)
-    numbers = (h, w, q, *steps(window), *call.functions[3:], call.eps, RHO_FLOOR)
+    parameters = (operands.dense(call.bias, a), *operands.dense_parameters(call.parameters, a))
+    tensors = (x, weight, y, dot, a, operands.dense(map, a), norm_map, *parameters)
+    numbers = (h, w, q, *operands.steps(window), *call.functions[3:], call.eps, RHO_FLOOR)
     constants: dict[str, Any] = {
-        **window_constants((rows, columns), window),
-        **function_constants(call.functions, call.parameters),
+        **operands.window_constants((rows, columns), window),
+        **operands.function_constants(call.functions, call.parameters),
         "HAS_BIAS": call.bias is not None,
         "KEEPS_NORM": call.keep_norm,
         "KEEPS_DOT": call.keep_dot,
@@ -114,14 +105,14 @@ def _depthwise_grad_input(call: records.OnePassGradInput, grad_x: Tensor) -> Non
     x, weight, window = call.x, call.weight, call.window
     (n, _, h, w), (p, q), groups = x.shape, call.grad_u.shape[2:], window.groups
     t, norm_map, sigma = call.taps
-    row_slots, column_slots = slots(window)
+    row_slots, column_slots = operands.slots(window)
     tiles = gradient_tiling(n, h * w, groups, groups, call.channels_last, x.element_size())
     launch(depthwise_grad_input_kernel, tiles.programs)(
-        *(call.grad_u, weight, x, t, norm_map, dense(sigma, t), grad_x),
+        *(call.grad_u, weight, x, t, norm_map, operands.dense(sigma, t), grad_x),
         *(n, h * w, groups, weight.shape[0] // groups, tiles.chunks, tiles.all_chunks),
-        *(h, w, p, q, *edges(window), row_slots * column_slots, column_slots),
+        *(h, w, p, q, *operands.edges(window), row_slots * column_slots, column_slots),
         WITH_MEAN=sigma is not None,
-        **window_constants(weight.shape[2:], window),
+        **operands.window_constants(weight.shape[2:], window),
         **tiles.map_constants,
     )
 
@@ -151,7 +142,7 @@ def conv2d_one_pass_grad_input(call: records.OnePassGradInput) -> Tensor:
     product = product_of(
         n, h * w, groups, channels, filters, taps, x.element_size(), call.channels_last
     )
-    arguments = (*tensors, *sizes, *steps(call.window)[2:])
+    arguments = (*tensors, *sizes, *operands.steps(call.window)[2:])
     _launch(implicit_gemm_grad_input_kernel, arguments, constants, product, call.tile, x)
     return grad_x
 
@@ -168,9 +159,9 @@ def depthwise_grad_weight(call: records.DepthwiseGradWeight) -> Tensor:
     parts = call.grad_u.new_empty((1, call.rows, filters * taps), dtype=torch.float32)
     launch(depthwise_grad_weight_kernel, call.rows * tiles.all_chunks * tap_blocks)(
         *(call.grad_u, x, parts, *tiles.sizes, tiles.tiles, blocks(tiles.tiles, call.rows)),
-        *(x.shape[2], x.shape[3], q, *steps(window), tap_blocks),
+        *(x.shape[2], x.shape[3], q, *operands.steps(window), tap_blocks),
         TAPS=blocks(taps, tap_blocks),
-        **window_constants(call.kernel_size, window),
+        **operands.window_constants(call.kernel_size, window),
         **tiles.constants,
     )
     # Filters of one channel lie the same way in both layouts.

@@ -12,6 +12,7 @@ from torch import Tensor
 from dcconv.operator.numerics import RHO_FLOOR
 from dcconv.passes import guards, ops, records
 from dcconv.passes.products import size_of
+from dcconv.triton import operands
 from dcconv.triton.kernels.epilogue import epilogue_kernel
 from dcconv.triton.kernels.filters import filter_grad_kernel, parameter_grads_kernel
 from dcconv.triton.kernels.grad_dot import column_sums_kernel, grad_dot_kernel
@@ -26,17 +27,6 @@ from dcconv.triton.launch import (
     launch,
     op,
     tiling,
-)
-from dcconv.triton.operands import (
-    dense,
-    dense_parameters,
-    edges,
-    format_of,
-    function_constants,
-    number_of,
-    slots,
-    steps,
-    window_constants,
 )
 
 COMPUTE = torch.float32
@@ -83,9 +73,9 @@ def _window_norm(
     if b.numel() > 0:
         launch(window_norm_kernel, programs)(
             *(sums, b, partial, n, p * q, groups, tiles.group_chunks),
-            *(h, w, q, *steps(window), call.eps),
+            *(h, w, q, *operands.steps(window), call.eps),
             SUMS=wants_sums,
-            **window_constants(call.kernel_size, window),
+            **operands.window_constants(call.kernel_size, window),
             **tiles.map_constants,
         )
     return partial
@@ -144,14 +134,14 @@ def _epilogue(call: records.Epilogue, y: Tensor, norm_map: Tensor) -> None:
     tiles = tiling(n, p * q, filters, window.groups, call.channels_last)
     if u.numel() > 0:
         launch(epilogue_kernel, tiles.programs)(
-            *(u, y, a, call.map, norm_map, dense(call.bias, a)),
-            *(*dense_parameters(call.parameters, a), *tiles.sizes),
-            *(*call.input_size, q, *steps(window)),
+            *(u, y, a, call.map, norm_map, operands.dense(call.bias, a)),
+            *(*operands.dense_parameters(call.parameters, a), *tiles.sizes),
+            *(*call.input_size, q, *operands.steps(window)),
             *(*call.functions[3:], call.eps, RHO_FLOOR),
             HAS_BIAS=call.bias is not None,
             MAP_IS_NORM=call.map_is_norm,
-            **function_constants(call.functions, call.parameters),
-            **window_constants(call.kernel_size, window),
+            **operands.function_constants(call.functions, call.parameters),
+            **operands.window_constants(call.kernel_size, window),
             **tiles.constants,
         )
 
@@ -192,7 +182,8 @@ def conv2d_grad_dot(call: records.GradDot) -> ops.Three:
     programs = call.rows if kinds else tiles.tiles
     if grad_y.numel() > 0 or kinds:
         launch(grad_dot_kernel, programs * tiles.all_chunks)(
-            *(grad_y, call.kept, call.norm_map, a, *dense_parameters(call.parameters, a)),
+            *(grad_y, call.kept, call.norm_map, a),
+            *operands.dense_parameters(call.parameters, a),
             *(grad_u, t, parts, *tiles.sizes, tiles.tiles, programs, count),
             *(*call.functions[3:], call.delta, RHO_FLOOR),
             FROM_OUTPUT=call.kept_is == records.OUTPUT,
@@ -201,7 +192,7 @@ def conv2d_grad_dot(call: records.GradDot) -> ops.Three:
             SUM_A=sums & records.SUM_A != 0,
             SUM_K=sums & records.SUM_K != 0,
             SUM_BIAS=sums & records.SUM_BIAS != 0,
-            **function_constants(call.functions, call.parameters),
+            **operands.function_constants(call.functions, call.parameters),
             **tiles.constants,
         )
     if call.wants_t and tiles.chunks > 1:
@@ -253,11 +244,12 @@ def conv2d_grad_filters(call: records.GradFilters) -> ops.Six:
     if wants_radius or wants_mean or wants_k or wants_bias or call.barrier:
         launch(parameter_grads_kernel, 1)(
             *(total(records.SUM_RHO), total(records.SUM_K), total(records.SUM_BIAS)),
-            *(dense(radius, a), dense(mean, a), *grad_parameters, grad_bias, sigma),
+            *operands.dense_parameters(call.parameters, a)[:2],
+            *(*grad_parameters, grad_bias, sigma),
             *(filters, torch.sym_max(call.map_count, 1), RHO_FLOOR),
-            RADIUS=number_of(radius),
+            RADIUS=operands.number_of(radius),
             HAS_MEAN=mean is not None,
-            CURVATURE=number_of(k) if wants_k else "none",
+            CURVATURE=operands.number_of(k) if wants_k else "none",
             SUM_RHO=sums & records.SUM_RHO != 0,
             WANTS_RADIUS=wants_radius,
             WANTS_MEAN=wants_mean,
@@ -274,7 +266,7 @@ def _filter_grad(
     weight, a = call.weight, call.a
     tiles = filter_tiling(weight)
     launch(filter_grad_kernel, tiles.programs)(
-        *(call.library_grad, weight, a, dense(by_a, a), grad_weight),
+        *(call.library_grad, weight, a, operands.dense(by_a, a), grad_weight),
         *(*tiles[:2], call.alpha),
         DIVIDES=call.divide,
         PROJECTS=projects,
@@ -293,10 +285,10 @@ def _grad_input(call: records.GradInput, grad_x: Tensor, tap: str, library: str)
     tiles = tiling(n, h * w, c, window.groups, call.channels_last)
     if x.numel() > 0:
         launch(grad_input_kernel, tiles.programs)(
-            *(call.library_grad, x, t, norm_map, dense(sigma, t), grad_x),
-            *(*tiles.sizes, h, w, p, q, *edges(window), *slots(window)),
+            *(call.library_grad, x, t, norm_map, operands.dense(sigma, t), grad_x),
+            *(*tiles.sizes, h, w, p, q, *operands.edges(window), *operands.slots(window)),
             **{"TAP": tap, "LIBRARY": library},
-            **window_constants(call.kernel_size, window),
+            **operands.window_constants(call.kernel_size, window),
             **tiles.constants,
         )
 
@@ -334,14 +326,14 @@ def filter_scale_grad(call: records.FilterScaleGrad) -> Tensor:
 
 @op(ops.window_norm)
 def window_norm(call: records.WindowNorm) -> Tensor:
-    b, last = ops.window_norm.fake(call), format_of(call.x)
+    b, last = ops.window_norm.fake(call), operands.format_of(call.x)
     _window_norm(call, _pixel_sumsq(call.x, call.window.groups, last), b, last, False)
     return b
 
 
 @op(ops.window_norm_grad)
 def window_norm_grad(call: records.WindowNormGrad) -> Tensor:
-    grad_x, last = ops.window_norm_grad.fake(call), format_of(call.x)
+    grad_x, last = ops.window_norm_grad.fake(call), operands.format_of(call.x)
     taps = records.Taps(call.grad_b, call.b, None)
     own = records.GradInput(call.x, call.x, taps, call.kernel_size, call.window, False, last)
     _grad_input(own, grad_x, "over_norm", "none")
