@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dcconv.operator.records import Operands, Problem
 
@@ -107,30 +106,5 @@ def as_pytorch(error: RuntimeError) -> RuntimeError:
 
 def conv2d_arguments(operands: Operands, problem: Problem) -> tuple[Any, ...]:
     """Return the arguments shared by the forward op, in schema order."""
-    operator = problem.operator
-    return (
-        *operands,
-        *problem.window,
-        *operator.constants,
-        operator.eps,
-        problem.delta,
-        problem.norm,
-    )
-
-
-def patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
-    """Return the patch-norm map from the compiled op."""
-    b: Tensor = torch.ops.dcconv.patch_norm_forward(
-        x, list(kernel), *problem.window, problem.operator.eps
-    )
-    return b
-
-
-def patch_norm_grad(
-    grad_b: Tensor, x: Tensor, b: Tensor, kernel: tuple[int, int], problem: Problem
-) -> Tensor:
-    """Return the gradient of x from the compiled op of the patch norm."""
-    grad_x: Tensor = torch.ops.dcconv.patch_norm_backward(
-        grad_b, x, b, list(kernel), *problem.window
-    )
-    return grad_x
+    operator, numbers = problem.operator, (problem.operator.eps, problem.delta)
+    return *operands, *problem.window, *operator.constants, *numbers, problem.norm

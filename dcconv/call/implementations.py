@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from dcconv import native
 from dcconv.call import cpu, refusals, rule
 from dcconv.call.autograd import PatchNorm
 from dcconv.call.key import DIRECTIONS, FORWARD, Key
@@ -24,7 +23,7 @@ from dcconv.call.rule import FUSED, GRAPH, LIBRARY
 from dcconv.cudnn import graph
 from dcconv.operator import reference
 from dcconv.operator.records import Operands, Problem
-from dcconv.passes import backward, fused, library
+from dcconv.passes import backward, fused, library, ops, records
 from dcconv.passes.records import COMPILED, OWN_RULE
 from dcconv.triton import fused as triton_fused
 
@@ -98,9 +97,20 @@ def _composed(
     return Backend(name, ("cuda",), why_not, patch_norm, namespace, prefers_fused)
 
 
+def _patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
+    call = records.WindowNorm(x, kernel, problem.window, problem.operator.eps)
+    return ops.patch_norm_forward(call)
+
+
+def _patch_norm_grad(
+    grad_b: Tensor, x: Tensor, b: Tensor, kernel: tuple[int, int], problem: Problem
+) -> Tensor:
+    return ops.patch_norm_backward(records.WindowNormGrad(grad_b, x, b, kernel, problem.window))
+
+
 CUDA = _composed("cuda", CUDA_OPS, refusals.cuda, rule.prefers_fused_on_cuda)
 TRITON = _composed("triton", TRITON_OPS, refusals.triton, rule.prefers_fused_in_triton)
-CPU = Backend("cpu", ("cpu",), refusals.cpu, PatchNorm(native.patch_norm, native.patch_norm_grad))
+CPU = Backend("cpu", ("cpu",), refusals.cpu, PatchNorm(_patch_norm, _patch_norm_grad))
 REFERENCE = Backend("reference", (), refusals.reference, None)
 
 

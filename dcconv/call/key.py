@@ -76,26 +76,17 @@ class Key(NamedTuple):
             ...     64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "zeros").text
             'cuda weight_gradient tf32 contiguous c64 o64 k3x3 s1x1 p1,1,1,1 d1x1 g64 zeros'
         """
-        parts = [
-            self.backend,
-            self.direction,
-            self.dtype,
-            self.layout,
-            f"c{self.c}",
-            f"o{self.o}",
-            f"k{self.r}x{self.s}",
-            f"s{self.stride[0]}x{self.stride[1]}",
-            "p" + ",".join("?" if size is None else str(size) for size in self.padding),
-            f"d{self.dilation[0]}x{self.dilation[1]}",
-            f"g{self.groups}",
-            self.padding_mode,
-        ]
+        stride, dilation = ("{}x{}".format(*steps) for steps in (self.stride, self.dilation))
+        padding = ",".join("?" if size is None else str(size) for size in self.padding)
+        text = (
+            f"{self.backend} {self.direction} {self.dtype} {self.layout} "
+            f"c{self.c} o{self.o} k{self.r}x{self.s} "
+            f"s{stride} p{padding} d{dilation} g{self.groups} {self.padding_mode}"
+        )
         if self.direction == FORWARD:
-            parts += [self.operator, f"norm={self.norm}", f"kept={self.kept}"]
-            parts += ["bias"] if self.bias else []
-        elif self.direction == INPUT_GRADIENT:
-            parts.append(f"norm={self.norm}")
-        return " ".join(parts)
+            bias = " bias" if self.bias else ""
+            return f"{text} {self.operator} norm={self.norm} kept={self.kept}{bias}"
+        return f"{text} norm={self.norm}" if self.direction == INPUT_GRADIENT else text
 
 
 @asked_once

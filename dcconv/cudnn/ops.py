@@ -24,6 +24,7 @@ from torch.utils.flop_counter import conv_flop_count
 
 from dcconv.cudnn import epilogue
 from dcconv.cudnn.epilogue import FULL, MAP, SCALAR, VECTOR, Expression, Form
+from dcconv.operator import convolution
 from dcconv.operator.records import Window
 from dcconv.passes import guards, ops, records
 from dcconv.passes.op import op
@@ -439,9 +440,8 @@ def _forward(call: GraphForward) -> tuple[Tensor, Tensor]:
         return y, dot
     _warn(reason)
     window = call.window
-    u = torch.ops.aten.convolution(
-        x, weight, None, window.stride, key.padding, window.dilation, False, [0, 0], 1
-    ).contiguous(memory_format=torch.channels_last)
+    geometry = (window.stride, key.padding, window.dilation, 1)
+    u = convolution.conv2d(x, weight, None, *geometry).contiguous(memory_format=torch.channels_last)
     if call.keep_dot:
         dot.copy_(u)
     windows = (size_of(x), size_of(weight), window)
@@ -466,10 +466,10 @@ def _grad_input(call: GraphGradInput) -> Tensor:
     if reason is None:
         return grad_x
     _warn(reason)
-    geometry = (window.stride, key.padding, window.dilation, False, [0, 0], 1)
-    library_grad, _, _ = torch.ops.aten.convolution_backward(
-        grad_u, x, weight, None, *geometry, [True, False, False]
-    )
+    geometry = (window.stride, key.padding, window.dilation, 1)
+    wanted = [True, False, False]
+    library_grad, _, _ = convolution.conv2d_backward(grad_u, x, weight, *geometry, wanted)
+    assert library_grad is not None
     grad_x.copy_(library_grad)
     ops.conv2d_grad_input_(records.GradInput(grad_x, x, *rest))
     return grad_x

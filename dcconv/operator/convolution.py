@@ -137,21 +137,10 @@ def conv2d_backward(
     def library(
         grad: Tensor, x: Tensor, weight: Tensor, stride: Any, wanted: list[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (
-            torch.ops.aten.convolution_backward(
-                grad,
-                x,
-                weight,
-                [weight.shape[0]] if wanted[2] else None,
-                list(stride),
-                list(padding),
-                list(dilation),
-                False,
-                [0, 0],
-                groups,
-                wanted,
-            )
-        )
+        bias_sizes = [weight.shape[0]] if wanted[2] else None
+        geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, bias_sizes, *geometry, wanted)
         return grads
 
     if x.device.type != "cpu":

@@ -5,6 +5,8 @@ The composition is that of :mod:`dcconv.passes.fused`, on Triton's ops.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from dcconv.operator.records import Operands, Problem
@@ -70,6 +72,4 @@ def input_gradient(side: InputSide, problem: Problem, tile: int = records.OWN_RU
     return fused.compose_input_gradient(side, problem, kernel, tile, NAMESPACE)
 
 
-def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """Return the convolution's gradient of a depthwise weight, in the weight's layout."""
-    return fused.weight_gradient(grad_u, x, weight, problem, NAMESPACE)
+weight_gradient = partial(fused.weight_gradient, namespace=NAMESPACE)

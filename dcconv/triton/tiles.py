@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcconv.passes.records import OWN_RULE
+from dcconv.tracing import asked_once
 from dcconv.triton.launch import blocks, power_of_two_at_least
 
 
@@ -67,23 +68,21 @@ class Gpu(NamedTuple):
 # On no GPU tensors: kernels are interpreted, or launched on nothing.
 NO_GPU = Gpu(2, 96 * 1024, 4)
 
-_gpus: dict[int, Gpu] = {}
-
 
 def gpu_of(x: Tensor) -> Gpu:
     """Return what there is to know of a tensor's GPU."""
-    if x.device.type != "cuda":
-        return NO_GPU
-    index = x.device.index
-    if index not in _gpus:
-        properties: Any = torch.cuda.get_device_properties(index)
-        if torch.version.hip is None:
-            shared, stages = properties.shared_memory_per_block_optin, 4
-        else:
-            # Without asynchronous copies one step is fetched ahead, into registers.
-            shared, stages = properties.shared_memory_per_block, 2
-        _gpus[index] = Gpu(properties.multi_processor_count, shared, stages)
-    return _gpus[index]
+    return _gpu(x.device.index) if x.device.type == "cuda" else NO_GPU
+
+
+@asked_once
+def _gpu(index: int) -> Gpu:
+    properties: Any = torch.cuda.get_device_properties(index)
+    if torch.version.hip is None:
+        shared, stages = properties.shared_memory_per_block_optin, 4
+    else:
+        # Without asynchronous copies one step is fetched ahead, into registers.
+        shared, stages = properties.shared_memory_per_block, 2
+    return Gpu(properties.multi_processor_count, shared, stages)
 
 
 class Product(NamedTuple):
