@@ -79,8 +79,7 @@ _default = _of_environment()
 
 def setting() -> str:
     """Return the backend's name, or ``auto``, that holds for a call which names none."""
-    own = settings.backend.own()
-    return _default if own is None else own
+    return settings.backend.own() or _default
 
 
 def check_name(argument: str, name: object) -> None:

@@ -251,8 +251,7 @@ def _take_over(conv: nn.Conv2d, layer: DecoupledConv2d) -> str | None:
 def _decoupled(name: str, conv: Any, operator: dict[str, Any]) -> DecoupledConv2d:
     reason = _why_not(conv)
     if reason is not None:
-        argument = f"layer '{name}'" if name else "module"
-        raise checks.value_error(argument, reason, type(conv).__name__)
+        raise weights.error(name, conv, reason, "module")
     # On the CPU, then moved: only that generator's state has to be restored.
     with torch.random.fork_rng(devices=()):
         layer = DecoupledConv2d(
@@ -273,9 +272,8 @@ def _decoupled(name: str, conv: Any, operator: dict[str, Any]) -> DecoupledConv2
     layer._parameters["weight"], layer._parameters["bias"] = conv.weight, conv.bias
     taken = _take_over(conv, layer)
     if taken is not None:
-        argument = f"layer '{name}'" if name else "module"
         rule = f"have no attribute '{taken}', a name that DecoupledConv2d needs"
-        raise checks.value_error(argument, rule, type(conv).__name__)
+        raise weights.error(name, conv, rule, "module")
     for hooks in _HOOKS:
         setattr(layer, hooks, getattr(conv, hooks))
     return layer.train(conv.training)

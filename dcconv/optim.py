@@ -18,10 +18,8 @@ from dcconv.operator.reference import filter_norm
 
 
 def decoupled_layers(model: nn.Module) -> Iterator[DecoupledConv2d]:
-    """Yield the decoupled layers of a model, each once."""
-    for module in model.modules():
-        if isinstance(module, DecoupledConv2d):
-            yield module
+    """Return the decoupled layers of a model, each once."""
+    return (part for part in model.modules() if isinstance(part, DecoupledConv2d))
 
 
 def _require_layers(model: nn.Module) -> dict[str, DecoupledConv2d]:

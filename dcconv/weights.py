@@ -23,6 +23,8 @@ from dcconv.operator.reference import filter_norm
 
 OWN = "own its weight: remove weight norm, spectral norm, pruning or the like first"
 BEFORE_WRAPPING = "be converted before it is wrapped for distributed training"
+# The class that keeps flat parameters.
+FLAT = "FullyShardedDataParallel"
 # A layer's parameters that no filter depends on.
 _OTHERS = ("bias", "radius_raw", "k_raw")
 
@@ -77,8 +79,9 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def _error(name: str, layer: nn.Module, rule: str) -> ValueError:
-    argument = f"layer '{name}'" if name else "model"
+def error(name: str, layer: nn.Module, rule: str, whole: str = "model") -> ValueError:
+    """Build the error about a layer of a model, or about the ``whole`` if it is the layer."""
+    argument = f"layer '{name}'" if name else whole
     return checks.value_error(argument, rule, type(layer).__name__)
 
 
@@ -91,13 +94,16 @@ def is_sharded_flat(weight: Tensor) -> bool:
     return bool(getattr(weight, "_fsdp_flattened", False))
 
 
+def _is_fsdp(module: nn.Module, kind: str) -> bool:
+    """Whether a module is of one of FSDP's classes, which somebody has imported then."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, getattr(fsdp, kind))
+
+
 def is_wrapped(module: nn.Module) -> bool:
     """Whether a module is a unit of FullyShardedDataParallel, fully_shard or replicate."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-        if isinstance(module, kinds):
-            return True
+    if _is_fsdp(module, "FSDPModule") or _is_fsdp(module, FLAT):
+        return True
     # Functions that wrap a module in place leave their names with it.
     contract: Any = sys.modules.get("torch.distributed._composable.contract")
     return contract is not None and "replicate" in (contract._get_registry(module) or ())
@@ -140,7 +146,7 @@ def to_read(name: str, layer: Any, in_fsdp: bool) -> Tensor:
     weight: Tensor | None = None if _has_freed(layer) else _Filters(layer)()
     flat = weight is not None and (in_fsdp or is_sharded_flat(weight))
     if weight is None or weight.shape != _shape(layer) or (flat and not _is_connected(weight)):
-        raise _error(name, layer, _CONNECTED)
+        raise error(name, layer, _CONNECTED)
     return weight
 
 
@@ -182,20 +188,17 @@ def _is_connected(weight: Tensor) -> bool:
 
 def in_fsdp(model: nn.Module) -> bool:
     """Whether a model has units of FullyShardedDataParallel."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(
-        isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
-    )
+    return any(_is_fsdp(module, FLAT) for module in model.modules())
 
 
 def _to_write(name: str, layer: Any, summoned: bool) -> Tensor:
     weight = layer._parameters.get("weight")
     if isinstance(weight, Tensor) and is_sharded_flat(weight) and not summoned:
-        raise _error(name, layer, _WHOLE)
+        raise error(name, layer, _WHOLE)
     if not isinstance(weight, Tensor) or parametrize.is_parametrized(layer, "weight"):
-        raise _error(name, layer, OWN)
+        raise error(name, layer, OWN)
     if weight.shape != _shape(layer):
-        raise _error(name, layer, _WHOLE)
+        raise error(name, layer, _WHOLE)
     return weight
 
 
@@ -205,13 +208,10 @@ def _reshard(layers: list[nn.Module]) -> None:
     After a forward without gradients the root's layers hold the gathered ones, and what is
     written to those is lost. The units may be above the model that the caller knows.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    states: Any = sys.modules["torch.distributed._composable_state"]
+    states: Any = sys.modules.get("torch.distributed._composable_state")
     wanted = set(layers)
-    for unit in list(states._module_state_mapping):
-        if isinstance(unit, fsdp.FSDPModule) and not wanted.isdisjoint(unit.modules()):
+    for unit in [] if states is None else list(states._module_state_mapping):
+        if _is_fsdp(unit, "FSDPModule") and not wanted.isdisjoint(unit.modules()):
             unit.reshard()
 
 
@@ -229,11 +229,10 @@ def to_write(model: nn.Module, layers: dict[str, Any]) -> Iterator[list[tuple[An
     with ExitStack() as stack:
         summoned = in_fsdp(model)
         if summoned:
-            kind: Any = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
             # A caller's own summon_full_params has gathered them, and they do not nest.
-            roots = [unit for unit in model.modules() if isinstance(unit, kind)]
-            if roots[0].training_state.name != "SUMMON_FULL_PARAMS":
-                stack.enter_context(kind.summon_full_params(model))
+            root: Any = next(unit for unit in model.modules() if _is_fsdp(unit, FLAT))
+            if root.training_state.name != "SUMMON_FULL_PARAMS":
+                stack.enter_context(root.summon_full_params(model))
         _reshard(list(layers.values()))
         found: dict[int, tuple[Any, Tensor]] = {}
         for name, layer in layers.items():

@@ -120,25 +120,14 @@ def key_of(backend: str, operands: Operands, problem: Problem, kept: str, direct
     """Return the key of one direction of a call; ``kept`` is what its backward keeps."""
     x, weight = operands.x, operands.weight
     channels_last = memory_format(x, weight) == torch.channels_last
-    key = Key(
-        backend,
-        direction,
-        device_name(x),
-        _precision(x, problem),
-        "channels_last" if channels_last else "contiguous",
-        _known(x.shape[0]),
-        _known(x.shape[2]),
-        _known(x.shape[3]),
-        _fixed(weight.shape[1]) * problem.window.groups,
-        _fixed(weight.shape[0]),
-        _fixed(weight.shape[2]),
-        _fixed(weight.shape[3]),
-        problem.window.stride,
-        tuple([_known(pixels) for pixels in problem.window.padding]),
-        problem.window.dilation,
-        problem.window.groups,
-        problem.window.padding_mode,
-    )
+    layout = "channels_last" if channels_last else "contiguous"
+    n, _, h, w = [_known(size) for size in x.shape]
+    o, per_group, r, s = [_fixed(size) for size in weight.shape]
+    stride, padding, dilation, groups, mode = problem.window
+    pixels = tuple([_known(size) for size in padding])
+    call = (backend, direction, device_name(x), _precision(x, problem), layout)
+    filters = (per_group * groups, o, r, s)
+    key = Key(*call, n, h, w, *filters, stride, pixels, dilation, groups, mode)
     if direction == FORWARD:
         return key._replace(
             operator=" ".join(problem.operator.constants[:3]),

@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dcconv import native, settings
@@ -30,7 +29,7 @@ from dcconv.call.measure.tables import Cache, Table, Times, read, shipped
 from dcconv.call.rule import FUSED, GRAPH, LIBRARY, STRATEGIES, fastest, rule
 from dcconv.call.saved import DOT, NOTHING
 from dcconv.operator.checks import value_error
-from dcconv.operator.layout import memory_format
+from dcconv.operator.layout import PLAIN, memory_format, on_device
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
 from dcconv.passes import library, records
 from dcconv.passes.backward import InputSide
@@ -205,8 +204,7 @@ def is_bound() -> bool:
 
 
 def _setting() -> Allowed:
-    own: Allowed | None = settings.strategies.own()
-    return _allowed if own is None else own
+    return settings.strategies.own() or _allowed
 
 
 def pin_table(path: str | os.PathLike[str] | None) -> None:
@@ -240,8 +238,7 @@ def pin_table(path: str | os.PathLike[str] | None) -> None:
 
 def _allowed_names(direction: str, setting: Allowed) -> tuple[str, ...]:
     """Return the strategies that a setting allows in a direction."""
-    own = {INPUT_GRADIENT: setting.input_gradient, WEIGHT_GRADIENT: setting.weight_gradient}
-    names = own.get(direction)
+    names = getattr(setting, direction, None)
     if names is not None:
         return checked_names(VARIABLE, names)
     if setting is _allowed and _variable == OLD_VARIABLE and not torch.compiler.is_compiling():
@@ -362,23 +359,18 @@ def _runs(question: Question, direction: str, willing: Sequence[str]) -> dict[st
     return {name: partial(run, *arguments) for name, run in runs.items()}
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which x's GPU is the current one, whose stream its ops run on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _may_measure(x: Tensor) -> bool:
     # A mode that watches every op would see those of the measurement; some are tracers.
     if _get_current_dispatch_mode() is not None:
         return False
-    with _on_device(x):
+    with on_device(x):
         return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _measure(question: Question, key: Key, willing: Sequence[str]) -> None:
     """Time the willing strategies of one direction and remember it; the lock is held."""
     with (
-        _on_device(question.operands.x),
+        on_device(question.operands.x),
         torch.no_grad(),
         torch.profiler.record_function("dcconv: measuring strategies"),
     ):
@@ -405,14 +397,6 @@ def _functions(backend: str, names: Sequence[str], benchmark: bool) -> Chosen:
     return Chosen(forward, namespace, input_gradient, weight_gradient)
 
 
-def _plain(t: Tensor) -> bool:
-    return type(t) is Tensor or type(t) is Parameter
-
-
-def _dimensions(t: Tensor | None) -> int | None:
-    return None if t is None else t.dim()
-
-
 def choose(
     backend: str, operands: Operands, problem: Problem, kept: str, backward: int, benchmark: bool
 ) -> Chosen:
@@ -428,11 +412,11 @@ def choose(
     x, weight, bias, radius, norm_mean, k = operands
     benchmark = benchmark and _measures(x.device.type)
     question = Question(backend, operands, problem, kept, benchmark, _setting())
-    if torch.compiler.is_compiling() or not (_plain(x) and _plain(weight)):
+    if torch.compiler.is_compiling() or not (type(x) in PLAIN and type(weight) in PLAIN):
         return _choose(question, backward)[0]
     images = (x.shape, x.stride(), x.dtype, x.device)
     filters = (weight.shape, weight.stride(), bias is None)
-    numbers = (_dimensions(radius), _dimensions(norm_mean), _dimensions(k))
+    numbers = tuple([None if t is None else t.dim() for t in (radius, norm_mean, k)])
     said = (problem, kept, backward, benchmark, question.setting)
     facts = (backend, *images, *filters, *numbers, *said)
     choices = _choices
@@ -495,7 +479,7 @@ def force(operands: Operands, problem: Problem, backward: int | None) -> Chosen 
     Raises:
         NotImplementedError: no allowed strategy computes the call.
     """
-    if not (_plain(operands.x) and _plain(operands.weight)):
+    if not (type(operands.x) in PLAIN and type(operands.weight) in PLAIN):
         return None
     question = Question(CPU, operands, problem, NOTHING, False, _setting())
     forward = _forced_name(_willing(question, FORWARD))

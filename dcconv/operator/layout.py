@@ -1,7 +1,8 @@
-"""The two layouts of tensors, as PyTorch tells them apart."""
+"""Where tensors lie: the two layouts, as PyTorch tells them apart, and devices."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,3 +55,8 @@ def memory_format(x: Tensor, weight: Tensor | None = None) -> torch.memory_forma
     if is_channels_last(x) or (weight is not None and is_channels_last(weight)):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which t's GPU is the current one, whose stream its ops run on."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

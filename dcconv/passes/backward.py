@@ -135,7 +135,7 @@ def backward(
     grad_u, t, parts = ops.conv2d_grad_dot(call, namespace)
 
     own = [needs_x and input_gradient is None, needs_weight and weight_gradient is None, False]
-    library_x, by_weight, _ = products.backward(grad_u, x, weight, problem, layout, own)
+    library_x, by_weight, _ = products.backward(grad_u, x, weight, problem, own)
     if needs_weight and weight_gradient is not None:
         by_weight = weight_gradient(grad_u, x, weight, problem)
     grads: list[Tensor | None] = [None] * 6
@@ -155,18 +155,14 @@ def backward(
 def input_gradient(side: InputSide, problem: Problem, namespace: str = COMPILED) -> Tensor:
     """Return grad_x by the library and the pass after it, as :func:`backward` does."""
     grad_u, x, weight, taps = side
-    layout = memory_format(x, weight)
-    wanted = [True, False, False]
-    grad_x, _, _ = products.backward(grad_u, x, weight, problem, layout, wanted)
+    grad_x, _, _ = products.backward(grad_u, x, weight, problem, [True, False, False])
     assert grad_x is not None
     return _finish_input(grad_x, x, taps, weight, problem, namespace)
 
 
 def weight_gradient(grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     """Return the library's gradient of the weight."""
-    layout = memory_format(x, weight)
-    wanted = [False, True, False]
-    _, grad_weight, _ = products.backward(grad_u, x, weight, problem, layout, wanted)
+    _, grad_weight, _ = products.backward(grad_u, x, weight, problem, [False, True, False])
     assert grad_weight is not None
     return grad_weight
 
@@ -193,12 +189,11 @@ def _norm_free(
     needs: int,
     namespace: str,
 ) -> tuple[Tensor | None, ...]:
-    layout = memory_format(x, weight)
     scales, scaled = scales_filters(problem), weight
     if scales and needs & records.NEEDS_X:
         scaled, _ = scaled_filters(weight, problem, namespace)
     wanted = [bool(needs & 1 << i) for i in range(3)]
-    grad_x, by_weight, grad_bias = products.backward(grad_y, x, scaled, problem, layout, wanted)
+    grad_x, by_weight, grad_bias = products.backward(grad_y, x, scaled, problem, wanted)
     if by_weight is not None and scales:
         alpha, divide = problem.operator.alpha, problem.operator.weighting == "none"
         call = records.FilterScaleGrad(by_weight, weight, a, alpha, divide)

@@ -47,16 +47,12 @@ def forward(
 
 
 def backward(
-    grad_u: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    problem: Problem,
-    layout: torch.memory_format,
-    wanted: list[bool],
+    grad_u: Tensor, x: Tensor, weight: Tensor, problem: Problem, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the library's gradients of (padded) x, weight and bias, dense; None if not wanted."""
     if not any(wanted):
         return None, None, None
+    layout = memory_format(x, weight)
     library_x, padding = _library_input(x, problem, layout)
     stride, _, dilation, groups, _ = problem.window
     geometry = (stride, padding, dilation, groups)

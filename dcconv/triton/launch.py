@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
+from dcconv.operator.layout import on_device
 from dcconv.passes.op import Op, Record, Result
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.fused import NAMESPACE
@@ -116,6 +115,19 @@ def gradient_tiling(
     return tiling(images, pixels, channels, groups, last, elements)
 
 
+def sums_tiling(
+    images: Any, pixels: Any, channels: int, groups: int, last: bool, kinds: int, wide: bool
+) -> Tiling:
+    """Return the cover for a pass with sums of some kinds; ``wide``: elements have 4 bytes."""
+    # Every sum takes a register per element: more of them leave registers for smaller tiles.
+    elements = ELEMENTS >> (kinds + 1) // 2
+    if wide and not last:
+        # A vector of 16 bytes for a thread, half of one beside three sums. With twice that mix x
+        # linear and tanh x linear had two values more than registers (Triton 3.8, sm_90).
+        elements = min(elements, GRADIENT_ELEMENTS >> kinds // 3)
+    return tiling(images, pixels, channels, groups, last, elements)
+
+
 class FilterTiling(NamedTuple):
     """A cover of filters, of a size each, by programs; FILTERS and BLOCK of its kernels."""
 
@@ -132,11 +144,6 @@ def filter_tiling(weight: Tensor) -> FilterTiling:
     together = FILTER_ELEMENTS // block
     constants = {"FILTERS": together, "BLOCK": block}
     return FilterTiling(filters, size, blocks(filters, together), constants)
-
-
-def on_device(t: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which kernels are launched on the tensor's device."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def launch(kernel: Any, programs: Any) -> Callable[..., None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dcconv.operator import checks
+from dcconv.operator.layout import on_device
 from dcconv.operator.numerics import RHO_FLOOR
 from dcconv.passes import guards, ops, records
 from dcconv.triton import operands
@@ -19,7 +20,7 @@ from dcconv.triton.kernels.depthwise_grad_input import depthwise_grad_input_kern
 from dcconv.triton.kernels.depthwise_grad_weight import depthwise_grad_weight_kernel
 from dcconv.triton.kernels.implicit_gemm import implicit_gemm_kernel
 from dcconv.triton.kernels.implicit_gemm_grad_input import implicit_gemm_grad_input_kernel
-from dcconv.triton.launch import blocks, gradient_tiling, launch, on_device, op, tiling
+from dcconv.triton.launch import blocks, gradient_tiling, launch, op, tiling
 from dcconv.triton.ops_library import check_parameters, column_sums, filter_norms
 from dcconv.triton.tiles import TILES, Product, gpu_of, product_of, programs, tile_of
 from dcconv.triton.tuning import tuned

@@ -18,16 +18,7 @@ from dcconv.triton.kernels.filters import filter_grad_kernel, parameter_grads_ke
 from dcconv.triton.kernels.grad_dot import column_sums_kernel, grad_dot_kernel
 from dcconv.triton.kernels.grad_input import grad_input_kernel
 from dcconv.triton.kernels.norms import filter_norm_kernel, pixel_sumsq_kernel, window_norm_kernel
-from dcconv.triton.launch import (
-    BLOCK,
-    ELEMENTS,
-    GRADIENT_ELEMENTS,
-    blocks,
-    filter_tiling,
-    launch,
-    op,
-    tiling,
-)
+from dcconv.triton.launch import BLOCK, blocks, filter_tiling, launch, op, sums_tiling, tiling
 
 COMPUTE = torch.float32
 
@@ -110,16 +101,14 @@ def filter_norms(
 @op(ops.conv2d_norms)
 def conv2d_norms(call: records.Norms) -> ops.Three:
     x, weight, window, last = call.x, call.weight, call.window, call.channels_last
-    guards.filters_of(x, weight, window.groups)
-    kernel = size_of(weight)
-    p, q = guards.windows(x.shape, weight.shape[0], kernel, window)
+    n, filters, p, q = ops.result_sizes(x, weight, window)
     norms = _pixel_sumsq(x, window.groups, last)
-    a = x.new_empty(weight.shape[0], dtype=COMPUTE)
+    a = x.new_empty(filters, dtype=COMPUTE)
     mean = x.new_empty(() if call.batch_mean else (0,), dtype=COMPUTE)
     finished = None
     if call.batch_mean:
-        b = x.new_empty(x.shape[0] * window.groups * p * q, dtype=COMPUTE)
-        windows = records.WindowNorm(x, kernel, window, call.eps)
+        b = x.new_empty(n * window.groups * p * q, dtype=COMPUTE)
+        windows = records.WindowNorm(x, size_of(weight), window, call.eps)
         partial = _window_norm(windows, norms, b, last, True)
         finished, norms = Mean(mean, partial, torch.sym_max(b.numel(), 1)), b
     filter_norms(records.FilterScale(weight, 1.0, call.eps, False), a, mean=finished)
@@ -168,13 +157,8 @@ def conv2d_grad_dot(call: records.GradDot) -> ops.Three:
     n, filters, p, q = grad_y.shape
     count = call.norm_map.shape[0]
     kinds = bin(sums).count("1")
-    # Every sum takes a register per element: more of them leave registers for smaller tiles.
-    elements = ELEMENTS >> (kinds + 1) // 2
-    if grad_y.dtype == COMPUTE and not call.channels_last:
-        # A vector of 16 bytes for a thread, half of one beside three sums. With twice that mix x
-        # linear and tanh x linear had two values more than registers (Triton 3.8, sm_90).
-        elements = min(elements, GRADIENT_ELEMENTS >> kinds // 3)
-    tiles = tiling(n, p * q, filters, call.groups, call.channels_last, elements)
+    covered, wide = (n, p * q, filters, call.groups), grad_y.dtype == COMPUTE
+    tiles = sums_tiling(*covered, call.channels_last, kinds, wide)
     grad_u = ops.empty_like(grad_y, call.channels_last)
     t = a.new_empty(tiles.chunks * count if call.wants_t else 0)
     parts = a.new_empty((kinds, call.rows, filters) if kinds else 0)
@@ -275,8 +259,9 @@ def _filter_grad(
     )
 
 
-def _grad_input(call: records.GradInput, grad_x: Tensor, tap: str, library: str) -> None:
+def _grad_input(call: records.GradInput, grad_x: Tensor, library: str, tap: str = "") -> None:
     x, (t, norm_map, sigma), window = call.x, call.taps, call.window
+    tap = tap or ("plain" if sigma is None else "with_mean")
     n, c, h, w = x.shape
     p, q = guards.windows(x.shape, window.groups, call.kernel_size, window)
     guards.one_value("sigma", sigma)
@@ -293,21 +278,17 @@ def _grad_input(call: records.GradInput, grad_x: Tensor, tap: str, library: str)
         )
 
 
-def _tap(call: records.GradInput) -> str:
-    return "plain" if call.taps.sigma is None else "with_mean"
-
-
 @op(ops.conv2d_grad_input)
 def conv2d_grad_input(call: records.GradInput) -> Tensor:
     grad_x = ops.conv2d_grad_input.fake(call)
-    _grad_input(call, grad_x, _tap(call), "padded" if call.padded else "same")
+    _grad_input(call, grad_x, "padded" if call.padded else "same")
     return grad_x
 
 
 @op(ops.conv2d_grad_input_)
 def conv2d_grad_input_(call: records.GradInput) -> None:
     ops.conv2d_grad_input_.fake(call)
-    _grad_input(call, call.library_grad, _tap(call), "same")
+    _grad_input(call, call.library_grad, "same")
 
 
 @op(ops.filter_scale)
@@ -336,5 +317,5 @@ def window_norm_grad(call: records.WindowNormGrad) -> Tensor:
     grad_x, last = ops.window_norm_grad.fake(call), operands.format_of(call.x)
     taps = records.Taps(call.grad_b, call.b, None)
     own = records.GradInput(call.x, call.x, taps, call.kernel_size, call.window, False, last)
-    _grad_input(own, grad_x, "over_norm", "none")
+    _grad_input(own, grad_x, "none", "over_norm")
     return grad_x

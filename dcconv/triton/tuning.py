@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from dcconv.operator.layout import PLAIN
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.launch import power_of_two_at_least
 from dcconv.triton.tiles import TILES, Gpu, Product, own_rule, programs, worthwhile
@@ -33,7 +33,7 @@ def bucket_of(positions: int) -> int:
 
 def may_tune(x: Tensor) -> bool:
     """Whether launches on x can be timed now: not while something is traced or captured."""
-    if type(x) not in (Tensor, Parameter) or _get_current_dispatch_mode() is not None:
+    if type(x) not in PLAIN or _get_current_dispatch_mode() is not None:
         return False
     if torch.compiler.is_compiling() or not x.is_cuda:
         return stopwatch is not None and x.device.type == "cpu"
