@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -104,20 +105,14 @@ class Projection:
                 project_weights(model)
             group[counter] = iteration + 1
 
-        handle = optimizer.register_step_post_hook(project)
-
-        def remove() -> None:
-            handle.remove()
-            taken.discard(counter)
-            optimizer.param_groups[0].pop(counter, None)
-
-        self._remove: Callable[[], None] | None = remove
+        self._ending = ExitStack()
+        self._ending.callback(optimizer.register_step_post_hook(project).remove)
+        self._ending.callback(taken.discard, counter)
+        self._ending.callback(lambda: optimizer.param_groups[0].pop(counter, None))
 
     def remove(self) -> None:
         """End the projections and forget how many steps they have counted."""
-        if self._remove is not None:
-            self._remove()
-        self._remove = None
+        self._ending.close()
 
 
 def register_projection(

@@ -93,9 +93,7 @@ _why_not_kernels = asked_once(environment.why_not)
 
 
 # Constant for tracing: it reads a module's lists.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _why_not_twins(magnitude: str, angular: str, weighting: str) -> str | None:
-    return environment.twinless(magnitude, angular, weighting)
+_why_not_twins = torch.compiler.assume_constant_result(environment.twinless)
 
 
 def triton(call: Call) -> str | None:

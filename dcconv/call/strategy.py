@@ -302,11 +302,9 @@ def decide(key: Key, willing: Sequence[str], benchmark: bool) -> Decision:
     if len(willing) == 1:
         return Decision(willing[0], ONLY_ONE, times)
     name = fastest(times, willing)
-    return (
-        Decision(by_rule(key, willing), BY_RULE, {})
-        if name is None
-        else Decision(name, source, times)
-    )
+    if name is None:
+        return Decision(by_rule(key, willing), BY_RULE, {})
+    return Decision(name, source, times)
 
 
 # Constant for tracing, which cannot see what is pinned.

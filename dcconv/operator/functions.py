@@ -8,7 +8,7 @@ instance, runs on the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,9 @@ magnitudes: dict[str, Magnitude] = {}
 angulars: dict[str, Angular] = {}
 
 
-def _new(kind: str, name: str, value: Callable[..., Tensor], known: Mapping[str, Any]) -> None:
-    """Refuse the name of another function: the kernels would go on computing that one."""
-    before = known.get(name)
+def _enter(kind: str, function: Any, known: dict[str, Any]) -> None:
+    """Enter a function, but not by another's name: the kernels would go on computing that one."""
+    name, value, before = function.name, function.value, known.get(function.name)
     # A cell or module that runs again defines its own function again.
     again = before is not None and (
         (before.value.__module__, before.value.__qualname__)
@@ -72,6 +72,7 @@ def _new(kind: str, name: str, value: Callable[..., Tensor], known: Mapping[str,
     )
     if before is not None and not again:
         raise ValueError(f"dcconv: {kind} must be a new name, got '{name}'")
+    known[name] = function
 
 
 def magnitude(formula: str, *, rho: bool = False) -> Callable[[MagnitudeValue], MagnitudeValue]:
@@ -102,8 +103,7 @@ def magnitude(formula: str, *, rho: bool = False) -> Callable[[MagnitudeValue], 
 
     def register(value: MagnitudeValue) -> MagnitudeValue:
         name = value.__name__.rstrip("_")
-        _new("magnitude", name, value, magnitudes)
-        magnitudes[name] = Magnitude(name, value, rho, formula)
+        _enter("magnitude", Magnitude(name, value, rho, formula), magnitudes)
         return value
 
     return register
@@ -140,8 +140,7 @@ def angular(
 
     def register(value: AngularValue) -> AngularValue:
         name = value.__name__.removesuffix("_angle")
-        _new("angular", name, value, angulars)
-        angulars[name] = Angular(name, value, k, invertible, formula)
+        _enter("angular", Angular(name, value, k, invertible, formula), angulars)
         return value
 
     return register

@@ -74,17 +74,15 @@ def rows_of(x: Tensor, grad_u: Tensor, problem: Problem, last: bool, namespace: 
 
 def _sums(problem: Problem, has_radius: bool, barrier: bool, needs: int) -> int:
     """Return the bits of the sums over all positions that gradients need."""
-    sums = 0
     by_radius = records.NEEDS_RADIUS | records.NEEDS_NORM_MEAN
-    if has_radius and (barrier or needs & by_radius):
-        sums |= records.SUM_RHO
-    if problem.operator.weighting != "none" and needs & records.NEEDS_WEIGHT:
-        sums |= records.SUM_A
-    if needs & records.NEEDS_K:
-        sums |= records.SUM_K
-    if needs & records.NEEDS_BIAS:
-        sums |= records.SUM_BIAS
-    return sums
+    weighted = problem.operator.weighting != "none"
+    wanted = (
+        (records.SUM_RHO, has_radius and (barrier or needs & by_radius)),
+        (records.SUM_A, weighted and needs & records.NEEDS_WEIGHT),
+        (records.SUM_K, needs & records.NEEDS_K),
+        (records.SUM_BIAS, needs & records.NEEDS_BIAS),
+    )
+    return sum([bit for bit, want in wanted if want])
 
 
 def backward(

@@ -7,7 +7,7 @@ to a record again: here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,19 +34,12 @@ Result = TypeVar("Result")
 Flops = Callable[[Any, Any], int]
 
 
-class _Field(NamedTuple):
-    name: str
-    type: Any
-
-    @property
-    def fields(self) -> tuple[str, ...] | None:
-        """Names of the fields of a record, None for what is none."""
-        return getattr(self.type, "_fields", None)
-
-
-def _fields(record: Any) -> list[_Field]:
+def _fields(record: Any) -> dict[str, Any]:
+    """Return the types of a record's fields by their names, nothing for what is no record."""
+    if not hasattr(record, "_fields"):
+        return {}
     hints = get_type_hints(record, include_extras=True)
-    return [_Field(name, hints[name]) for name in record._fields]
+    return {name: hints[name] for name in record._fields}
 
 
 def _flattener(places: Sequence[int]) -> Callable[[Any], tuple[Any, ...]]:
@@ -98,21 +91,17 @@ class Op(Generic[Record, Result]):
         self.fake, self.name, self.writes, self._flops = fake, name or fake.__name__, writes, flops
         self._results, self._static = [f"Tensor {result}".strip() for result in results], static
         self._record: Any = get_type_hints(fake)["call"]
-        fields = _fields(self._record)
-        self._flat = _flattener([i for i, field in enumerate(fields) if field.fields])
         # Stretches of arguments, and the record that each is: None for fields of the op's own.
         self._stretches: list[tuple[int, int, Any]] = []
-        start = end = 0
-        for field in fields:
-            if field.fields:
-                after = end + len(field.fields)
-                self._stretches += [(start, end, None), (end, after, field.type)]
-                start = end = after
-            else:
-                end += 1
-        self._stretches.append((start, end, None))
-        names = [name for field in fields for name in field.fields or (field.name,)]
+        self._arguments: dict[str, Any] = {}
+        for name, kind in _fields(self._record).items():
+            start, inner = len(self._arguments), _fields(kind)
+            self._arguments |= inner or {name: kind}
+            self._stretches.append((start, len(self._arguments), kind if inner else None))
+        nested = [i for i, (_, _, record) in enumerate(self._stretches) if record is not None]
+        self._flat = _flattener(nested)
         # By place among the arguments, ascending.
+        names = list(self._arguments)
         self._fixed = {names.index(name): value for name, value in (fixed or {}).items()}
         self._overloads: dict[str, Any] = {}
 
@@ -121,15 +110,14 @@ class Op(Generic[Record, Result]):
         """The arguments and results of the op, after its name."""
         defaults = getattr(self._record, "_field_defaults", {})
         arguments = []
-        for field in _fields(self._record):
-            for name, kind in _fields(field.type) if field.fields else [field]:
-                written = "(a!)" if name == self.writes else ""
-                usual = f"={defaults[name]}" if name in defaults else ""
-                own = getattr(kind, "__metadata__", None)
-                type_name = own[0] if own else _TYPES[kind]
-                if self._static:
-                    type_name = type_name.replace("SymInt", "int")
-                arguments.append(f"{type_name}{written} {name}{usual}")
+        for name, kind in self._arguments.items():
+            written = "(a!)" if name == self.writes else ""
+            usual = f"={defaults[name]}" if name in defaults else ""
+            own = getattr(kind, "__metadata__", None)
+            type_name = own[0] if own else _TYPES[kind]
+            if self._static:
+                type_name = type_name.replace("SymInt", "int")
+            arguments.append(f"{type_name}{written} {name}{usual}")
         arguments = [text for i, text in enumerate(arguments) if i not in self._fixed]
         results = ", ".join(self._results)
         return f"({', '.join(arguments)}) -> " + (

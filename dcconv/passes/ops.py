@@ -45,9 +45,11 @@ def result_sizes(x: Tensor, weight: Tensor, window: Window) -> list[Any]:
     return [x.shape[0], weight.shape[0], p, q]
 
 
-def images(x: Tensor, sizes: list[Any], layout: torch.memory_format) -> Tensor:
+def images(
+    x: Tensor, sizes: list[Any], layout: torch.memory_format, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return memory for images of other sizes than x's."""
-    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(sizes, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
 
 
 # Of the library convolution only, as PyTorch counts fused attention and convolution.
@@ -109,9 +111,8 @@ def conv2d_backward(call: records.ConvBackward) -> Six:
 @op("b")
 def window_norm(call: records.WindowNorm) -> Tensor:
     x, groups = call.x, call.window.groups
-    shape = (x.shape[0], groups, *guards.windows(x.shape, groups, call.kernel_size, call.window))
-    dtype, layout = compute_dtype(x.dtype), memory_format(x)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+    sizes = [x.shape[0], groups, *guards.windows(x.shape, groups, call.kernel_size, call.window)]
+    return images(x, sizes, memory_format(x), compute_dtype(x.dtype))
 
 
 @op("grad_x")

@@ -107,25 +107,18 @@ def tiling(
     return Tiling(images, pixels, groups, per_group, last, *tile, *chunks, tiles)
 
 
-def gradient_tiling(
-    images: Any, pixels: Any, channels: int, groups: int, last: bool, element_size: int
-) -> Tiling:
-    """Return the cover of a tensor for a depthwise gradient."""
-    elements = GRADIENT_BYTES // element_size if last else GRADIENT_ELEMENTS
-    return tiling(images, pixels, channels, groups, last, elements)
+def gradient_elements(last: bool, element_size: int) -> int:
+    """Return the size of tiles of a depthwise gradient."""
+    return GRADIENT_BYTES // element_size if last else GRADIENT_ELEMENTS
 
 
-def sums_tiling(
-    images: Any, pixels: Any, channels: int, groups: int, last: bool, kinds: int, wide: bool
-) -> Tiling:
-    """Return the cover for a pass with sums of some kinds; ``wide``: elements have 4 bytes."""
+def sums_elements(kinds: int, wide: bool) -> int:
+    """Return the size of tiles of a pass with sums; ``wide``: of float32 in contiguous order."""
     # Every sum takes a register per element: more of them leave registers for smaller tiles.
     elements = ELEMENTS >> (kinds + 1) // 2
-    if wide and not last:
-        # A vector of 16 bytes for a thread, half of one beside three sums. With twice that mix x
-        # linear and tanh x linear had two values more than registers (Triton 3.8, sm_90).
-        elements = min(elements, GRADIENT_ELEMENTS >> kinds // 3)
-    return tiling(images, pixels, channels, groups, last, elements)
+    # A vector of 16 bytes for a thread, half of one beside three sums. With twice that mix x linear
+    # and tanh x linear had two values more than registers (Triton 3.8, sm_90).
+    return min(elements, GRADIENT_ELEMENTS >> kinds // 3) if wide else elements
 
 
 class FilterTiling(NamedTuple):

@@ -20,7 +20,7 @@ from dcconv.triton.kernels.depthwise_grad_input import depthwise_grad_input_kern
 from dcconv.triton.kernels.depthwise_grad_weight import depthwise_grad_weight_kernel
 from dcconv.triton.kernels.implicit_gemm import implicit_gemm_kernel
 from dcconv.triton.kernels.implicit_gemm_grad_input import implicit_gemm_grad_input_kernel
-from dcconv.triton.launch import blocks, gradient_tiling, launch, op, tiling
+from dcconv.triton.launch import blocks, gradient_elements, launch, op, tiling
 from dcconv.triton.ops_library import check_parameters, column_sums, filter_norms
 from dcconv.triton.tiles import TILES, Product, gpu_of, product_of, programs, tile_of
 from dcconv.triton.tuning import tuned
@@ -107,7 +107,8 @@ def _depthwise_grad_input(call: records.OnePassGradInput, grad_x: Tensor) -> Non
     (n, _, h, w), (p, q), groups = x.shape, call.grad_u.shape[2:], window.groups
     t, norm_map, sigma = call.taps
     row_slots, column_slots = operands.slots(window)
-    tiles = gradient_tiling(n, h * w, groups, groups, call.channels_last, x.element_size())
+    elements = gradient_elements(call.channels_last, x.element_size())
+    tiles = tiling(n, h * w, groups, groups, call.channels_last, elements)
     launch(depthwise_grad_input_kernel, tiles.programs)(
         *(call.grad_u, weight, x, t, norm_map, operands.dense(sigma, t), grad_x),
         *(n, h * w, groups, weight.shape[0] // groups, tiles.chunks, tiles.all_chunks),
@@ -155,8 +156,8 @@ def depthwise_grad_weight(call: records.DepthwiseGradWeight) -> Tensor:
     n, filters, p, q = call.grad_u.shape
     taps = call.kernel_size[0] * call.kernel_size[1]
     tap_blocks = blocks(taps, TAPS)
-    element_size, last = x.element_size(), call.channels_last
-    tiles = gradient_tiling(n, p * q, filters, window.groups, last, element_size)
+    elements = gradient_elements(call.channels_last, x.element_size())
+    tiles = tiling(n, p * q, filters, window.groups, call.channels_last, elements)
     parts = call.grad_u.new_empty((1, call.rows, filters * taps), dtype=torch.float32)
     launch(depthwise_grad_weight_kernel, call.rows * tiles.all_chunks * tap_blocks)(
         *(call.grad_u, x, parts, *tiles.sizes, tiles.tiles, blocks(tiles.tiles, call.rows)),

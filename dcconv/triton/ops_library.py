@@ -18,7 +18,7 @@ from dcconv.triton.kernels.filters import filter_grad_kernel, parameter_grads_ke
 from dcconv.triton.kernels.grad_dot import column_sums_kernel, grad_dot_kernel
 from dcconv.triton.kernels.grad_input import grad_input_kernel
 from dcconv.triton.kernels.norms import filter_norm_kernel, pixel_sumsq_kernel, window_norm_kernel
-from dcconv.triton.launch import BLOCK, blocks, filter_tiling, launch, op, sums_tiling, tiling
+from dcconv.triton.launch import BLOCK, blocks, filter_tiling, launch, op, sums_elements, tiling
 
 COMPUTE = torch.float32
 
@@ -157,8 +157,8 @@ def conv2d_grad_dot(call: records.GradDot) -> ops.Three:
     n, filters, p, q = grad_y.shape
     count = call.norm_map.shape[0]
     kinds = bin(sums).count("1")
-    covered, wide = (n, p * q, filters, call.groups), grad_y.dtype == COMPUTE
-    tiles = sums_tiling(*covered, call.channels_last, kinds, wide)
+    elements = sums_elements(kinds, grad_y.dtype == COMPUTE and not call.channels_last)
+    tiles = tiling(n, p * q, filters, call.groups, call.channels_last, elements)
     grad_u = ops.empty_like(grad_y, call.channels_last)
     t = a.new_empty(tiles.chunks * count if call.wants_t else 0)
     parts = a.new_empty((kinds, call.rows, filters) if kinds else 0)

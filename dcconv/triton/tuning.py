@@ -26,11 +26,6 @@ _lock = threading.RLock()
 _best: dict[tuple[Any, ...], int] = {}
 
 
-def bucket_of(positions: int) -> int:
-    """Return the power of two up to which sizes are tuned as one."""
-    return power_of_two_at_least(positions)
-
-
 def may_tune(x: Tensor) -> bool:
     """Whether launches on x can be timed now: not while something is traced or captured."""
     if type(x) not in PLAIN or _get_current_dispatch_mode() is not None:
@@ -64,7 +59,8 @@ def tuned(
         return own_rule(product, gpu)
     if not isinstance(product.positions, int) or len(tried) == 1:
         return own_rule(product, gpu)
-    bucket = bucket_of(product.positions)
+    # Sizes up to a power of two are tuned as one.
+    bucket = power_of_two_at_least(product.positions)
     facts = (kernel.__name__, str(x.device), x.dtype, *product._replace(positions=bucket, planes=1))
     key = (*facts, *sorted(constants.items()))
     with _lock:

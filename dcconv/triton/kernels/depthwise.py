@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from dcconv.triton.kernels.epilogue import decoupled
-from dcconv.triton.kernels.tiles import coordinates, in_image, lanes, offsets, place, source, spread
+from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, source, spread, within
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def depthwise_kernel(
         i, shown_row = source(row * stride_rows - top + r * dilation_rows, height, MODE)
         for s in tl.static_range(COLUMNS):
             j, shown = source(column * stride_columns - left + s * dilation_columns, width, MODE)
-            at = in_image(picture, i * width + j, group, groups, inputs, LAST)
+            at = within(picture, i * width + j, group, groups, inputs, LAST)
             value = tl.load(x + at, mask=seen & (shown_row & shown)[:, None], other=0.0)
             value = value.to(tl.float32)
             squares += value * value

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dcconv.triton.kernels.tiles import coordinates, in_image, lanes, offsets, place, showing
+from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, showing, within
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def depthwise_grad_input_kernel(
                 hit = in_rows & (begin >= 0) & (q * stride_columns == begin)
                 hit_mask = mask & (hit & (q < out_columns))[:, None]
                 output = p.to(tl.int64) * out_columns + q
-                map_at = in_image(picture, output, group, groups, outputs, LAST)
+                map_at = within(picture, output, group, groups, outputs, LAST)
                 tap = tl.load(t + map_at, mask=hit_mask, other=0.0)
                 if WITH_MEAN:
                     b = tl.load(norm_map + map_at, mask=hit_mask, other=1.0)
@@ -59,7 +59,7 @@ def depthwise_grad_input_kernel(
                 seen += tap
                 for f in range(filters):
                     o = group * filters + f
-                    at = in_image(picture, output, o, groups * filters, outputs, LAST)
+                    at = within(picture, output, o, groups * filters, outputs, LAST)
                     du = tl.load(grad_u + at, mask=hit_mask, other=0.0).to(tl.float32)
                     w_at = o * (ROWS * COLUMNS) + (r * COLUMNS + s)
                     w = tl.load(weight + w_at, mask=exists, other=0.0).to(tl.float32)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dcconv.triton.kernels.tiles import coordinates, in_image, lanes, offsets, place, source, spread
+from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, source, spread, within
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def depthwise_grad_weight_kernel(
             i, shown_row = source(row + r * dilation_rows, height, MODE)
             j, shown = source(column + s * dilation_columns, width, MODE)
             pixel = i.to(tl.int64) * width + j
-            at = in_image(picture, pixel, group, groups, inputs, LAST)
+            at = within(picture, pixel, group, groups, inputs, LAST)
             value = tl.load(x + at, mask=seen & (shown_row & shown)[:, None], other=0.0)
             value = spread(value.to(tl.float32), P, IN_GROUP, BY_GROUP)
             added += (sums[tap] + du * value,)  # type: ignore[assignment]

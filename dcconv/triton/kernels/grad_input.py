@@ -6,15 +6,7 @@ S is the transposed window sum of what the output positions say about the norms 
 import triton
 import triton.language as tl
 
-from dcconv.triton.kernels.tiles import (
-    coordinates,
-    in_image,
-    lanes,
-    offsets,
-    place,
-    showing,
-    spread,
-)
+from dcconv.triton.kernels.tiles import coordinates, lanes, offsets, place, showing, spread, within
 
 
 @triton.jit
@@ -61,7 +53,7 @@ def grad_input_kernel(
             shown = row_shown & column_shown
             if LIBRARY == "padded":
                 padded = i * padded_width + j
-                from_at = in_image(picture, padded, channel, channels, padded_pixels, LAST)
+                from_at = within(picture, padded, channel, channels, padded_pixels, LAST)
                 folded = tl.load(library_grad + from_at, mask=mask & shown[:, None], other=0.0)
                 total += folded.to(tl.float32)
             for r in range(ROWS):
@@ -74,7 +66,7 @@ def grad_input_kernel(
                     hit = in_rows & (begin >= 0) & (q * stride_columns == begin)
                     hit = hit & (q < out_columns)
                     output = p * out_columns + q
-                    map_at = in_image(picture, output, group, groups, outputs, LAST)
+                    map_at = within(picture, output, group, groups, outputs, LAST)
                     hit_mask = map_mask & hit[:, None]
                     tap = tl.load(t + map_at, mask=hit_mask, other=0.0)
                     if TAP != "plain":

@@ -39,7 +39,7 @@ def offsets(image, pixel, channel, channels, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
-def in_image(image, pixel, channel, channels, pixels, LAST: tl.constexpr):
+def within(image, pixel, channel, channels, pixels, LAST: tl.constexpr):
     """The same of pixels that are counted in their image, in both layouts."""
     if LAST:
         return (image * pixels + pixel)[:, None] * channels + channel[None, :]
@@ -141,7 +141,7 @@ def window_norms(
         for s in tl.static_range(COLUMNS):
             j, shown = source(column * stride_columns - left + s * dilation_columns, width, MODE)
             pixel = i * width + j
-            at = in_image(image, pixel, group, groups, pixels, LAST)
+            at = within(image, pixel, group, groups, pixels, LAST)
             total += tl.load(sums + at, mask=seen & (shown_row & shown)[:, None], other=0.0)
     return tl.sqrt_rn(total + eps)
 
