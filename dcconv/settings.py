@@ -68,24 +68,21 @@ class Setting(Generic[T]):
     @contextmanager
     def within(self, value: T) -> Iterator[None]:
         """Have a value inside the context."""
-        if torch.compiler.is_compiling():
-            outside = getattr(_traced, self.name)
-            setattr(_traced, self.name, value)
-            try:
-                yield
-            finally:
-                setattr(_traced, self.name, outside)
+        traced = torch.compiler.is_compiling()
+        if traced:
+            before = getattr(_traced, self.name)
         else:
             self.used = True
+            # Not what is in the copy: tasks of one thread may leave in another order.
             before = self.variable.get()
             self.variable.set(value)
-            setattr(_traced, self.name, value)
-            try:
-                yield
-            finally:
+        setattr(_traced, self.name, value)
+        try:
+            yield
+        finally:
+            if not traced:
                 self.variable.set(before)
-                # Not what was there: tasks of one thread may leave in another order.
-                setattr(_traced, self.name, before)
+            setattr(_traced, self.name, before)
 
 
 backend: Setting[str] = Setting("backend")

@@ -187,15 +187,12 @@ def plans(
 def _allow(
     names: str, input_gradient: str | None, weight_gradient: str | None, silent: bool
 ) -> AbstractContextManager[None]:
-    def checked(argument: str, value: str) -> str:
-        return ",".join(checked_names(argument, value, silent))
+    def checked(argument: str, value: str | None) -> str | None:
+        return None if value is None else ",".join(checked_names(argument, value, silent))
 
-    allowed = Allowed(
-        checked("names", names),
-        None if input_gradient is None else checked("input_gradient", input_gradient),
-        None if weight_gradient is None else checked("weight_gradient", weight_gradient),
-    )
-    return settings.strategies.within(allowed)
+    said = ",".join(checked_names("names", names, silent))
+    own = (checked("input_gradient", input_gradient), checked("weight_gradient", weight_gradient))
+    return settings.strategies.within(Allowed(said, *own))
 
 
 def is_bound() -> bool:

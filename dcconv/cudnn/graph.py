@@ -32,9 +32,8 @@ OLDEST_GPU = (8, 0)
 @asked_once
 def _why_not_gpu(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) < OLDEST_GPU:
-        return f"this GPU is sm_{major}{minor}: sm_80 or later is needed"
-    return None
+    new = (major, minor) >= OLDEST_GPU
+    return None if new else f"this GPU is sm_{major}{minor}: sm_80 or later is needed"
 
 
 def why_not(operands: Operands, problem: Problem, direction: str = records.FORWARD) -> str | None:

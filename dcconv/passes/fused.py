@@ -171,21 +171,19 @@ def compose(
     return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
 
 
-def input_gradient(side: InputSide, problem: Problem) -> Tensor:
-    """Return grad_x: the convolution's, and x times the window sums of the taps."""
-    return compose_input_gradient(side, problem, kernel_of(side.weight, problem))
-
-
-def compose_input_gradient(
+def input_gradient(
     side: InputSide,
     problem: Problem,
-    kernel: str,
+    kernel: str | None = None,
     tile: int = records.OWN_RULE,
     namespace: str = COMPILED,
 ) -> Tensor:
-    """Return the gradient of x by a kernel and tile of a namespace's ops."""
+    """Return grad_x: the convolution's, and x times the window sums of the taps.
+
+    By a kernel and tile of a namespace's ops; None for the one made for the channels.
+    """
     grad_u, x, weight, taps = side
-    layout = memory_format(x, weight)
+    layout, kernel = memory_format(x, weight), kernel or kernel_of(weight, problem)
     weight, last = weight.contiguous(memory_format=layout), layout == torch.channels_last
     call = records.OnePassGradInput(grad_u, weight, x, taps, problem.window, kernel, tile, last)
     return ops.conv2d_one_pass_grad_input(call, namespace)

@@ -69,7 +69,7 @@ def forward(
 def input_gradient(side: InputSide, problem: Problem, tile: int = records.OWN_RULE) -> Tensor:
     """Return grad_x: the convolution's, and x times the window sums of the taps."""
     kernel = kernel_of(side.weight, problem)
-    return fused.compose_input_gradient(side, problem, kernel, tile, NAMESPACE)
+    return fused.input_gradient(side, problem, kernel, tile, NAMESPACE)
 
 
 weight_gradient = partial(fused.weight_gradient, namespace=NAMESPACE)

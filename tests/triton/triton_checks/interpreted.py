@@ -500,7 +500,7 @@ def refusals() -> list[str]:
         fused.compose(operands, problem, "nothing", kernel, True, tile, triton_fused.NAMESPACE)
 
     def backward(kernel: str, tile: int) -> None:
-        fused.compose_input_gradient(*arguments, kernel, tile, triton_fused.NAMESPACE)
+        fused.input_gradient(*arguments, kernel, tile, triton_fused.NAMESPACE)
 
     said = []
     for call in (forward, backward):
