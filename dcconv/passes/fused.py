@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import compute_dtype
-from dcconv.operator.records import NORM_BATCH, Operands, Problem
+from dcconv.operator.records import NORM_BATCH, Operands, Problem, Window
 from dcconv.passes import ops, records
 from dcconv.passes.backward import InputSide, rows_of
 from dcconv.passes.products import size_of
@@ -128,13 +128,13 @@ def forward(
     kernel = kernel_of(operands.weight, problem)
     # Where windows overlap the implicit GEMM would take each square once per window and column
     # tile, and takes sums per pixel instead.
-    finds_norms = kernel != records.IMPLICIT_GEMM or single_pixels(operands.weight, problem)
+    finds_norms = kernel != records.IMPLICIT_GEMM or single_pixels(operands.weight, problem.window)
     return compose(operands, problem, kept, kernel, finds_norms)
 
 
-def single_pixels(weight: Tensor, problem: Problem) -> bool:
+def single_pixels(weight: Tensor, window: Window) -> bool:
     """Return whether windows are single pixels of x."""
-    return weight.shape[2] == weight.shape[3] == 1 and not any(problem.window.padding)
+    return weight.shape[2] == weight.shape[3] == 1 and not any(window.padding)
 
 
 def compose(

@@ -51,7 +51,8 @@ def _finds_norms(weight: Tensor, problem: Problem) -> bool:
     So it is where windows do not overlap, and where they are so short that a pass over x for sums
     per pixel takes longer.
     """
-    if kernel_of(weight, problem) == records.DEPTHWISE or fused.single_pixels(weight, problem):
+    depthwise = kernel_of(weight, problem) == records.DEPTHWISE
+    if depthwise or fused.single_pixels(weight, problem.window):
         return True
     size = weight.shape[1] * weight.shape[2] * weight.shape[3]
     return size <= SHORT_WINDOW and weight.shape[0] // problem.window.groups <= FILTER_TILE

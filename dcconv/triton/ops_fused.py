@@ -11,7 +11,7 @@ from torch import Tensor
 from dcconv.operator import checks
 from dcconv.operator.layout import on_device
 from dcconv.operator.numerics import RHO_FLOOR
-from dcconv.passes import guards, ops, records
+from dcconv.passes import fused, guards, ops, records
 from dcconv.triton import operands
 from dcconv.triton.environment import INTERPRETED
 from dcconv.triton.fused import AUTOTUNED
@@ -85,14 +85,11 @@ def conv2d_one_pass(call: records.OnePass) -> ops.Three:
         "KEEPS_DOT": call.keep_dot,
     }
     if call.kernel == records.IMPLICIT_GEMM:
-        taps, lanes = rows * columns, filters // groups
-        point = taps == 1 and not any(window.padding)
+        lanes, point = filters // groups, fused.single_pixels(weight, window)
         constants["DENSE"] = point and max(window.stride) == 1
         constants["NORM"] = "norms" if call.map_is_norm else "loop" if map is None else "sums"
         sizes = (n, p * q, groups, channels, lanes)
-        product = product_of(
-            n, p * q, groups, lanes, channels, taps, x.element_size(), call.channels_last
-        )
+        product = product_of(n, p * q, groups, lanes, channels, weight, call.channels_last)
         arguments = (*tensors, *sizes, *numbers)
         _launch(implicit_gemm_kernel, arguments, constants, product, call.tile, x)
         return y, norm_map, dot
@@ -134,16 +131,14 @@ def conv2d_one_pass_grad_input(call: records.OnePassGradInput) -> Tensor:
         return grad_x
     (n, _, h, w), (p, q), groups = x.shape, call.grad_u.shape[2:], call.window.groups
     channels, rows, columns = weight.shape[1:]
-    filters, taps = weight.shape[0] // groups, rows * columns
+    filters = weight.shape[0] // groups
     tensors = (call.grad_u, weight, x, t, norm_map, t if sigma is None else sigma, grad_x)
     sizes = (n, h * w, groups, filters, channels, p, q, w)
     constants = {
         **{"ROWS": rows, "COLUMNS": columns, "WITH_MEAN": sigma is not None},
-        "DENSE": taps == 1 and not any(call.window.padding),
+        "DENSE": fused.single_pixels(weight, call.window),
     }
-    product = product_of(
-        n, h * w, groups, channels, filters, taps, x.element_size(), call.channels_last
-    )
+    product = product_of(n, h * w, groups, channels, filters, weight, call.channels_last)
     arguments = (*tensors, *sizes, *operands.steps(call.window)[2:])
     _launch(implicit_gemm_grad_input_kernel, arguments, constants, product, call.tile, x)
     return grad_x

@@ -154,11 +154,11 @@ def product_of(
     groups: int,
     lanes: int,
     channels: int,
-    taps: int,
-    element_size: int,
+    weight: Tensor,
     channels_last: bool,
 ) -> Product:
-    """Return the product of windows of ``taps`` pixels and ``channels``, at pixels of images."""
+    """Return the product of a weight's windows, of ``channels``, at pixels of images."""
+    taps, element_size = weight.shape[2] * weight.shape[3], weight.element_size()
     shared = shares_steps(taps, channels, channels_last)
     planes, depth = 1 if channels_last else images, channels * taps if shared else channels
     loop = (groups, lanes, depth, taps, shared)
