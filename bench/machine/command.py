@@ -11,26 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine.gpus import GPUS, Gpu, gpu_named
-from bench.machine.library import Library
+from bench.machine.library import Library, built
 from bench.machine.loops import Trip, trips
 from bench.machine.pipes import costs_of
-from dcconv import native
+from bench.machine.tables import PASSES
 from dcconv.operator.checks import integer, value_error
 
 SHOWN = ("FMA", "HEAVY", "ALU", "HALF", "XU", "LSU", "BRANCH", "UNIFORM", "TENSOR")
-
-
-def built() -> Path:
-    """Return the compiled library of this checkout.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = Path(native.__file__).parent
-    found = sorted(folder.glob("_C*.so"))
-    if not found:
-        raise value_error("library", "be given where dcconv has no compiled library", None)
-    return found[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +36,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loops.add_argument("--gpu", default="H200", help=f"one of {', '.join(GPUS)}; default: H200")
     loops.add_argument("--smallest", type=int, default=8, help="instructions of a loop that counts")
     loops.add_argument("--code", help="address of a loop's header: print its instructions")
+
+    # Imported when they are run: the other sub-commands do without.
+    def later(name: str) -> Callable[..., int]:
+        def run_action(options: argparse.Namespace, console: Console) -> int:
+            from bench.machine import actions
+
+            status: int = getattr(actions, name)(options, console)
+            return status
+
+        return run_action
+
+    own = "hold the model against kernels whose speed is known"
+    action("check", own, later("check"))
+    text = "execute and simulate the passes of a layer on GPUs"
+    predict = action("predict", text, later("predictions"))
+    predict.add_argument("--gpus", default="H200,A100,RTX4090", help=f"of {', '.join(GPUS)}")
+    predict.add_argument("--dtypes", default="bfloat16,float16,float32", help="default: all three")
+    predict.add_argument("--layouts", default="channels_last,contiguous", help="default: both")
+    predict.add_argument("--passes", default=",".join(PASSES), help="default: all")
+    predict.add_argument("--operators", help="by name, separated by semicolons; default: all six")
+    layer = "channels, size, filters and window; default: 64,28,64,3"
+    predict.add_argument("--layer", default="64,28,64,3", help=layer)
+    predict.add_argument("--output", type=Path, help="append the rows here, for bench report")
+    text = "execute kernels and compare their results with the emulated sources"
+    agree = action("agree", text, later("agreement"))
+    agree.add_argument("--archs", default="sm_90a,sm_80,sm_89", help="default: all that are known")
+    small = "few launches, of float32 and bfloat16"
+    agree.add_argument("--small", action="store_true", help=small)
+    action("listing", "compile and disassemble what check needs", later("make_listing"))
 
 
 def run(options: argparse.Namespace, console: Console) -> int:

@@ -9,10 +9,24 @@ from functools import cache
 from pathlib import Path
 
 from bench.machine.disassemble import Kernel, demangle, find_tool, jump_tables, parse
+from dcconv import native
 from dcconv.operator.checks import value_error
 
 #: From sm_90 on, cuobjdump counts this much shared memory of the system in every block.
 SYSTEM_SHARED = 1024
+
+
+def built() -> Path:
+    """Return the compiled library of this checkout.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(native.__file__).parent
+    found = sorted(folder.glob("_C*.so"))
+    if not found:
+        raise value_error("library", "be given where dcconv has no compiled library", None)
+    return found[0]
 
 
 class Library:
@@ -42,8 +56,6 @@ class Library:
 
     def _archs(self) -> list[str]:
         found = re.findall(r"ELF file +\d+: \S+?\.(sm_\w+)\.cubin", self._dump("-lelf"))
-        if self.path.suffix == ".cubin":
-            found = re.findall(r"^arch = (sm_\w+)", self._dump("-elf"), re.MULTILINE)
         if not found:
             raise value_error("library", "have CUDA code", str(self.path))
         return sorted(set(found), key=lambda arch: (int(re.sub(r"\D", "", arch)), arch))

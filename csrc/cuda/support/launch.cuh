@@ -123,9 +123,15 @@ void launch(
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1);
 #if defined(DCCONV_SIMT)
     (void)stream;
-    simt::launch(name, blocks, static_cast<unsigned>(threads), shared_bytes, [&] {
-      kernel(params);
-    });
+    const simt::Request request{reinterpret_cast<const void*>(kernel), &params, sizeof(params)};
+    simt::launch(
+        name,
+        blocks,
+        static_cast<unsigned>(threads),
+        shared_bytes,
+        [&] { kernel(params); },
+        &request
+    );
 #else
     kernel<<<
         blocks,

@@ -62,7 +62,7 @@ def passes_extension(
 
     Args:
         build: one of ``builds.BUILDS``.
-        every_dtype: all four dtypes instead of float32 and bfloat16.
+        every_dtype: all four dtypes instead of float32 and bfloat16, and all kernels.
         changed: a changed copy of csrc, to see what the change does to float32.
     """
     import pybind11
@@ -78,5 +78,6 @@ def passes_extension(
     here = Path(__file__).parent
     kernels = KERNELS if every_dtype else (here / "two_dtypes.cu",)
     files = dict.fromkeys(kernels, flags)
-    files[here / "passes.cpp"] = [*_flags(), *python]
+    chosen = ["-DSIMT_EVERY_KERNEL"] if every_dtype else []
+    files[here / "passes.cpp"] = [*_flags(), *chosen, *python]
     return builds.compile_library("dcconv_passes", files, build)

@@ -1,10 +1,12 @@
 // The CUDA passes on numpy arrays, in the SIMT model. Every function takes the dtype's name and the
-// members of its parameter struct by name; arrays stand for pointers, None for null.
+// members of its parameter struct by name; arrays stand for pointers, None for null. Without
+// SIMT_EVERY_KERNEL there are the passes of the strategy library alone.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <exception>
 #include <string>
 #include <utility>
@@ -273,6 +275,82 @@ void run_grad_input(const std::string& dtype, const py::kwargs& values) {
   grad_input(dtype_of(dtype), p, nullptr);
 }
 
+#if defined(SIMT_EVERY_KERNEL)
+
+// implicit_gemm, depthwise and stem.
+template <void (*kernel)(Dtype, const FusedParams&, Stream)>
+void run_fused(const std::string& dtype, const py::kwargs& values) {
+  FusedParams p{};
+  {
+    Members of(values);
+    of("n", p.n);
+    of("c", p.c);
+    of("o", p.o);
+    of("groups", p.groups);
+    of("window", p.window);
+    of("channels_last", p.channels_last);
+    of("op", p.op);
+    of("eps", p.eps);
+    of("filters", p.filters);
+    of("bias", p.bias);
+    of("x", p.x);
+    of("weight", p.weight);
+    of("map", p.map);
+    of("map_is_norm", p.map_is_norm);
+    of("y", p.y);
+    of("dot", p.dot);
+    of("norm", p.norm);
+    of("tile", p.tile);
+  }
+  kernel(dtype_of(dtype), p, nullptr);
+}
+
+template <void (*kernel)(Dtype, const FusedGradInputParams&, Stream)>
+void run_fused_grad_input(const std::string& dtype, const py::kwargs& values) {
+  FusedGradInputParams p{};
+  {
+    Members of(values);
+    of("n", p.n);
+    of("c", p.c);
+    of("o", p.o);
+    of("groups", p.groups);
+    of("window", p.window);
+    of("channels_last", p.channels_last);
+    of("grad_u", p.grad_u);
+    of("weight", p.weight);
+    of("x", p.x);
+    int tap = 0;
+    of("tap", tap);
+    p.tap = static_cast<Tap>(tap);
+    of("t", p.t);
+    of("norm", p.norm);
+    of("sigma", p.sigma);
+    of("grad_x", p.grad_x);
+    of("tile", p.tile);
+  }
+  kernel(dtype_of(dtype), p, nullptr);
+}
+
+void run_depthwise_grad_weight(const std::string& dtype, const py::kwargs& values) {
+  DepthwiseGradWeightParams p{};
+  {
+    Members of(values);
+    of("n", p.n);
+    of("c", p.c);
+    of("o", p.o);
+    of("window", p.window);
+    of("channels_last", p.channels_last);
+    of("grad_u", p.grad_u);
+    of("x", p.x);
+    of("parts", p.parts);
+    of("rows", p.rows);
+    of("grad_weight", p.grad_weight);
+  }
+  depthwise_grad_weight(dtype_of(dtype), p, nullptr);
+}
+
+#endif
+
 }  // namespace
 }  // namespace dcconv::cuda
 
@@ -289,6 +367,11 @@ PYBIND11_MODULE(dcconv_passes, m) {
   m.attr("angulars") = names_of(dcconv::portable::Angulars{});
   m.def("set_seed", &simt::set_seed);
   m.def("set_concurrent_blocks", &simt::set_concurrent_blocks);
+  m.def("set_multiprocessors", &simt::set_multiprocessors);
+  // The address of a simt::Observer, 0 for none.
+  m.def("set_observer", [](std::uintptr_t observer) {
+    simt::set_observer(reinterpret_cast<simt::Observer>(observer));
+  });
   m.def("pixel_sumsq", &run_pixel_sumsq);
   m.def("window_norm_blocks", [](const py::kwargs& values) {
     return window_norm_blocks(window_norm_params(values));
@@ -302,4 +385,12 @@ PYBIND11_MODULE(dcconv_passes, m) {
   m.def("column_sums", &run_column_sums);
   m.def("filter_grad", &run_filter_grad);
   m.def("grad_input", &run_grad_input);
+#if defined(SIMT_EVERY_KERNEL)
+  m.def("implicit_gemm", &run_fused<implicit_gemm>);
+  m.def("implicit_gemm_grad_input", &run_fused_grad_input<implicit_gemm_grad_input>);
+  m.def("depthwise", &run_fused<depthwise>);
+  m.def("depthwise_grad_input", &run_fused_grad_input<depthwise_grad_input>);
+  m.def("depthwise_grad_weight", &run_depthwise_grad_weight);
+  m.def("stem", &run_fused<stem>);
+#endif
 }

@@ -21,7 +21,21 @@ namespace simt {
 constexpr std::size_t kSharedBytes = 48 << 10;
 constexpr std::size_t kMaxSharedBytes = 227 << 10;
 
+// A kernel by its address, and the bytes of what it is launched with.
+struct Request {
+  const void* kernel;
+  const void* parameters;
+  std::size_t parameter_bytes;
+};
+
+// Sees a launch before it runs: name, blocks, threads, bytes of shared memory, kernel, parameters
+// and their bytes. What it answers says whether the model runs the launch: nothing of it at 0.
+using Observer = int (*)(
+    const char*, unsigned, unsigned, unsigned, std::size_t, const void*, const void*, std::size_t
+);
+
 struct Settings {
+  std::atomic<Observer> observer{nullptr};
   std::atomic<std::uint64_t> seed{0};
   std::atomic<std::uint64_t> launches{0};  // since the seed was set
   std::atomic<int> multiprocessors{2};
@@ -35,6 +49,11 @@ inline thread_local std::size_t allowed_shared = kSharedBytes;
 inline void set_seed(std::uint64_t seed) {
   settings.seed = seed;
   settings.launches = 0;
+}
+
+// Null: nobody sees the launches.
+inline void set_observer(Observer observer) {
+  settings.observer = observer;
 }
 
 // What a kernel's host code is told about the device.
@@ -70,9 +89,15 @@ inline void allow_shared(std::size_t bytes) {
 }
 
 // Runs kernel_call() as every thread of every block; throws where CUDA would refuse the launch.
+// With a request the observer sees it.
 template <class F>
 void launch(
-    const char* name, dim3 grid, unsigned threads, std::size_t shared_bytes, F&& kernel_call
+    const char* name,
+    dim3 grid,
+    unsigned threads,
+    std::size_t shared_bytes,
+    F&& kernel_call,
+    const Request* request = nullptr
 ) {
   using Kernel = std::remove_reference_t<F>;
   const std::size_t allowed = allowed_shared;
@@ -100,6 +125,19 @@ void launch(
   );
   if (current != nullptr)
     fail(*current, std::string("launches '") + name + "' from inside a kernel");
+  const Observer observer = settings.observer;
+  if (observer != nullptr && request != nullptr &&
+      observer(
+          name,
+          grid.x,
+          grid.y,
+          threads,
+          shared_bytes,
+          request->kernel,
+          request->parameters,
+          request->parameter_bytes
+      ) == 0)
+    return;
   Random mix{settings.seed + 0x632be59bd9b4e019u * settings.launches++};
   const Launch description{
       name,
