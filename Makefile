@@ -20,7 +20,7 @@ SOURCES := $(sort $(shell find csrc -type f))
 FORMATTED := $(filter %.h %.inl %.c %.cpp %.cuh %.cu,$(SOURCES) $(sort $(shell find tests -type f)))
 OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: help demo test lint docs build bench findings gpu-gate clean FORCE
+.PHONY: help demo test lint docs build bench findings machine-check gpu-gate clean FORCE
 
 # A target's line says what it does, after two hashes.
 help: ## this list
@@ -57,6 +57,11 @@ bench: build ## every benchmark of this device, then the report
 # Outside CI: they install the public packages that they are about.
 findings: ## run findings/*.sh: what surprises about libraries of this field
 	@failed=0; for file in findings/*.sh; do echo "$$file"; bash $$file || failed=1; done; exit $$failed
+
+# Outside CI, which executes a small set: half an hour on two cores.
+machine-check: build ## execute the machine code of all GPU kernels and compare; check the model
+	$(BIN)/python -m bench machine check
+	$(BIN)/python -m bench machine agree
 
 gpu-gate: ## everything that needs a GPU, on a machine that has one
 	$(GATE_PYTHON) tests/cuda/gate/gpu_gate.py $(GATE_OPTIONS)

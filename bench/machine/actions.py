@@ -125,6 +125,8 @@ def agreement(options: argparse.Namespace, console: Console) -> int:
     for arch in archs:
         comparison = agree.Comparison(emulator, library, arch)
         agree.compare_passes(comparison, drive, options.small, lambda case: None)
+        if not options.small:
+            agree.compare_fused(comparison, lambda case: None)
         found = comparison.findings
         wrong += sum(not finding.agrees for finding in found)
         for finding in found:

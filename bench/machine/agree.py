@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.machine import fused
 from bench.machine.capture import Emulator, arrays_in
 from bench.machine.execute.grid import Array
 from bench.machine.execute.run import Runner
@@ -115,10 +116,8 @@ class Comparison:
 def problems(small: bool, drive: Any) -> Iterator[tuple[str, str, str, bool]]:
     """Yield dtype, geometry, operator and whether channels_last: every pass, in each dtype."""
     if small:
-        yield from (
-            *(("float32", "vectors", "ball", last) for last in (True, False)),
-            *(("bfloat16", "vectors", "product", last) for last in (True, False)),
-        )
+        yield "float32", "vectors", "ball", True
+        yield "bfloat16", "vectors", "product", False
         return
     geometries = ("vectors", "groups", "odd", "tiles")
     for i, dtype in enumerate(DTYPES):
@@ -138,3 +137,12 @@ def compare_passes(
         comparison.case = f"{dtype} {geometry} {operator} {'last' if last else 'first'}"
         show(comparison.case)
         drive.run(comparison, dtype, last, drive.GEOMETRIES[geometry], drive.OPERATORS[operator])
+
+
+def compare_fused(comparison: Comparison, show: Callable[[str], None]) -> None:
+    """Run the kernels of the strategy fused on small problems."""
+    for case in fused.cases():
+        comparison.case = case.name
+        show(case.name)
+        members = case.operands(comparison.emulator.module)
+        comparison.findings += comparison.compare(case.function, case.dtype, members)

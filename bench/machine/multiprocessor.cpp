@@ -205,6 +205,9 @@ private:
   double free_at(const Scheduler& s, int pipe) const {
     if (pipe == kLsu)
       return std::max(s.free[kLsu], unit_free_ - kQueue);
+    // Begins within the cycle in which the pipe gets free, so that its mean rate is kept.
+    if (pipe == kTensor)
+      return s.free[kTensor] - 0.999;
     if (c_.halves && pipe == kFma)
       return std::min(s.halves[0], s.halves[1]);
     if (c_.halves && pipe == kHeavy)
@@ -221,7 +224,6 @@ private:
     } else if (c_.halves && pipe == kHalf) {
       s.halves[0] = s.halves[1] = now_ + c_.cycles[kHalf];
     } else if (pipe == kTensor) {
-      // Fractions of a cycle are kept: the pipe takes products at their mean rate.
       s.free[pipe] = std::max(s.free[pipe], double(now_)) + c_.cycles[pipe];
     } else {
       s.free[pipe == kHeavy ? int(kFma) : pipe] = now_ + c_.cycles[pipe];
