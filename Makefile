@@ -2,6 +2,9 @@
 # alone prints the targets and does nothing.
 #
 #   TORCH         the PyTorch to install, a pip requirement: make test TORCH=torch==2.13.0
+#   EXTRAS        what to install beside it, by the extras of pyproject.toml; default: train for a demo
+#                 that finds no environment, for the other targets everything
+#   DCCONV_INSTALLER  pip: install without uv, see install.py
 #   PYTHON, VENV  the interpreter and the folder of the virtual environment made from it
 #   GATE_PYTHON   the interpreter of gpu-gate, which makes no environment: the one in VENV if it is
 #                 there, else PYTHON; GATE_OPTIONS are passed on (tests/cuda/gate/gpu_gate.py)
@@ -12,13 +15,16 @@
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
+EXTRAS ?= train,bench,dev,docs
 TEST_OPTIONS ?= -n auto --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 GATE_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SOURCES := $(sort $(shell find csrc -type f))
 FORMATTED := $(filter %.h %.inl %.c %.cpp %.cuh %.cu,$(SOURCES) $(sort $(shell find tests -type f)))
-OPTIONS := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
+SETTING_torch := $(TORCH)
+SETTING_extras := $(EXTRAS)
+SETTING_options := $(DCCONV_BUILD)|$(DCCONV_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
 .PHONY: help demo test lint docs build bench findings machine-check gpu-gate clean FORCE
 
@@ -28,7 +34,8 @@ help: ## this list
 
 # Kernels for this machine alone: code for GPUs that are not there takes minutes to compile.
 demo: ## train small networks on handwritten digits, in some two minutes
-	@$(MAKE) --no-print-directory build DCCONV_BUILD=$(or $(DCCONV_BUILD),local)
+	@$(MAKE) --no-print-directory build DCCONV_BUILD=$(or $(DCCONV_BUILD),local) \
+	  EXTRAS=$(if $(filter file,$(origin EXTRAS)),$(or $(shell cat $(VENV)/extras 2> /dev/null),train),$(EXTRAS))
 	$(BIN)/python -m train.digits
 
 test: build lint docs ## lint, types, formatting, documentation, doctests and the test suite
@@ -75,18 +82,18 @@ clean: ## remove what was built; the environment stays
 
 # The settings of the last run: these files change, and what depends on them is made again, only
 # when a setting does.
-$(VENV)/torch $(VENV)/options: FORCE | $(BIN)/pip
-	@printf '%s\n' '$(if $(filter %/torch,$@),$(TORCH),$(OPTIONS))' > $@.new
+$(VENV)/torch $(VENV)/extras $(VENV)/options: FORCE | $(BIN)/pip
+	@printf '%s\n' '$(SETTING_$(@F))' > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 # Without build isolation the library is built against the PyTorch it will run with.
-$(VENV)/installed: pyproject.toml $(VENV)/torch
+$(VENV)/installed: pyproject.toml $(VENV)/torch $(VENV)/extras
 	@echo 'Filling $(VENV); the default build of PyTorch is a download of several GB.'
-	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
-	DCCONV_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev,docs]'
+	$(BIN)/python install.py --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
+	DCCONV_BUILD=none $(BIN)/python install.py --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/built: setup.py $(SOURCES) $(VENV)/installed $(VENV)/options
