@@ -4,7 +4,8 @@
 Needs no GPU, no network and no git. Environment:
 
     DCCONV_BUILD          auto (default): CUDA if a toolkit is found, else CPU, else pure Python;
-                          local: as auto, with CUDA code for this machine's GPUs alone;
+                          local: as auto, with code for this machine's GPUs and this processor's
+                          instruction set alone;
                           cuda, cpu: exactly this or an error; none: pure Python
     DCCONV_VERBOSE        1: every compiler command whole, not a line per file; build.log in the
                           build folder has them in any case
@@ -35,6 +36,7 @@ MODES = ("auto", "local", "cuda", "cpu", "none")
 ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 TORCH_TARGET = "0x020a000000000000"  # PyTorch 2.10
 PYTHON_TARGET = "0x030A0000"  # CPython 3.10
+ISAS = ("baseline", "avx2", "avx512")
 # Memory that one compiler may need for a template-heavy file.
 GIB_PER_JOB = 3
 
@@ -92,6 +94,11 @@ def local_archs(capabilities: Iterable[tuple[int, int]]) -> str:
     return ";".join(sorted(names, key=lambda name: float(name.rstrip("a"))))
 
 
+def local_isa(capability: str) -> str:
+    """Return the best of ISAS for a processor, given what PyTorch calls its instruction set."""
+    return next((isa for isa in reversed(ISAS) if capability.lower().startswith(isa)), ISAS[0])
+
+
 def gpus_here() -> list[tuple[int, int]]:
     import torch
 
@@ -133,8 +140,14 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-def library(cuda_home: Path | None, debug: bool) -> Extension:
-    """Return the extension, with CUDA code if ``cuda_home`` is given."""
+def library(cuda_home: Path | None, debug: bool, isa: str | None = None) -> Extension:
+    """Return the extension, with CUDA code if ``cuda_home`` is given.
+
+    Args:
+        cuda_home: the CUDA toolkit.
+        debug: whether to compile for a debugger.
+        isa: the one instruction set of the CPU kernels; None for every one.
+    """
     from torch.utils import cpp_extension
 
     cpp_extension.min_supported_cpython = PYTHON_TARGET
@@ -152,7 +165,8 @@ def library(cuda_home: Path | None, debug: bool) -> Extension:
         "extra_compile_args": {"cxx": cxx},
         "py_limited_api": True,
     }
-    host = sources("csrc/*.cpp", "csrc/cpu/**/*.cpp")
+    others = tuple(f"_{other}.cpp" for other in ISAS if isa not in (None, other))
+    host = [f for f in sources("csrc/*.cpp", "csrc/cpu/**/*.cpp") if not f.endswith(others)]
     if cuda_home is None:
         return cpp_extension.CppExtension("dcconv._C", host, **arguments)
     arguments["extra_compile_args"]["nvcc"] = nvcc
@@ -228,7 +242,9 @@ class BuildLibrary(build_ext):
         mode = build_mode(os.environ)
         # Finds the ninja of a virtual environment that is used without being activated.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        record: dict[str, str | None] = dict.fromkeys(("REASON", "CUDA_REASON", "ARCHS", "TORCH"))
+        record: dict[str, str | None] = dict.fromkeys(
+            ("REASON", "CUDA_REASON", "ARCHS", "ISA", "TORCH")
+        )
         reason = "DCCONV_BUILD=none was set" if mode == "none" else why_no_library(os.environ)
         if reason is None:
             reason = self.build(mode, record)
@@ -245,6 +261,8 @@ class BuildLibrary(build_ext):
         import torch
 
         record["TORCH"] = torch.__version__
+        if mode == "local":
+            record["ISA"] = local_isa(torch.backends.cpu.get_cpu_capability())
         home = find_cuda_home(os.environ, usual_cuda_homes())
         no_cuda = why_no_cuda(home, torch.version.cuda)
         if mode == "cuda" and no_cuda is not None:
@@ -263,17 +281,17 @@ class BuildLibrary(build_ext):
             archs = cuda_archs(os.environ, ask_nvcc(home, "--list-gpu-arch"))
             # Read by PyTorch's build helpers, the first when they are imported.
             os.environ |= {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": archs}
-            failure = self.compile(mode, home)
+            failure = self.compile(mode, home, record["ISA"])
             if failure is None:
                 record["ARCHS"] = archs
                 return None
             no_cuda = f"its CUDA code did not compile: {failure}"
         print(f"dcconv: building without CUDA: {no_cuda}")
         record["CUDA_REASON"] = f"the compiled library has no CUDA code: {no_cuda}"
-        failure = self.compile(mode, None)
+        failure = self.compile(mode, None, record["ISA"])
         return failure and f"it did not compile: {failure}"
 
-    def compile(self, mode: str, cuda_home: Path | None) -> str | None:
+    def compile(self, mode: str, cuda_home: Path | None, isa: str | None) -> str | None:
         """Return None on success, else what went wrong; modes cuda and cpu raise it."""
         import torch
         from torch.utils.cpp_extension import BuildExtension
@@ -282,7 +300,7 @@ class BuildLibrary(build_ext):
         jobs = max(1, min(os.cpu_count() or 1, memory // GIB_PER_JOB))
         os.environ.setdefault("MAX_JOBS", str(jobs))
         debug = os.environ.get("DCCONV_DEBUG") == "1"
-        self.distribution.ext_modules = [library(cuda_home, debug)]
+        self.distribution.ext_modules = [library(cuda_home, debug, isa)]
         command = BuildExtension(self.distribution)
         command.inplace, command.build_lib = self.inplace, self.build_lib
         # A folder that stays, so that a second build compiles what changed, and one per variant.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcconv import settings
+from dcconv import native, settings
 from dcconv.call import implementations, strategy
 from dcconv.call.key import FORWARD
 from dcconv.call.refusals import Call, describe, is_transformed
@@ -257,7 +257,7 @@ def report(
         reason = candidate.why_not(call)
         state = "runs this call" if candidate.name == chosen.name else reason or "could run it"
         if candidate.name == "cpu" and reason is None:
-            state += f" ({torch.ops.dcconv.cpu_isa()} instructions)"
+            state += f" ({native.cpu_instructions()})"
         lines.append(f"  {candidate.name:<10}{state}")
         if len(implementations.rows[candidate.name, FORWARD]) > 1 and reason is None:
             said = strategy.describe(candidate.name, operands, problem, mode, _benchmarks())

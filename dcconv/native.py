@@ -30,6 +30,11 @@ def _load() -> str | None:
         return f"the compiled library is missing: {reason}"
     except ImportError as error:
         return f"the compiled library does not load: {error}"
+    if not torch.ops.dcconv.cpu_isas():
+        return (
+            f"the compiled library was built for a processor with {getattr(_build, 'ISA', None)} "
+            "alone (DCCONV_BUILD=local), which this one lacks"
+        )
     return None
 
 
@@ -59,6 +64,13 @@ def cuda_missing() -> str | None:
     if missing is not None:
         return missing
     return getattr(_build, "CUDA_REASON", "dcconv was built without CUDA")
+
+
+def cpu_instructions() -> str:
+    """Return the instruction set of the CPU kernels, and that it is the only one if it is."""
+    only = getattr(_build, "ISA", None) is not None
+    note = ", the only ones compiled: DCCONV_BUILD=local" if only else ""
+    return f"{torch.ops.dcconv.cpu_isa()} instructions{note}"
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:

@@ -127,7 +127,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of the CPU kernels that this processor has."""
     known = torch.ops.dcconv.cpu_isas()
     if request.param not in known:
-        pytest.skip(f"this processor has no {request.param}, only {', '.join(known)}")
+        pytest.skip(f"this processor or library has no {request.param}, only {', '.join(known)}")
     before = torch.ops.dcconv.cpu_isa()
     torch.ops.dcconv.set_cpu_isa(request.param)
     yield request.param

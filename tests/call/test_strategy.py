@@ -25,7 +25,7 @@ from willing import records_with
 
 import dcconv
 from bench.layers import DEFAULT_BATCH, Layer, distinct_layers
-from dcconv import backends, functional, warn
+from dcconv import backends, functional, native, warn
 from dcconv.call import implementations, rule, strategy
 from dcconv.call import key as key_module
 from dcconv.call.key import (
@@ -1262,7 +1262,7 @@ def test_report_names_tritons_strategy(triton: World) -> None:
         "    weight gradient: library (library convolution and fused passes; the only one willing)",
         "      library  not measured",
         "      fused    fused does not want to",
-        "  cpu       could run it (" + torch.ops.dcconv.cpu_isa() + " instructions)",
+        f"  cpu       could run it ({native.cpu_instructions()})",
     ]
     call = small_pointwise() | {"weight": torch.randn(16, 16, 3, 3).bfloat16()}
     text = backends.report(**call, padding=1)

@@ -33,6 +33,8 @@ def test_unknown_instruction_set_is_refused() -> None:
 
 
 def test_instruction_set_follows_the_environment() -> None:
+    if "baseline" not in torch.ops.dcconv.cpu_isas():
+        pytest.skip("the library has code for this processor alone (DCCONV_BUILD=local)")
     code = "import torch, dcconv; print(torch.ops.dcconv.cpu_isa())"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,23 @@ def test_cuda_is_left_out_with_a_reason(tmp_path: Path) -> None:
 def test_local_build_compiles_for_the_gpus_that_are_there() -> None:
     assert setup.local_archs([(9, 0), (8, 6), (8, 6), (12, 0)]) == "8.6;9.0a;12.0"
     assert setup.local_archs([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "isa"),
+    [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "baseline"), ("SVE256", "baseline")],
+)
+def test_local_build_compiles_for_the_processor_that_is_there(capability: str, isa: str) -> None:
+    assert setup.local_isa(capability) == isa
+
+
+def test_local_build_leaves_out_the_other_instruction_sets_alone() -> None:
+    every = set(setup.library(None, False).sources)
+    of_sets = {f for f in every if f.endswith(tuple(f"_{isa}.cpp" for isa in setup.ISAS))}
+    assert len(of_sets) == 2 * len(setup.ISAS)
+    for isa in setup.ISAS:
+        left = set(setup.library(None, False, isa).sources)
+        assert every - left == {f for f in of_sets if not f.endswith(f"_{isa}.cpp")}
 
 
 def test_a_compiled_file_takes_one_short_line() -> None:
@@ -259,8 +277,34 @@ def test_library_is_built_and_recorded(tmp_path: Path) -> None:
         "REASON": None,
         "CUDA_REASON": "the compiled library has no CUDA code: DCCONV_BUILD=cpu was set",
         "ARCHS": None,
+        "ISA": None,
         "TORCH": str(torch.__version__),
     }
+
+
+@needs_compiler
+def test_local_build_records_the_instruction_set(tmp_path: Path) -> None:
+    folder = package(tmp_path)
+    result = build(folder, DCCONV_BUILD="local")
+    assert result.returncode == 0, result.stderr
+    assert record(folder)["ISA"] == setup.local_isa(torch.backends.cpu.get_cpu_capability())
+
+
+def test_library_for_another_processor_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.missing is not None:
+        pytest.skip(native.missing)
+    ops = SimpleNamespace(dcconv=SimpleNamespace(cpu_isas=list, cpu_isa=lambda: "avx2"))
+    monkeypatch.setattr(native, "_build", SimpleNamespace(ISA="avx512"))
+    assert native._load() is None
+    monkeypatch.setattr(native, "torch", SimpleNamespace(ops=ops))
+    assert native._load() == (
+        "the compiled library was built for a processor with avx512 alone (DCCONV_BUILD=local), "
+        "which this one lacks"
+    )
+    only = "avx2 instructions, the only ones compiled: DCCONV_BUILD=local"
+    assert native.cpu_instructions() == only
+    monkeypatch.setattr(native, "_build", SimpleNamespace(ISA=None))
+    assert native.cpu_instructions() == "avx2 instructions"
 
 
 @needs_compiler

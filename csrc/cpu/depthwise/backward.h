@@ -113,8 +113,12 @@ using AngularGradLanes = void (*)(const GradLanes<A>&, const GradLaneTile<A>&);
 
 template <class A, Kept kKept, class... G>
 AngularGradLanes<A> pick_angular_grad_lanes(TypeList<G...>, int index, bool sums) {
-  static constexpr AngularGradLanes<A> plain[] = {angular_grad_lanes<G, kKept, false, A>...};
-  static constexpr AngularGradLanes<A> with_sums[] = {angular_grad_lanes<G, kKept, true, A>...};
+  static constexpr AngularGradLanes<A> plain[] = {
+      angular_grad_lanes<G, kept_of<G, kKept>, false, A>...
+  };
+  static constexpr AngularGradLanes<A> with_sums[] = {
+      angular_grad_lanes<G, kept_of<G, kKept>, true, A>...
+  };
   return (sums ? with_sums : plain)[index];
 }
 

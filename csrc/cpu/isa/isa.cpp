@@ -1,5 +1,6 @@
 // Chooses the instruction set of the CPU kernels: the best one that the processor has, or the one
-// asked for by DCCONV_CPU_ISA or set_cpu_isa.
+// asked for by DCCONV_CPU_ISA or set_cpu_isa. A build for one machine (DCCONV_BUILD=local) is
+// linked with one of them alone.
 
 #include <atomic>
 #include <cstdlib>
@@ -11,6 +12,18 @@
 #include "cpu/tasks.h"
 
 namespace dcconv::cpu {
+
+// Weak: null where the file was not compiled.
+namespace baseline {
+__attribute__((weak)) const Kernels& kernels(Dtype dtype);
+}
+namespace avx2 {
+__attribute__((weak)) const Kernels& kernels(Dtype dtype);
+}
+namespace avx512 {
+__attribute__((weak)) const Kernels& kernels(Dtype dtype);
+}
+
 namespace {
 
 using Table = const Kernels& (*)(Dtype);
@@ -20,8 +33,8 @@ struct Isa {
   Table table;
 };
 
-// From plain to best.
-std::vector<Isa> available() {
+// What the processor has, from plain to best; of those that were not compiled the table is null.
+std::vector<Isa> known() {
   std::vector<Isa> found{{"baseline", baseline::kernels}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -35,19 +48,40 @@ std::vector<Isa> available() {
   return found;
 }
 
+std::vector<Isa> available() {
+  std::vector<Isa> found;
+  for (const Isa& isa : known())
+    if (isa.table != nullptr)
+      found.push_back(isa);
+  return found;
+}
+
 Table find(const std::string& name) {
-  std::string known;
+  std::string names;
   for (const Isa& isa : available()) {
     if (name == isa.name)
       return isa.table;
-    known += known.empty() ? isa.name : std::string(", ") + isa.name;
+    names += names.empty() ? isa.name : std::string(", ") + isa.name;
   }
-  fail("the instruction set must be one of ", known, ", got '", name, "'");
+  for (const Isa& isa : known())
+    if (name == isa.name)
+      fail(
+          "the instruction set must be one that was compiled (DCCONV_BUILD=local: ",
+          names,
+          "), got '",
+          name,
+          "'"
+      );
+  fail("the instruction set must be one of ", names, ", got '", name, "'");
 }
 
 Table initial() {
   const char* wanted = std::getenv("DCCONV_CPU_ISA");
-  return wanted == nullptr || *wanted == '\0' ? available().back().table : find(wanted);
+  if (wanted != nullptr && *wanted != '\0')
+    return find(wanted);
+  const std::vector<Isa> found = available();
+  DCCONV_CHECK(!found.empty(), "the CPU kernels were compiled for another processor alone");
+  return found.back().table;
 }
 
 std::atomic<Table>& chosen() {

@@ -1,5 +1,2 @@
-// The CPU kernels for any machine.
-
-#define DCCONV_ISA baseline
-#define DCCONV_LANES 4
-#include "cpu/isa/table.inl"
+#define DCCONV_PART "cpu/isa/table.inl"
+#include "cpu/isa/baseline.inl"

@@ -1,8 +1,7 @@
-// Assembles the kernel tables of one instruction set; included once by each isa_*.cpp with
-// DCCONV_ISA defined and, where needed, the target switched on.
+// Assembles the kernel tables of one instruction set; included once by each isa_*.cpp through the
+// file that defines DCCONV_ISA and, where needed, switches the target on.
 
-#include "cpu/depthwise/backward.h"
-#include "cpu/depthwise/forward.h"
+#include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/filter.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/grad_dot.h"
@@ -14,6 +13,12 @@
 #define DCCONV_STRING(x) DCCONV_STRING_OF(x)
 
 namespace dcconv::cpu::DCCONV_ISA {
+
+// Compiled in depthwise_*.cpp.
+template <class T, class A>
+void depthwise_forward(const DepthwiseParams& p, int64_t begin, int64_t end);
+template <class T, class A>
+void depthwise_backward(const DepthwiseGradParams& p, int64_t begin, int64_t end);
 
 // Derivatives come as dh/db = (d + h) / b, dh/drho, dh/da after the value.
 template <class A>

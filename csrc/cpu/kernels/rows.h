@@ -162,6 +162,11 @@ DC_HD A cosine_of(A kept, A h, A scale) {
   }
 }
 
+// Functions that do not give c from y have backward read u whatever is asked for: no kernel reads
+// their y.
+template <class G, Kept kKept>
+constexpr Kept kept_of = G::invertible ? kKept : Kept::dot;
+
 // dy (d g + h e)
 template <class G, class A>
 DC_HD A norm_term(A dy, A h, A d, A g, A e) {
@@ -242,7 +247,7 @@ using GradFunction = void (*)(const GradRow<T, U, A>&);
 template <class T, class U, class A, bool kVector, class... G>
 GradFunction<T, U, A> pick_angular_grad(TypeList<G...>, int index, Kept kept) {
   static constexpr GradFunction<T, U, A> from_output[] = {
-      angular_grad<G, T, U, A, kVector, Kept::output>...
+      angular_grad<G, T, U, A, kVector, kept_of<G, Kept::output>>...
   };
   static constexpr GradFunction<T, U, A> from_dot[] = {
       angular_grad<G, T, U, A, kVector, Kept::dot>...

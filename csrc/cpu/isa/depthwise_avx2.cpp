@@ -1,0 +1,2 @@
+#define DCCONV_PART "cpu/isa/depthwise.inl"
+#include "cpu/isa/avx2.inl"
