@@ -34,7 +34,7 @@ help: ## this list
 
 # Kernels for this machine alone: code for GPUs that are not there takes minutes to compile.
 demo: ## train small networks on handwritten digits, in some two minutes
-	@$(MAKE) --no-print-directory build DCCONV_BUILD=$(or $(DCCONV_BUILD),local) \
+	@$(MAKE) --no-print-directory $(VENV)/built DCCONV_BUILD=$(or $(DCCONV_BUILD),local) \
 	  EXTRAS=$(if $(filter file,$(origin EXTRAS)),$(or $(shell cat $(VENV)/extras 2> /dev/null),train),$(EXTRAS))
 	$(BIN)/python -m train.digits
 
