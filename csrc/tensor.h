@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <dlfcn.h>
@@ -78,7 +79,7 @@ template <class Result, class... Args, Result (*kOp)(Args...)>
 struct Guarded<kOp> {
   static Result run(Args... args) {
     try {
-      return kOp(args...);
+      return kOp(std::move(args)...);
     } catch (const std::bad_alloc&) {
       no_memory();
     } catch (const std::length_error&) {
@@ -105,6 +106,24 @@ inline MemoryFormat format_of(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+// The strides that PyTorch gives a new tensor of a layout.
+inline Ints strides_of(const Ints& sizes, bool channels_last) {
+  Ints strides(sizes.size());
+  int64_t next = 1;
+  if (channels_last) {
+    for (std::size_t axis : {1, 3, 2, 0}) {
+      strides[axis] = next;
+      next *= sizes[axis];
+    }
+  } else {
+    for (std::size_t axis = sizes.size(); axis-- > 0;) {
+      strides[axis] = next;
+      next *= std::max<int64_t>(sizes[axis], 1);
+    }
+  }
+  return strides;
+}
+
 inline Tensor empty_on(
     const std::optional<torch::stable::Device>& device,
     const Ints& sizes,
@@ -121,10 +140,6 @@ inline Tensor empty_on(
       std::optional<bool>(),
       std::optional<MemoryFormat>(format_of(channels_last))
   );
-}
-
-inline Tensor contiguous(const Tensor& t, bool channels_last) {
-  return dispatch_tensor("aten::contiguous", "", t, format_of(channels_last));
 }
 
 // A dtype as Python calls it.
@@ -241,6 +256,14 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
     expected *= t.size(axis);
   }
   return true;
+}
+
+// Dense in the layout: t itself where it is, without PyTorch's dispatcher, which takes a
+// microsecond to say so.
+inline Tensor contiguous(const Tensor& t, bool channels_last) {
+  if (is_dense(t, channels_last) && (t.numel() > 0 || !channels_last))
+    return t;
+  return dispatch_tensor("aten::contiguous", "", t, format_of(channels_last));
 }
 
 }  // namespace dcconv

@@ -71,9 +71,12 @@ ForwardResults conv2d_forward(
   };
   const Strategy strategy = strategy_for(call, false);
   taken_strategy() = strategy;
+  const bool wide = call.dtype == Dtype::f64;
   if (strategy == Strategy::library)
-    return library_forward(call, in);
-  return takes_depthwise(call) ? depthwise_forward(call, in) : fused_forward(call, in);
+    return wide ? library_forward<double>(call, in) : library_forward<float>(call, in);
+  if (takes_depthwise(call))
+    return wide ? depthwise_forward<double>(call, in) : depthwise_forward<float>(call, in);
+  return fused_forward(call, in);
 }
 
 BackwardResults conv2d_backward(
@@ -157,9 +160,12 @@ BackwardResults conv2d_backward(
   };
   const Strategy strategy = strategy_for(call, true);
   taken_strategy() = strategy;
+  const bool wide = call.dtype == Dtype::f64;
   if (strategy == Strategy::library)
-    return library_backward(call, in);
-  return takes_depthwise_backward(call) ? depthwise_backward(call, in) : fused_backward(call, in);
+    return wide ? library_backward<double>(call, in) : library_backward<float>(call, in);
+  if (takes_depthwise_backward(call))
+    return wide ? depthwise_backward<double>(call, in) : depthwise_backward<float>(call, in);
+  return fused_backward(call, in);
 }
 
 void set_cpu_chunk(int64_t images) {

@@ -30,14 +30,18 @@ struct BackwardInputs {
 
 using BackwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Around the library's convolution, in chunks of images: every call.
+// Around the library's convolution, in chunks of images: every call. A: compute type.
+template <class A>
 ForwardResults library_forward(const Call& call, const ForwardInputs& in);
+template <class A>
 BackwardResults library_backward(const Call& call, const BackwardInputs& in);
 
 // Fused, filters of one channel each: unless the library is forced.
 bool takes_depthwise(const Call& call);
 bool takes_depthwise_backward(const Call& call);
+template <class A>
 ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in);
+template <class A>
 BackwardResults depthwise_backward(const Call& call, const BackwardInputs& in);
 
 }  // namespace dcconv::cpu

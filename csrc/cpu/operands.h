@@ -67,24 +67,26 @@ struct FilterVectors {
     const Positions positions = {1, 1, o, call.shape.groups, call.shape.channels_last, false};
     const int64_t repeat = call.shape.channels_last ? positions.tile_rows() : 1;
     const A* norm = static_cast<const A*>(norms.const_data_ptr());
+    const auto inverse = [](A v) { return A(1) / v; };
     a.assign(norm, norm + o);
-    for (A v : a)
-      inverse_a.push_back(A(1) / v);
+    inverse_a.resize(a.size());
+    std::transform(a.begin(), a.end(), inverse_a.begin(), inverse);
     rho = values(radius, o, A(1));
     for (A& v : rho) {
       const A product = v * A(mean);
       v = product < A(kRhoFloor) ? A(kRhoFloor) : product;
-      inverse_rho.push_back(A(1) / v);
     }
+    inverse_rho.resize(rho.size());
+    std::transform(rho.begin(), rho.end(), inverse_rho.begin(), inverse);
     radius_per_filter = radius.has_value() && radius->numel() > 1;
     k = values(k_values, o, A(1));
     if (bias_values.has_value())
       bias = values(bias_values, o, A(0));
     for (std::vector<A>* v : {&a, &inverse_a, &rho, &inverse_rho, &k, &bias}) {
-      v->reserve(v->size() * static_cast<std::size_t>(repeat));
-      const std::vector<A> once = *v;
-      for (int64_t i = 1; i < repeat; ++i)
-        v->insert(v->end(), once.begin(), once.end());
+      const std::size_t once = v->size();
+      v->resize(once * static_cast<std::size_t>(repeat));
+      for (std::size_t i = once; i < v->size(); ++i)
+        (*v)[i] = (*v)[i - once];
     }
   }
 

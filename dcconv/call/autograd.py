@@ -51,27 +51,12 @@ class PatchNorm(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], Problem], Tensor]
 
 
-def conv2d_forward(
-    operands: Operands, problem: Problem, kept: str, chosen: Chosen | None
-) -> tuple[Tensor, ...]:
-    """Run forward: y, norm map, mean norm, dot product, and what else the chosen backward saves.
-
-    Args:
-        chosen: what computes each direction; None for one compiled op per direction.
-
-    Raises:
-        RuntimeError, torch.OutOfMemoryError: as PyTorch's own operations of the device do.
-    """
-    try:
-        if chosen is not None:
-            return chosen.forward(operands, problem, kept)
-        arguments = native.conv2d_arguments(operands, problem)
-        op = torch.ops.dcconv.conv2d_forward.default
-        results: tuple[Tensor, ...] = op(*arguments, kept == DOT, kept != NOTHING)
-        return results
-    except RuntimeError as error:
-        known = native.as_pytorch(error)
-        raise known from None
+def one_op_forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
+    """Return y, norm map, mean norm and dot product from the compiled op."""
+    arguments = native.conv2d_arguments(operands, problem)
+    op = torch.ops.dcconv.conv2d_forward.default
+    results: tuple[Tensor, ...] = op(*arguments, kept == DOT, kept != NOTHING)
+    return results
 
 
 def one_op_backward(
@@ -96,9 +81,9 @@ def one_op_backward(
 class DecoupledConv2dFunction(torch.autograd.Function):
     """y and the batch's mean norm from the compiled ops, with hand-written backward.
 
-    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, ``Chosen``.
-    Results: those of ``conv2d_forward``; all but y are not differentiable and only there so that
-    backward can save them.
+    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, and ``Chosen``
+    or None for the compiled ops. Results: those of ``Chosen.forward``; all but y are not
+    differentiable and only there so that backward can save them.
 
     forward takes the context itself: a separate setup_context makes every call inspect the
     signature, 95 us each (measured), and only torch.func needs it, which runs on the reference.
@@ -125,7 +110,12 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             raw = radius.to(dtype, copy=True) if radius.dtype != dtype else radius.clone()
             ctx.learned, radius = radius, raw.square().add_(RADIUS_OFFSET)
         operands = Operands(x, weight, bias, radius, norm_mean, k)
-        results = conv2d_forward(operands, problem, kept, chosen)
+        if chosen is not None:
+            results = chosen.forward(operands, problem, kept)
+        else:  # one_op_forward, a call nearer
+            arguments = native.conv2d_arguments(operands, problem)
+            op = torch.ops.dcconv.conv2d_forward.default
+            results = op(*arguments, kept == DOT, kept != NOTHING)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         y, norm_map, mean, dot, *more = results
@@ -191,7 +181,11 @@ def _of_raw(
     grad = grads[3]
     if raw is None or grad is None:
         return grads
-    return *grads[:3], (grad * raw * 2.0).to(ctx.learned.dtype), *grads[4:]
+    half = grad * raw
+    grad = half + half  # exact, and without a tensor made of a number
+    if grad.dtype != ctx.learned.dtype:
+        grad = grad.to(ctx.learned.dtype)
+    return *grads[:3], grad, *grads[4:]
 
 
 def _in_layout(

@@ -67,7 +67,7 @@ def forward(strategy: str) -> autograd.Forward:
 
     def run(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
         with forced(strategy):
-            return autograd.conv2d_forward(operands, problem, kept, None)
+            return autograd.one_op_forward(operands, problem, kept)
 
     return run
 

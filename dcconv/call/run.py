@@ -115,6 +115,10 @@ def _autocast(call: Arguments) -> Arguments:
     return call._replace(x=cast(x), weight=cast(call.weight), bias=cast(call.bias))
 
 
+_tracing = torch._C._is_tracing
+_autocasts = torch._C._is_any_autocast_enabled
+_transforms = torch._C._are_functorch_transforms_active
+
 # Arguments that are what they say.
 _CONSTANTS = (float, int, str, type(None))
 
@@ -133,24 +137,26 @@ def _facts_of(t: Any) -> Any:
 
 def _facts(call: Arguments) -> tuple[Any, ...] | None:
     """Return what the checks and choices of a call depend on; None where it is more than this."""
-    x, weight, bias, radius, norm_mean, k, *said = call
+    x, weight, bias, radius, norm_mean, k = call[:6]
     if (
         type(x) not in PLAIN
         or type(weight) not in PLAIN
-        or torch._C._is_tracing()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
+        or _tracing()
+        or _autocasts()
+        or _transforms()
         or forward_ad._current_level >= 0
     ):
         return None
     try:
         # Tensors that are no arrays have no strides, or no shape: the checks have their sentences.
         others = (_facts_of(bias), _facts_of(radius), _facts_of(norm_mean), _facts_of(k))
-        facts = (*_facts_of(x), *_facts_of(weight), *others)
+        if None in others:
+            return None
+        facts = (x.shape, x.stride(), x.dtype, x.device, x.layout, _facts_of(weight), others)
     except RuntimeError:
         return None
     tf32 = x.is_cuda and tf32_convolutions()
-    return None if None in others else (*facts, *said, backends.setting(), tf32)
+    return facts, call[6:], backends.setting(), tf32
 
 
 def conv2d(call: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -227,9 +233,16 @@ def _remember(
     )
 
 
+def _as_compute(value: Tensor | float, x: Tensor) -> Tensor | None:
+    """Return what ``as_compute`` does, where nothing traces."""
+    if isinstance(value, Tensor) and value.dtype == compute_dtype(x.dtype):
+        return value.clone() if torch.is_grad_enabled() and not value.requires_grad else value
+    return as_compute(value, x)
+
+
 def _operands(call: Arguments, known: Prepared) -> tuple[Operands, Problem]:
     """Return the operands and the problem of a call that has been checked before."""
-    x, weight, bias, said, norm_mean, k, *_ = call
+    x, weight, bias, said, norm_mean, k = call[:6]
     radius, curvature, mean, problem = known.radius, known.k, None, known.problem
     if known.uses_rho:
         if isinstance(said, Learned):
@@ -243,11 +256,11 @@ def _operands(call: Arguments, known: Prepared) -> tuple[Operands, Problem]:
             else:
                 radius = said.value(compute_dtype(x.dtype))
         elif radius is None:
-            radius = as_compute(said, x)
-        if not isinstance(norm_mean, str):
-            mean = as_compute(norm_mean, x)
+            radius = _as_compute(said, x)
+        if isinstance(norm_mean, Tensor):
+            mean = _as_compute(norm_mean, x)
     if known.uses_k and curvature is None:
-        curvature = as_compute(k, x)
+        curvature = _as_compute(k, x)
     if not known.fits:
         x, weight = batched(x), fitted(weight)
     return Operands(x, weight, bias, radius, mean, curvature), problem

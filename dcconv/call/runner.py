@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from dcconv import native
 from dcconv.call import autograd, implementations, strategy
 from dcconv.call.implementations import Backend
 from dcconv.call.key import FORWARD
@@ -64,22 +65,31 @@ def _one_op(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Te
     chosen: autograd.Chosen | None = None
     if not torch.compiler.is_compiling() and strategy.is_bound():
         chosen = strategy.force(operands, problem, _needs(operands) if differentiated else None)
-    if differentiated:
-        results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
-    else:
-        results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
+    try:
+        if differentiated:
+            results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
+        else:
+            forward = autograd.one_op_forward if chosen is None else chosen.forward
+            results = forward(operands, problem, NOTHING)
+    except RuntimeError as error:
+        known = native.as_pytorch(error)
+        raise known from None
     return results[0], results[2]
 
 
 def _composed_by(backend: str, benchmarks: Callable[[], bool]) -> Conv2d:
     def conv2d(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Tensor | None]:
-        if not _differentiated(operands):
-            chosen = strategy.choose(backend, operands, problem, NOTHING, 0, benchmarks())
-            results = autograd.conv2d_forward(operands, problem, NOTHING, chosen)
-            return results[0], results[2]
-        needs = _needs(operands)
-        chosen = strategy.choose(backend, operands, problem, mode, needs, benchmarks())
-        results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
+        differentiated = _differentiated(operands)
+        kept, needs = (mode, _needs(operands)) if differentiated else (NOTHING, 0)
+        chosen = strategy.choose(backend, operands, problem, kept, needs, benchmarks())
+        try:
+            if differentiated:
+                results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
+            else:
+                results = chosen.forward(operands, problem, NOTHING)
+        except RuntimeError as error:
+            known = native.as_pytorch(error)
+            raise known from None
         return results[0], results[2]
 
     return conv2d

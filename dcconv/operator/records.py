@@ -204,8 +204,10 @@ def _found(kind: type[Any], arguments: tuple[Any, ...]) -> Any:
     """Return a record of these arguments, the one that was made before where there is one."""
     if torch.compiler.is_compiling():
         return kind(*arguments)
-    types = [type(part) if type(part) is not tuple else (*map(type, part),) for part in arguments]
-    key = (*arguments, *types)
+    types: tuple[Any, ...] = tuple(map(type, arguments))
+    if tuple in types:
+        types = (*types, *[tuple(map(type, part)) for part in arguments if type(part) is tuple])
+    key = arguments, types
     try:
         record = _records.get(key)
     except TypeError:  # a list, or something wrong

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dcconv import backends, native
-from dcconv.call import autograd
+from dcconv.call import implementations, runner, strategy
 from dcconv.functional import decoupled_conv2d, patch_norm
 from dcconv.operator.records import Operands, Problem
 
@@ -73,19 +72,23 @@ def test_a_gpu_has_a_class_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise RuntimeError(text)
 
-    x = torch.zeros(1, 2, 5, 5, requires_grad=True)
-    weight = torch.ones(3, 2, 3, 3)
-    y = None if native.missing else decoupled_conv2d(x, weight, backend="cpu")
-    chosen: Any = SimpleNamespace(forward=full)
+    x, weight = torch.zeros(1, 2, 5, 5), torch.ones(3, 2, 3, 3)
+    learned = x.clone().requires_grad_()
     out_of_memory = pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(text)}$")
-    with out_of_memory:
-        autograd.DecoupledConv2dFunction.apply(x, *[None] * 5, Problem(), None, chosen)
-    with out_of_memory:
-        autograd.conv2d_forward(Operands(x, weight, *[None] * 4), Problem(), "nothing", chosen)
-    if y is not None:
+    chosen = SimpleNamespace(forward=full)
+    monkeypatch.setattr(strategy, "choose", lambda *arguments: chosen)
+    composed = runner.runner(implementations.backends["triton"], lambda: False)
+    for image in (x, learned):
+        with out_of_memory:
+            composed.conv2d(Operands(image, weight, *[None] * 4), Problem(), "nothing")
+    if not native.missing:
+        y = decoupled_conv2d(learned, weight, backend="cpu")
         monkeypatch.setattr(native, "conv2d_arguments", full)
         with out_of_memory:
             y.sum().backward()
+        for image in (x, learned):
+            with out_of_memory:
+                decoupled_conv2d(image, weight, backend="cpu")
     other = RuntimeError("dcconv: groups must divide the 4 channels of x, got 3")
     assert native.as_pytorch(other) is other
 

@@ -285,7 +285,7 @@ def test_the_norm_map_is_left_out_where_nothing_is_kept(norm: str, layout: str) 
     torch.ops.dcconv.set_cpu_strategy("fused")
     with torch.no_grad():
         kept, alone = (
-            autograd.conv2d_forward(operands, problem, what, None) for what in (OUTPUT, NOTHING)
+            autograd.one_op_forward(operands, problem, what) for what in (OUTPUT, NOTHING)
         )
     assert torch.ops.dcconv.cpu_strategy_taken() == "fused"
     assert kept[1].numel() == 8 * 12 * 12

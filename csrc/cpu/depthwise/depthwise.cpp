@@ -38,67 +38,6 @@ struct Parameters {
   }
 };
 
-template <class A>
-ForwardResults forward(const Call& call, const ForwardInputs& in) {
-  const ConvShape& conv = call.shape;
-  const Tensor x = contiguous(in.x, conv.channels_last);
-  const Weight weight = make_weight(call, in.weight, in.eps);
-  const Tensor compute_weight = to_dtype(weight.stored, call.compute);
-  const Ints sizes{conv.n, conv.o, conv.rows.output, conv.columns.output};
-  Tensor y = empty(sizes, call.storage, conv.channels_last);
-  Tensor dot =
-      empty(in.keep_dot ? sizes : Ints{0}, call.storage, conv.channels_last && in.keep_dot);
-  Tensor norm_map = empty({in.keep_map ? call.map_elements() : 0}, call.compute);
-  Tensor mean = empty(in.batch_mean ? Ints{} : Ints{0}, call.compute);
-
-  const DepthwisePlan plan = make_plan(conv, sizeof(A));
-  DepthwiseParams p{};
-  p.shape = plan.shape;
-  p.op = call.op;
-  p.eps = in.eps;
-  p.row_sources = plan.row_sources.data();
-  p.column_sources = plan.column_sources.data();
-  p.row_offsets = plan.row_offsets.data();
-  p.column_offsets = plan.column_offsets.data();
-  p.x = x.const_data_ptr();
-  p.map = in.keep_map ? norm_map.mutable_data_ptr() : nullptr;
-  const auto run = [&] {
-    run_tasks(p.shape.tasks(), [&](int64_t begin, int64_t end) {
-      call.table.depthwise_forward(p, begin, end);
-    });
-  };
-  double factor = 1.0;
-  if (in.batch_mean) {
-    std::vector<double> sums(static_cast<std::size_t>(p.shape.tasks()));
-    p.norm_sums = sums.data();
-    run();
-    p.norm_sums = nullptr;
-    p.map = nullptr;
-    double sum = 0;
-    for (double v : sums)
-      sum += v;
-    const A rounded = A(sum / double(std::max<int64_t>(call.map_elements(), 1)));
-    *static_cast<A*>(mean.mutable_data_ptr()) = rounded;
-    factor = double(rounded);
-  } else if (in.norm_mean.has_value()) {
-    factor = scalar_of<A>(*in.norm_mean, call.compute);
-  }
-  std::optional<Tensor> bias;
-  if (in.bias.has_value())
-    bias = to_dtype(*in.bias, call.compute);
-  const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, bias);
-  const Parameters<A> parameters(
-      plan.shape, filters, static_cast<const A*>(compute_weight.const_data_ptr())
-  );
-  const TanhCosineScales scales(call, filters);
-  p.filters = parameters.pointers;
-  p.scales = scales.pointers();
-  p.y = y.mutable_data_ptr();
-  p.dot = in.keep_dot ? dot.mutable_data_ptr() : nullptr;
-  run();
-  return {y, norm_map, mean, dot};
-}
-
 // Phases of one axis: the kernel's taps by (tap * dilation) % stride.
 struct Phases {
   std::vector<int64_t> starts, taps;
@@ -160,8 +99,81 @@ void add_parts(
     }
 }
 
+}  // namespace
+
+bool takes_depthwise(const Call& call) {
+  const ConvShape& s = call.shape;
+  return s.groups == s.c && s.o / s.c <= kMaxMultiplier && !call.norm_free &&
+         forced_strategy() != Strategy::library;
+}
+
+bool takes_depthwise_backward(const Call& call) {
+  return call.shape.n > 0 && call.shape.rows.mode == PaddingMode::zeros && takes_depthwise(call);
+}
+
 template <class A>
-BackwardResults backward(const Call& call, const BackwardInputs& in) {
+ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in) {
+  const ConvShape& conv = call.shape;
+  const Tensor x = contiguous(in.x, conv.channels_last);
+  const Weight weight = make_weight(call, in.weight, in.eps);
+  const Tensor compute_weight = to_dtype(weight.stored, call.compute);
+  const Ints sizes{conv.n, conv.o, conv.rows.output, conv.columns.output};
+  Tensor y = empty(sizes, call.storage, conv.channels_last);
+  Tensor dot =
+      empty(in.keep_dot ? sizes : Ints{0}, call.storage, conv.channels_last && in.keep_dot);
+  Tensor norm_map = empty({in.keep_map ? call.map_elements() : 0}, call.compute);
+  Tensor mean = empty(in.batch_mean ? Ints{} : Ints{0}, call.compute);
+
+  const DepthwisePlan plan = make_plan(conv, sizeof(A));
+  DepthwiseParams p{};
+  p.shape = plan.shape;
+  p.op = call.op;
+  p.eps = in.eps;
+  p.row_sources = plan.row_sources.data();
+  p.column_sources = plan.column_sources.data();
+  p.row_offsets = plan.row_offsets.data();
+  p.column_offsets = plan.column_offsets.data();
+  p.x = x.const_data_ptr();
+  p.map = in.keep_map ? norm_map.mutable_data_ptr() : nullptr;
+  const auto run = [&] {
+    run_tasks(p.shape.tasks(), [&](int64_t begin, int64_t end) {
+      call.table.depthwise_forward(p, begin, end);
+    });
+  };
+  double factor = 1.0;
+  if (in.batch_mean) {
+    std::vector<double> sums(static_cast<std::size_t>(p.shape.tasks()));
+    p.norm_sums = sums.data();
+    run();
+    p.norm_sums = nullptr;
+    p.map = nullptr;
+    double sum = 0;
+    for (double v : sums)
+      sum += v;
+    const A rounded = A(sum / double(std::max<int64_t>(call.map_elements(), 1)));
+    *static_cast<A*>(mean.mutable_data_ptr()) = rounded;
+    factor = double(rounded);
+  } else if (in.norm_mean.has_value()) {
+    factor = scalar_of<A>(*in.norm_mean, call.compute);
+  }
+  std::optional<Tensor> bias;
+  if (in.bias.has_value())
+    bias = to_dtype(*in.bias, call.compute);
+  const FilterVectors<A> filters(call, weight.a, in.radius, factor, in.k, bias);
+  const Parameters<A> parameters(
+      plan.shape, filters, static_cast<const A*>(compute_weight.const_data_ptr())
+  );
+  const TanhCosineScales scales(call, filters);
+  p.filters = parameters.pointers;
+  p.scales = scales.pointers();
+  p.y = y.mutable_data_ptr();
+  p.dot = in.keep_dot ? dot.mutable_data_ptr() : nullptr;
+  run();
+  return {y, norm_map, mean, dot};
+}
+
+template <class A>
+BackwardResults depthwise_backward(const Call& call, const BackwardInputs& in) {
   // In contiguous layout through copies: still a fraction of the library's time.
   ConvShape conv = call.shape;
   conv.channels_last = true;
@@ -295,24 +307,9 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   return {grad_x, grad_weight, grad_bias, grad_radius, grad_mean, grad_k};
 }
 
-}  // namespace
-
-bool takes_depthwise(const Call& call) {
-  const ConvShape& s = call.shape;
-  return s.groups == s.c && s.o / s.c <= kMaxMultiplier && !call.norm_free &&
-         forced_strategy() != Strategy::library;
-}
-
-bool takes_depthwise_backward(const Call& call) {
-  return call.shape.n > 0 && call.shape.rows.mode == PaddingMode::zeros && takes_depthwise(call);
-}
-
-BackwardResults depthwise_backward(const Call& call, const BackwardInputs& in) {
-  return call.dtype == Dtype::f64 ? backward<double>(call, in) : backward<float>(call, in);
-}
-
-ForwardResults depthwise_forward(const Call& call, const ForwardInputs& in) {
-  return call.dtype == Dtype::f64 ? forward<double>(call, in) : forward<float>(call, in);
-}
+template ForwardResults depthwise_forward<float>(const Call&, const ForwardInputs&);
+template ForwardResults depthwise_forward<double>(const Call&, const ForwardInputs&);
+template BackwardResults depthwise_backward<float>(const Call&, const BackwardInputs&);
+template BackwardResults depthwise_backward<double>(const Call&, const BackwardInputs&);
 
 }  // namespace dcconv::cpu

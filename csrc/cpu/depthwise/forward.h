@@ -326,28 +326,25 @@ private:
   ForwardTile<A> tile_;
 };
 
-template <class Pass>
-void forward_tasks(const DepthwiseParams& p, int64_t begin, int64_t end) {
-  Pass pass(p);
-  for (int64_t task = begin; task < end; ++task) {
-    const double sum = pass.run(task);
-    if (p.norm_sums != nullptr)
-      p.norm_sums[task] = sum;
-  }
-}
-
 // x -> y, dot, map and sums of norms, as far as they are wanted; without y the norms alone.
 template <class T, class A>
 void depthwise_forward(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  const auto run = [&](auto&& pass) {
+    for (int64_t task = begin; task < end; ++task) {
+      const double sum = pass.run(task);
+      if (p.norm_sums != nullptr)
+        p.norm_sums[task] = sum;
+    }
+  };
   if constexpr (kFusedMultiplyAdd && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>))
     if (InPlaceForward<T, A>::takes(p.shape)) {
-      forward_tasks<InPlaceForward<T, A>>(p, begin, end);
+      run(InPlaceForward<T, A>(p));
       return;
     }
   if (p.shape.channels_last) {
-    forward_tasks<ChannelsForward<T, A>>(p, begin, end);
+    run(ChannelsForward<T, A>(p));
   } else {
-    forward_tasks<PixelsForward<T, A>>(p, begin, end);
+    run(PixelsForward<T, A>(p));
   }
 }
 

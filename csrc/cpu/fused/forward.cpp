@@ -29,10 +29,11 @@ struct Pass {
     }
   }
 
-  // y, which holds u, to its values, unless it has them; `first` is its first position.
-  void finish(int64_t first, int64_t count) const {
-    if (dot == nullptr && epilogue.scales != nullptr)
-      return;
+  // Whether the products write y: values, not u.
+  bool writes_values() const { return dot == nullptr && epilogue.scales != nullptr; }
+
+  // What takes y, which holds u, to its values; `first` is its first position.
+  EpilogueParams rest(int64_t first, int64_t count) const {
     EpilogueParams p = epilogue;
     const int64_t offset = first * call.shape.o;
     p.shape.n = 1;
@@ -40,7 +41,7 @@ struct Pass {
     p.norm = norm + first;
     p.u = p.y = y + offset;
     p.dot = dot == nullptr ? nullptr : dot + offset;
-    call.table.epilogue(p, 0, p.shape.tasks());
+    return p;
   }
 
   // Sums of squares of `count` pixels.
@@ -92,7 +93,10 @@ void pointwise(const Pass& pass) {
       p.a_offsets = &offset;
       pass.write(p, first);
       call.table.gemm(p);
-      pass.finish(first, count);
+      if (!pass.writes_values()) {
+        const EpilogueParams rest = pass.rest(first, count);
+        call.table.epilogue(rest, 0, rest.shape.tasks());
+      }
     }
   });
 }
@@ -193,7 +197,10 @@ void windows(const Pass& pass) {
         pass.write(p, position + (first + i) * q);
         call.table.gemm(p);
       }
-      pass.finish(position + first * q, count * q);
+      if (!pass.writes_values()) {
+        const EpilogueParams rest = pass.rest(position + first * q, count * q);
+        call.table.epilogue(rest, 0, rest.shape.tasks());
+      }
     }
   });
 }

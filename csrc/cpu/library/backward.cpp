@@ -10,10 +10,9 @@
 #include "cpu/patch_norm.h"
 
 namespace dcconv::cpu {
-namespace {
 
 template <class A>
-BackwardResults backward(const Call& call, const BackwardInputs& in) {
+BackwardResults library_backward(const Call& call, const BackwardInputs& in) {
   const ConvShape& shape = call.shape;
   const bool needs_x = in.needs & kX, needs_weight = in.needs & kWeight;
   // The mean of the norms depends on every patch: t is finished after all of the batch.
@@ -133,7 +132,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
       continue;
     const Tensor dense = contiguous(library_x, shape.channels_last);
     if (reuse)
-      grad_x = with_strides_of(dense, empty(input_sizes, call.storage, shape.channels_last));
+      grad_x = with_exact_strides(dense, shape.channels_last);
     if (call.norm_free) {
       if (!reuse) {
         // Fold the padding back and round: the pass with t = 0.
@@ -186,10 +185,7 @@ BackwardResults backward(const Call& call, const BackwardInputs& in) {
   };
 }
 
-}  // namespace
-
-BackwardResults library_backward(const Call& call, const BackwardInputs& in) {
-  return call.dtype == Dtype::f64 ? backward<double>(call, in) : backward<float>(call, in);
-}
+template BackwardResults library_backward<float>(const Call&, const BackwardInputs&);
+template BackwardResults library_backward<double>(const Call&, const BackwardInputs&);
 
 }  // namespace dcconv::cpu

@@ -10,10 +10,9 @@
 #include "cpu/patch_norm.h"
 
 namespace dcconv::cpu {
-namespace {
 
 template <class A>
-ForwardResults forward(const Call& call, const ForwardInputs& in) {
+ForwardResults library_forward(const Call& call, const ForwardInputs& in) {
   const ConvShape& shape = call.shape;
   const Tensor x = contiguous(in.x, shape.channels_last);
   const Weight weight = make_weight(call, in.weight, in.eps);
@@ -74,7 +73,7 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
         convolution(library_input(call, x_chunk), weight.library, library_bias, call.geometry);
     u = contiguous(u, shape.channels_last);
     if (one_chunk) {
-      u = with_strides_of(u, empty(sizes, call.storage, shape.channels_last));
+      u = with_exact_strides(u, shape.channels_last);
       if (wants_dot) {
         dot = u;
       } else {
@@ -104,10 +103,7 @@ ForwardResults forward(const Call& call, const ForwardInputs& in) {
   return {y, in.keep_map ? norm_map : empty({0}, call.compute), mean, dot};
 }
 
-}  // namespace
-
-ForwardResults library_forward(const Call& call, const ForwardInputs& in) {
-  return call.dtype == Dtype::f64 ? forward<double>(call, in) : forward<float>(call, in);
-}
+template ForwardResults library_forward<float>(const Call&, const ForwardInputs&);
+template ForwardResults library_forward<double>(const Call&, const ForwardInputs&);
 
 }  // namespace dcconv::cpu

@@ -44,31 +44,6 @@ inline bool result_is_last(const Tensor& x, const Tensor& weight) {
   return is_channels_last(x) || is_channels_last(weight);
 }
 
-// The tensor with the strides that empty() gives in its layout. Axes of one element may have any
-// stride, as the batch axis of batch[0].unsqueeze(0) has, and `contiguous` leaves them; the library
-// then takes the layout for another one (float64 and float16 gradients of grouped weights).
-inline Tensor with_exact_strides(const Tensor& t, bool channels_last) {
-  if (t.dim() != 4 || !is_dense(t, channels_last))
-    return t;
-  const std::array<int64_t, 4> first{3, 2, 1, 0}, last{1, 3, 2, 0};
-  Ints strides(4);
-  int64_t next = 1;
-  for (int64_t axis : channels_last ? last : first) {
-    strides[static_cast<std::size_t>(axis)] = next;
-    next *= std::max<int64_t>(t.size(axis), 1);
-  }
-  if (std::equal(strides.begin(), strides.end(), t.strides().begin()))
-    return t;
-  return dispatch_tensor(
-      "aten::as_strided",
-      "",
-      t,
-      Ints(t.sizes().begin(), t.sizes().end()),
-      strides,
-      std::optional<int64_t>()
-  );
-}
-
 // Where the library's bfloat16 convolutions with few output columns are wrong, the route is
 // float32: see docs/library-faults.md. Sizes in pixels.
 inline bool takes_float(

@@ -23,20 +23,4 @@ inline char* at(const Tensor& t, int64_t element) {
   return static_cast<char*>(t.data_ptr()) + element * static_cast<int64_t>(t.element_size());
 }
 
-// The library may number the strides of one-element axes its own way: give the tensor exactly the
-// strides that empty() gives, which the fakes promise.
-inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
-  const auto a = t.strides(), b = like.strides();
-  if (std::equal(a.begin(), a.end(), b.begin()))
-    return t;
-  return dispatch_tensor(
-      "aten::as_strided",
-      "",
-      t,
-      Ints(t.sizes().begin(), t.sizes().end()),
-      Ints(b.begin(), b.end()),
-      std::optional<int64_t>()
-  );
-}
-
 }  // namespace dcconv::cpu
