@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from bench.fit import fit
 from bench.layers import CLASSES, OPERATOR, layer_classes
+from bench.machine.tables import machine_tables
 from bench.options import BOTH, DTYPES, FORWARD, LAYOUTS, PASSES
 from bench.providers import COMPILED, COMPILED_EAGER, CONV2D, EAGER, FORMULA, PROVIDERS
 from bench.records import Record, geometric_mean
@@ -665,6 +666,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "functions": function_tables,
     "scaling": scaling_tables,
     "ops-rows": row_tables,
+    "machine": machine_tables,
 }
 
 

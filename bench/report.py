@@ -63,12 +63,17 @@ def every() -> list[Path]:
     return sorted({path.parent.resolve() for path in RESULTS.glob("*/*.jsonl")})
 
 
+#: Tables that no device was measured for, with the kind of their rows: pages show the rows of any
+#: folder that has some.
+PREDICTED = {"machine": "machine"}
+
 #: What a row of each kind must name for the tables.
 FIELDS = {
     "ops": ("layer", "operator", "mode", "dtype", "layout", "pass", "threads"),
     "networks": ("network", "dtype", "pass"),
     "functions": ("function", "dtype", "pass"),
     "scaling": ("axis", "value"),
+    "machine": ("gpu", "dtype", "layout", "function", "operator"),
 }
 
 
@@ -134,7 +139,20 @@ def tables(results: Results, names: Sequence[str]) -> dict[str, str]:
     """Return the text between markers by name, without those that have no rows."""
     found = {name: TABLES[name](results) for name in names}
     sentence = machine(_everything(results))
-    return {name: f"{text}\n\nMeasured on {sentence}" for name, text in found.items() if text}
+    return {
+        name: text if name in PREDICTED else f"{text}\n\nMeasured on {sentence}"
+        for name, text in found.items()
+        if text
+    }
+
+
+def predicted(loaded: dict[Path, dict[str, list[Record]]], names: Sequence[str]) -> dict[str, str]:
+    """Return the text of predictions by name, of the last folder that has their rows."""
+    found: dict[str, str] = {}
+    for results in loaded.values():
+        wanted = [name for name in names if PREDICTED.get(name) in results]
+        found |= tables(results, wanted)
+    return found
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -177,7 +195,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         say(f"{folder}: {counts} rows, {noisy} noisy; {len(charts)} charts and report.md")
     if shown is not None:
         for page, listed in names.items():
-            texts = tables(loaded[shown], listed)
+            texts = tables(loaded[shown], listed) | predicted(loaded, listed)
             for name in listed:
                 if name not in texts:
                     say(f"{page}: {name} stays as it is, {shown.name} has no rows for it")

@@ -1,4 +1,4 @@
-"""The actions of the command that execute or simulate: check, predict, agree, listing."""
+"""The actions of the command that execute or simulate."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from bench.environment import RESULTS, environment
 from bench.machine import agree, listing, selfcheck
 from bench.machine.capture import Emulator, emulator_file
 from bench.machine.disassemble import Kernel, find_tool
+from bench.machine.fused import GEMM, GEMM_GRADIENT, TILES
+from bench.machine.gemm import PROBLEMS, predict_gemm
 from bench.machine.gpus import DRAM_LATENCIES, DRAM_LATENCY, gpu_named
 from bench.machine.layers import LAYOUTS, OPERATORS, STORAGE, Layer
 from bench.machine.library import Library, built
@@ -112,6 +114,38 @@ def _line(p: Prediction) -> str:
         f"{p.in_flight / 1024:.1f} of {p.needed / 1024:.1f} KiB in flight at {DRAM_LATENCY}, "
         f"{p.resident} of {p.launched} blocks, bandwidth {shares}, {p.binds} binds"
     )
+
+
+def tiles(options: argparse.Namespace, console: Console) -> int:
+    """Predict tiles of the implicit GEMM; print a line of each, and append them to a file."""
+    gpus = {name: gpu_named(name) for name in names(options.gpus)}
+    library, emulator = Library(options.library or built()), Emulator(every=True)
+    at = replace(environment(), device="no GPU: predictions", device_type="none")
+    for name, gpu in gpus.items():
+        for problem, (function, _, _) in PROBLEMS.items():
+            # The gradient has no operator.
+            operators = ("any",) if function == GEMM_GRADIENT else ("default", "tanh, one radius")
+            for tile, (rows, columns) in TILES.items():
+                for operator in operators:
+                    functions = OPERATORS.get(operator, OPERATORS["default"])
+                    found = predict_gemm(
+                        *(emulator, library, gpu, "bfloat16", problem, tile, functions)
+                    )
+                    row = {
+                        **{"gpu": name, "dtype": "bfloat16", "layout": "channels_last"},
+                        **{"function": f"{GEMM} {problem}", "operator": operator},
+                        "tile": f"{rows}x{columns}",
+                    }
+                    console.print(
+                        f"{name} {problem}, {row['tile']}, {operator}: {found.step:.0f} cycles a "
+                        f"step (tensor cores {found.tensor:.0f}, shared memory {found.shared:.0f}, "
+                        f"schedulers {found.issue:.0f}), {found.teraflops:.0f} TFLOP/s, "
+                        f"{found.fixed:.0f} more for a tile: {found.fixed_steps:.1f} steps",
+                        markup=False,
+                    )
+                    if options.output is not None:
+                        append(options.output, Record(KIND, row, {}, found.row()), at)
+    return 0
 
 
 def agreement(options: argparse.Namespace, console: Console) -> int:

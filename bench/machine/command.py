@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer = "channels, size, filters and window; default: 64,28,64,3"
     predict.add_argument("--layer", default="64,28,64,3", help=layer)
     predict.add_argument("--output", type=Path, help="append the rows here, for bench report")
+    gemm = action("gemm", "execute and simulate tiles of the implicit GEMM", later("tiles"))
+    gemm.add_argument("--gpus", default="H200,A100,RTX4090", help=f"of {', '.join(GPUS)}")
+    gemm.add_argument("--output", type=Path, help="append the rows here, for bench report")
     text = "execute kernels and compare their results with the emulated sources"
     agree = action("agree", text, later("agreement"))
     agree.add_argument("--archs", default="sm_90a,sm_80,sm_89", help="default: all that are known")

@@ -1,6 +1,6 @@
 """Executed instructions as cycles of one multiprocessor.
 
-The model is C++ (multiprocessor.cpp), compiled when it is first needed and kept under
+The model is C++ (model/multiprocessor.cpp), compiled when it is first needed and kept under
 build/machine: a launch is some 10^5 cycles of four schedulers, of which Python would do 10^4 a
 second.
 """
@@ -26,11 +26,11 @@ from bench.machine.gpus import Gpu
 from bench.machine.pipes import PIPES, costs_of, pipe_of
 from dcconv.operator.checks import value_error
 
-SOURCE = Path(__file__).with_name("multiprocessor.cpp")
+MODEL = Path(__file__).parent / "model"
 CACHE = Path(__file__).resolve().parents[2] / "build/machine"
 
-#: What an instruction is to the model, in the order of multiprocessor.cpp's Kind.
-KINDS = {
+#: What an instruction is to the model, in the order of model/interface.h.
+KINDS: dict[str, tuple[str, ...]] = {
     "load": ("LDG", "LD", "LDL"),
     "store": ("STG", "ST", "STL"),
     "shared": ("LDS", "STS", "LDSM", "STSM", "SHFL", "MOVM"),
@@ -97,13 +97,15 @@ def _model() -> Any:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise value_error("g++", "be installed to compile the model", "none")
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    sources = sorted(MODEL.iterdir())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     library = CACHE / f"multiprocessor-{digest}.so"
     if not library.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = library.with_suffix(f".{os.getpid()}")
         flags = ["-O2", "-std=c++17", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(part)], check=True)
+        source = MODEL / "multiprocessor.cpp"
+        subprocess.run([compiler, *flags, str(source), "-o", str(part)], check=True)
         part.replace(library)
     return ctypes.CDLL(str(library)).simulate
 

@@ -56,11 +56,45 @@ def _row(name: str, by_dtype: Mapping[str, Record], dtypes: Sequence[str]) -> li
     ]
 
 
-def machine_tables(results: Mapping[str, Sequence[Record]]) -> str:
-    """Return a table of predictions per GPU and layout, the dtypes side by side."""
+def _gemm_row(record: Record) -> list[str]:
+    row, facts = record.row, record.facts
+    problem = str(row["function"]).partition(" ")[2]
+    return [
+        f"{row['gpu']}, {problem}",
+        str(row["tile"]),
+        str(row["operator"]),
+        str(facts["resident"]),
+        *(f"{facts[name]:.0f}" for name in ("tensor", "shared", "issue")),
+        f"**{facts['step']:.0f}**",
+        f"{facts['teraflops']:.0f}",
+        f"{facts['fixed']:.0f}",
+        f"{facts['fixed_steps']:.1f}",
+    ]
+
+
+def gemm_table(results: Mapping[str, Sequence[Record]]) -> str:
+    """Return a table of predictions of the implicit GEMM's tiles."""
     from bench.readme import grid
 
-    records = results.get(KIND, ())
+    rows = [_gemm_row(r) for r in results.get(KIND, ()) if "tile" in r.row]
+    header = [
+        *("GPU, problem", "tile", "operator", "blocks", "tensor cores", "shared memory"),
+        *("schedulers", "cycles of a step", "TFLOP/s of the loop", "rest of a tile", "in steps"),
+    ]
+    if not rows:
+        return ""
+    return (
+        "**Prediction: implicit GEMM, bfloat16.** Cycles of a step of 32 in depth: the least that "
+        "three units need, and what is simulated; then what a tile needs besides its steps.\n\n"
+        + grid(header, rows, 3)
+    )
+
+
+def machine_tables(results: Mapping[str, Sequence[Record]]) -> str:
+    """Return tables of predictions: per GPU and layout, the dtypes side by side; the GEMM's."""
+    from bench.readme import grid
+
+    records = [r for r in results.get(KIND, ()) if "tile" not in r.row]
     parts = []
     for gpu in GPUS:
         for layout, title in LAYOUT_TITLES.items():
@@ -86,6 +120,8 @@ def machine_tables(results: Mapping[str, Sequence[Record]]) -> str:
                 *(f"at {low}, {high}, {first}", "binds"),
             ]
             parts += [f"**Prediction: {gpu}, {title}**", grid(header, rows)]
+    if gemm := gemm_table(results):
+        parts.append(gemm)
     if parts:
         parts.insert(
             0,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from bench.machine.disassemble import Instruction, Kernel
-from bench.machine.execute import access, double, floating, integer, lanes
+from bench.machine.execute import access, double, floating, integer, lanes, logic
 from bench.machine.execute.grid import BARRIERS, LANES, Array, Grid, Launch, Mask
 from bench.machine.execute.memory import Memory
 from bench.machine.execute.operands import I32, I64, Action, Operands, Value, unknown
@@ -36,6 +36,7 @@ LIMIT = 20_000_000
 
 BUILDERS: dict[str, Callable[[Operands], Action]] = {
     **integer.BUILDERS,
+    **logic.BUILDERS,
     **floating.BUILDERS,
     **double.BUILDERS,
     **access.BUILDERS,

@@ -1,15 +1,18 @@
 // One multiprocessor, cycle by cycle: four schedulers with their pipes, the compiler's stall counts
-// and scoreboards, one load/store unit, and a multiprocessor's share of L2 and DRAM.
+// and scoreboards, blocks and their barriers; memory.h has the rest.
 //
 // simulate.py compiles this file and fills its structs; docs/machine.md has the model's rules.
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <queue>
-#include <unordered_set>
+#include <utility>
 #include <vector>
+
+#include "interface.h"
+#include "memory.h"
+#include "pipes.h"
 
 namespace {
 
@@ -17,56 +20,12 @@ constexpr int kSchedulers = 4;
 constexpr int kBoards = 6;
 constexpr int64_t kTooLong = 200000000;
 
-// In the order of bench.machine.pipes.PIPES.
-enum Pipe { kFma, kHeavy, kAlu, kHalf, kXu, kLsu, kBranch, kUniform, kTensor, kFp64, kOther };
-constexpr int kPipes = 11;
-
-// In the order of bench.machine.simulate.KINDS.
-enum Kind { kPlain, kLoad, kStore, kShared, kConstant, kCopy, kCommit, kAwait, kBarrier };
-
-// Cycles between issue and use, and rates, that no data sheet has.
+// Cycles between issue and use that no data sheet has.
 constexpr double kArithmetic = 22;    // of results that scoreboards guard
 constexpr double kOperandsRead = 12;  // of operands of such
 constexpr double kConstantRead = 30;  // of special registers and indexed constants
-constexpr double kQueue = 24;         // that the load/store unit may be behind
 constexpr double kBlockBarrier = 16;  // from the last warp's arrival
 constexpr double kBlockStart = 20;
-constexpr double kFromL2 = 40;    // after the last byte has left L2
-constexpr double kFromDram = 60;  // ... DRAM
-
-}  // namespace
-
-struct Instruction {
-  int32_t pipe, kind, stall, yields, written, read, waits, groups;
-};
-
-struct Item {
-  int32_t place, sectors, amount;
-  int64_t address;
-};
-
-struct Config {
-  double cycles[kPipes];        // of a pipe, one warp's instruction
-  double dram_bytes, l2_bytes;  // a cycle
-  double l1, l2, dram, shared;  // latencies
-  double taken;                 // cycles that a taken branch adds
-  int32_t halves;
-  int32_t warps;     // of a block
-  int32_t resident;  // blocks at a time
-  int32_t distinct;  // blocks whose items are given, which take turns
-  int64_t blocks;    // that run in all
-  int64_t streams;   // pairs of addresses: from and to DRAM
-};
-
-struct Result {
-  int64_t cycles, issued, dram_bytes, l2_bytes;
-  double in_flight;   // bytes of loads from DRAM, mean over cycles
-  double waiting[6];  // shares of scheduler cycles: see Why
-};
-
-namespace {
-
-enum Why { kIssued, kScoreboard, kStall, kPipeBusy, kAtBarrier, kEmpty };
 
 struct Warp {
   const Item* items = nullptr;
@@ -90,8 +49,7 @@ struct Event {
 struct Scheduler {
   std::vector<Warp*> warps;
   Warp* greedy = nullptr;
-  double free[kPipes] = {};
-  double halves[2] = {};  // of FMA: the one that takes integer products, and the other
+  Pipes pipes;
 };
 
 class Multiprocessor {
@@ -103,14 +61,13 @@ public:
       const int64_t* lengths,
       const int64_t* streams
   )
-      : c_(config), code_(code), streams_(streams), warps_(c_.warps * c_.resident) {
+      : c_(config), code_(code), memory_(config, streams), warps_(c_.warps * c_.resident) {
     for (int i = 0; i < c_.distinct * c_.warps; ++i) {
       traces_.push_back({items, lengths[i]});
       items += lengths[i];
     }
     alive_.assign(c_.resident, 0);
     arrived_.assign(c_.resident, 0);
-    lines_.resize(c_.resident);
     for (int w = 0; w < c_.warps * c_.resident; ++w)
       schedulers_[w % kSchedulers].warps.push_back(&warps_[w]);
   }
@@ -127,8 +84,15 @@ public:
       for (Scheduler& scheduler : schedulers_)
         ++whys_[schedule(scheduler)];
     }
-    result = {now_, whys_[kIssued], dram_moved_, l2_moved_, double(flying_cycles_) / now_, {}};
-    for (int i = 0; i < 6; ++i)
+    result = {
+        now_,
+        whys_[kIssued],
+        memory_.dram_bytes,
+        memory_.l2_bytes,
+        double(flying_cycles_) / now_,
+        {}
+    };
+    for (int i = 0; i < kWhys; ++i)
       result.waiting[i] = double(whys_[i]) / (double(kSchedulers) * now_);
     return true;
   }
@@ -138,7 +102,7 @@ private:
     if (started_ == c_.blocks)
       return;
     const int trace = int(started_++ % c_.distinct) * c_.warps;
-    lines_[block].clear();
+    memory_.start(block);
     for (int w = 0; w < c_.warps; ++w) {
       Warp& warp = warps_[block * c_.warps + w];
       warp = Warp();
@@ -202,39 +166,16 @@ private:
     return own == kIssued;
   }
 
-  double free_at(const Scheduler& s, int pipe) const {
-    if (pipe == kLsu)
-      return std::max(s.free[kLsu], unit_free_ - kQueue);
-    // Begins within the cycle in which the pipe gets free, so that its mean rate is kept.
-    if (pipe == kTensor)
-      return s.free[kTensor] - 0.999;
-    if (c_.halves && pipe == kFma)
-      return std::min(s.halves[0], s.halves[1]);
-    if (c_.halves && pipe == kHeavy)
-      return s.halves[0];
-    if (c_.halves && pipe == kHalf)
-      return std::max(s.halves[0], s.halves[1]);
-    return s.free[pipe == kHeavy ? int(kFma) : pipe];
-  }
-
-  void occupy(Scheduler& s, int pipe) {
-    if (c_.halves && (pipe == kFma || pipe == kHeavy)) {
-      const int half = pipe == kFma && s.halves[1] <= now_ ? 1 : 0;
-      s.halves[half] = now_ + 2;  // 32 lanes on 16
-    } else if (c_.halves && pipe == kHalf) {
-      s.halves[0] = s.halves[1] = now_ + c_.cycles[kHalf];
-    } else if (pipe == kTensor) {
-      s.free[pipe] = std::max(s.free[pipe], double(now_)) + c_.cycles[pipe];
-    } else {
-      s.free[pipe == kHeavy ? int(kFma) : pipe] = now_ + c_.cycles[pipe];
-    }
+  double free_at(const Scheduler& scheduler, int pipe) const {
+    const double free = scheduler.pipes.free_at(c_, pipe);
+    return pipe == kLsu ? std::max(free, memory_.free()) : free;
   }
 
   void issue(Scheduler& scheduler, Warp& warp) {
     const Item& item = warp.items[warp.at];
     const Instruction& one = code_[item.place];
     scheduler.greedy = one.yields ? nullptr : &warp;
-    occupy(scheduler, one.pipe);
+    scheduler.pipes.occupy(c_, one.pipe, now_);
     double done = now_ + kArithmetic, read = now_ + kOperandsRead;
     access(warp, item, one, done, read);
     hold(warp, one.written, done);
@@ -258,64 +199,34 @@ private:
   }
 
   void access(Warp& warp, const Item& item, const Instruction& one, double& done, double& read) {
-    const double begin = std::max(unit_free_, double(now_));
+    Memory::Access access{done, read, 0};
     switch (one.kind) {
     case kLoad:
     case kStore:
-    case kCopy: {
-      // The unit takes 128 bytes a cycle.
-      unit_free_ = begin + std::max(1.0, item.amount / 128.0);
-      read = unit_free_ + 8;
-      done = global(warp, item, one.kind, begin);
+    case kCopy:
+      access = memory_.global(item, one.kind, warp.block, now_);
       if (one.kind == kCopy)
-        warp.copied = std::max(warp.copied, done + 10);
+        warp.copied = std::max(warp.copied, access.done + 10);
+      if (access.flying > 0) {
+        flying_ += access.flying;
+        events_.push({access.done, nullptr, 0, access.flying});
+      }
       break;
-    }
     case kShared:
-      unit_free_ = begin + std::max(1, item.amount);
-      done = unit_free_ + c_.shared - 6;
-      read = unit_free_ + 4;
+      access = memory_.shared(item, now_);
       break;
     case kConstant:
-      done = now_ + kConstantRead;
+      access.done = now_ + kConstantRead;
       break;
     case kCommit:
       warp.groups.push_back(warp.copied);
-      done = std::max(warp.copied, now_ + 4.0);
+      access.done = std::max(warp.copied, now_ + 4.0);
       break;
     default:
       break;
     }
-  }
-
-  // When an access of global memory is done. Streams go through DRAM; the rest is in L2, and in L1
-  // where the block has read it before.
-  double global(Warp& warp, const Item& item, int kind, double begin) {
-    const double bytes = 32.0 * item.sectors;
-    if (bytes == 0)
-      return begin + c_.l1;
-    if (streamed(item.address)) {
-      dram_free_ = std::max(dram_free_, begin) + bytes / c_.dram_bytes;
-      dram_moved_ += int64_t(bytes);
-      const double done = std::max(begin + c_.dram, dram_free_ + kFromDram);
-      if (kind != kStore) {
-        flying_ += int64_t(bytes);
-        events_.push({done, nullptr, 0, int64_t(bytes)});
-      }
-      return done;
-    }
-    if (kind == kLoad && !lines_[warp.block].insert(item.address >> 7).second)
-      return begin + c_.l1;
-    l2_free_ = std::max(l2_free_, begin) + bytes / c_.l2_bytes;
-    l2_moved_ += int64_t(bytes);
-    return std::max(begin + c_.l2, l2_free_ + kFromL2);
-  }
-
-  bool streamed(int64_t address) const {
-    for (int64_t i = 0; i < c_.streams; ++i)
-      if (address >= streams_[2 * i] && address < streams_[2 * i + 1])
-        return true;
-    return false;
+    done = access.done;
+    read = access.read;
   }
 
   void arrive(Warp& warp) {
@@ -357,16 +268,14 @@ private:
 
   const Config& c_;
   const Instruction* code_;
-  const int64_t* streams_;
+  Memory memory_;
   std::vector<Warp> warps_;
   std::vector<std::pair<const Item*, int64_t>> traces_;
   std::vector<int> alive_, arrived_;
-  std::vector<std::unordered_set<int64_t>> lines_;
   Scheduler schedulers_[kSchedulers];
   std::priority_queue<Event> events_;
-  double unit_free_ = 0, dram_free_ = 0, l2_free_ = 0;
-  int64_t now_ = 0, started_ = 0, finished_ = 0, dram_moved_ = 0, l2_moved_ = 0;
-  int64_t flying_ = 0, flying_cycles_ = 0, whys_[6] = {};
+  int64_t now_ = 0, started_ = 0, finished_ = 0;
+  int64_t flying_ = 0, flying_cycles_ = 0, whys_[kWhys] = {};
 };
 
 }  // namespace
