@@ -51,7 +51,7 @@ def check(options: argparse.Namespace, console: Console) -> int:
 def _layer(text: str) -> Layer:
     parts = names(text)
     if len(parts) != 4 or not all(part.isdigit() and int(part) for part in parts):
-        raise value_error("layer", "be channels, size, filters and window, as 64,28,64,3", text)
+        raise value_error("layer", "be channels, size, filters and window, as 64,32,64,3", text)
     c, size, o, kernel = map(int, parts)
     return Layer(1, c, size, o, kernel)
 

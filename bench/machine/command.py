@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     predict.add_argument("--layouts", default="channels_last,contiguous", help="default: both")
     predict.add_argument("--passes", default=",".join(PASSES), help="default: all")
     predict.add_argument("--operators", help="by name, separated by semicolons; default: all six")
-    layer = "channels, size, filters and window; default: 64,28,64,3"
-    predict.add_argument("--layer", default="64,28,64,3", help=layer)
+    layer = "channels, size, filters and window; default: 64,32,64,3"
+    predict.add_argument("--layer", default="64,32,64,3", help=layer)
     predict.add_argument("--output", type=Path, help="append the rows here, for bench report")
     gemm = action("gemm", "execute and simulate tiles of the implicit GEMM", later("tiles"))
     gemm.add_argument("--gpus", default="H200,A100,RTX4090", help=f"of {', '.join(GPUS)}")

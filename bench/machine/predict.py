@@ -25,8 +25,8 @@ from dcconv.passes.backward import BLOCKS_PER_MULTIPROCESSOR
 #: Bytes of a vector: 16 in each lane of a warp.
 VECTOR = 512
 
-#: What a pass is executed with, 3x3 windows of 64 channels unless others are asked for.
-SIZES = (2, 6)
+#: Images that a pass is executed with. Of 32 x 32 pixels, both give every block the same work.
+SIZES = (2, 4)
 
 #: From this share of a resource on, it is what binds.
 BINDS = 0.85
@@ -44,7 +44,7 @@ class Prediction:
         slots: issue slots of a scheduler times four while DRAM moves the vector's bytes.
         pipes: busy cycles of a sub-partition by pipe, for a vector.
         distance: executed instructions between a wide load of a stream and the first that awaits
-            it: the mean of the load that has the fewest.
+            it: the mean, for the load that is executed most often.
         in_flight: bytes of loads under way, mean.
         needed: bytes under way that DRAM's rate takes at its latency: Little's law.
         bandwidth: share of DRAM's rate by its latency in cycles.
@@ -193,7 +193,8 @@ def _steady(small: _Run, large: _Run, gpu: Gpu) -> Prediction:
     binding = max(shares[at], key=shares[at].__getitem__)
     assert large.runner.trace is not None
     distances = load_distances(kernel.code, large.runner.trace.of_warps()[0]["place"].tolist())
-    means = [sum(d) / len(d) for n, d in distances.items() if n in large.loads]
+    streams = [every for place, every in distances.items() if place in large.loads]
+    hot = max(streams, key=len, default=[])
     return Prediction(
         kernel.name,
         kernel.registers,
@@ -202,7 +203,7 @@ def _steady(small: _Run, large: _Run, gpu: Gpu) -> Prediction:
         sum(counts.values()) / vectors,
         slots,
         {pipe: cycles for pipe, cycles in busy.items() if pipe != "ISSUE"},
-        min(means, default=None),
+        sum(hot) / len(hot) if hot else None,
         large.simulated[at].in_flight,
         gpu.bytes_per_cycle * at,
         bandwidth,
