@@ -166,6 +166,26 @@ def test_comparisons_of_pairs_begin_with_the_lower_half() -> None:
     assert not after(code, {2: 2, 3: 7, 4: 2, 5: 7}).grid.predicates[0].any()
 
 
+@pytest.mark.parametrize(
+    ("relation", "lower", "upper", "expected"),
+    [
+        *(("EQ", 1, 7, True), ("EQ", 0, 7, False), ("EQ", 1, 6, False)),
+        *(("NE", 1, 7, True), ("NE", 0, 7, False), ("NE", 0, 6, True)),
+        *(("GE", 1, 7, True), ("GE", 0, 7, False), ("GE", 0, 6, True), ("GE", 1, 8, False)),
+        *(("LE", 0, 7, False), ("LE", 0, 8, True)),
+    ],
+)
+def test_equal_upper_halves_leave_it_to_the_lower(
+    relation: str, lower: int, upper: int, expected: bool
+) -> None:
+    text = f"ISETP.{relation}.AND.EX P0, PT, R3, R5, PT, P1"
+    one = runner([text, "EXIT"])
+    one.grid.registers[3], one.grid.registers[5] = 7, upper
+    one.grid.predicates[1] = bool(lower)
+    one.run()
+    assert set(one.grid.predicates[0].tolist()) == {expected}
+
+
 LANES = np.arange(32, dtype=np.uint32)
 
 
@@ -178,6 +198,18 @@ def test_lanes_part_and_meet_again_before_they_exchange() -> None:
     found = after(code, {1: LANES}).grid.registers
     own = LANES + np.where(LANES >= 16, 200, 100)
     assert (found[2] == own).all() and (found[3] == own[LANES ^ 16]).all()
+
+
+def test_only_the_lanes_that_set_out_are_waited_for() -> None:
+    code = [
+        *("ISETP.GE.AND P0, PT, R1, 0x10, PT", "ISETP.GE.AND P1, PT, R1, 0x18, PT"),
+        *("BSSY B0, @join@", "@!P0 BRA @join@", "BSSY B1, @inner@", "@P1 BRA @inner@"),
+        *("IADD3 R2, R1, 0x1, RZ", "inner:", "BSYNC B1", "IADD3 R2, R2, 0x2, RZ"),
+        *("join:", "BSYNC B0"),
+    ]
+    found = after(code, {1: LANES}).grid.registers[2]
+    expected = np.where(LANES < 16, 0, np.where(LANES < 24, LANES + 3, 2))
+    assert (found == expected).all()
 
 
 def test_loops_of_different_lengths() -> None:
@@ -284,6 +316,8 @@ def test_an_address_that_is_not_aligned_stops() -> None:
 
 @pytest.mark.parametrize("text", ["LDS R0, [R1+0x400]", "STS [R1+0x400], R0", "LDS R0, [R1]"])
 def test_shared_memory_has_bounds(text: str) -> None:
+    with pytest.raises(ValueError, match=r"aligned 16 bytes of its shared memory"):
+        after(["LDS.128 R4, [R1+0x400]"], {1: 112}, shared=120)
     with pytest.raises(ValueError, match=r"of its shared memory, got address 0x[0-9a-f]+ in block"):
         after([text], {1: 128 + 4 * LANES}, shared=128)
 
@@ -362,6 +396,19 @@ def test_matrices_are_loaded_from_shared_memory(kind: str) -> None:
     for k in range(4):
         expected = np.ascontiguousarray(matrices[k]).view(np.uint32).ravel()
         assert (one.grid.registers[4 + k] == expected).all()
+
+
+def test_accesses_are_noted_where_each_warp_made_them() -> None:
+    code = [
+        *("S2R R0, SR_TID.X", "ISETP.GE.AND P0, PT, R0, 0x20, PT", "@P0 BRA @both@"),
+        *("MOV R3, R0", "MOV R3, R0", "both:", "LDS R2, [R1+0x400]"),
+    ]
+    one = runner([*code, "EXIT"], threads=64, shared=64, traced=True)
+    one.run()
+    assert one.trace is not None
+    first, second = one.trace.of_warps()
+    assert first["amount"].tolist() == [0, 0, 0, 0, 0, 1, 0]
+    assert second["amount"].tolist() == [0, 0, 0, 1, 0]
 
 
 def test_the_trace_has_what_each_warp_did_and_moved() -> None:
