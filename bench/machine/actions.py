@@ -139,8 +139,9 @@ def tiles(options: argparse.Namespace, console: Console) -> int:
                     console.print(
                         f"{name} {problem}, {row['tile']}, {operator}: {found.step:.0f} cycles a "
                         f"step (tensor cores {found.tensor:.0f}, shared memory {found.shared:.0f}, "
-                        f"schedulers {found.issue:.0f}), {found.teraflops:.0f} TFLOP/s, "
-                        f"{found.fixed:.0f} more for a tile: {found.fixed_steps:.1f} steps",
+                        f"schedulers {found.issue:.0f}, L2 {found.l2:.0f}), "
+                        f"{found.teraflops:.0f} TFLOP/s, {found.fixed:.0f} more for a tile: "
+                        f"{found.fixed_steps:.1f} steps",
                         markup=False,
                     )
                     if options.output is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.machine.execute.grid import Array
-from bench.machine.layers import TAP_PLAIN, Layer, Operands, Operator
+from bench.machine.layers import TAP_PLAIN, Layer, Operands, Operator, aligned
 
 #: Filters and pixels of a tile of the implicit GEMM, by number: csrc/cuda/fused/implicit_gemm.
 TILES = {0: (128, 128), 1: (128, 64), 2: (64, 64)}
@@ -64,9 +64,7 @@ class _Members:
         return self.random.values(count, scale)
 
     def place(self, like: Array, count: int) -> Array:
-        place = np.empty(count, like.dtype)
-        place.view(np.uint8)[:] = 0xFF
-        return place
+        return aligned(count, like.dtype)
 
     def members(self) -> dict[str, Any]:
         case = self.case

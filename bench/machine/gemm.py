@@ -32,7 +32,7 @@ PROBLEMS = {
     "gradient 3x3": (GEMM_GRADIENT, 3, False),
 }
 
-DEPTHS = {3: (32, 96), 1: (128, 512)}
+DEPTHS = {3: (64, 128), 1: (256, 640)}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class GemmPrediction:
         kernel, registers, resident: as of a pass.
         tile: rows and columns.
         instructions: of a step, of all its warps.
-        tensor, shared, issue: cycles of a step that tensor cores, shared memory and schedulers
-            take at least.
+        tensor, shared, issue, l2: cycles of a step that tensor cores, shared memory, schedulers
+            and the operands' way from L2 take at least.
         step: cycles of a step, simulated.
         fixed: cycles of a tile besides its steps.
         teraflops: of the main loop alone, on the whole GPU.
@@ -58,6 +58,7 @@ class GemmPrediction:
     tensor: float
     shared: float
     issue: float
+    l2: float
     step: float
     fixed: float
     teraflops: float
@@ -74,7 +75,7 @@ class GemmPrediction:
 
 @dataclass(frozen=True)
 class _Block:
-    """One depth: steps, cycles of a block, instructions and passes of its warps."""
+    """One depth: steps, a block's cycles and bytes from L2, its warps' instructions and passes."""
 
     runner: Runner
     steps: int
@@ -82,6 +83,7 @@ class _Block:
     instructions: int
     products: int
     passes: float
+    l2_bytes: float
     resident: int
 
 
@@ -99,9 +101,9 @@ def _block(emulator: Emulator, library: Library, gpu: Gpu, case: Case, depth: in
     traces, warps = runner.trace.of_warps(), launch.threads // 32
     resident = gpu.resident(launch.threads, kernel.registers, kernel.shared + launch.shared)
     few, many = (
-        simulate(kernel, traces, gpu, warps, resident, rounds * resident).cycles
-        for rounds in (2, 6)
+        simulate(kernel, traces, gpu, warps, resident, rounds * resident) for rounds in (2, 6)
     )
+    blocks = 4 * resident
     shared = {n for n, one in enumerate(kernel.code) if one.name in KINDS["shared"]}
     copies = {n for n, one in enumerate(kernel.code) if one.name in KINDS["copy"]}
     passes = 0.0
@@ -112,7 +114,8 @@ def _block(emulator: Emulator, library: Library, gpu: Gpu, case: Case, depth: in
     tensor = sum(n for n, one in zip(issued, kernel.code, strict=True) if pipe_of(one) == "TENSOR")
     steps = depth // STEP * case.kernel**2
     return _Block(
-        runner, steps, (many - few) / (4 * resident), sum(issued), tensor, passes, resident
+        *(runner, steps, (many.cycles - few.cycles) / blocks, sum(issued), tensor, passes),
+        *((many.l2_bytes - few.l2_bytes) / blocks, resident),
     )
 
 
@@ -154,6 +157,7 @@ def predict_gemm(
         tensor=(many.products - few.products) / steps * gpu.tensor_cycles / 4,
         shared=(many.passes - few.passes) / steps,
         issue=instructions / 4,
+        l2=(many.l2_bytes - few.l2_bytes) / steps / gpu.l2_bytes_per_cycle,
         step=step,
         fixed=few.cycles - few.steps * step,
         teraflops=rate,

@@ -22,6 +22,26 @@ ZEROS = 0
 KEPT_OUTPUT, TAP_PLAIN, TAP_WITH_MEAN, SUM_RHO = 0, 0, 1, 1
 
 
+#: Bytes that addresses of tensors are multiples of, as a GPU's allocator gives them: rows begin
+#: where sectors and lines do.
+ALIGNMENT = 256
+
+
+def aligned(count: int, kind: Any, filler: int = 0xFF) -> Array:
+    """Return an array at an aligned address, of bytes that are NaN in every floating type."""
+    size = count * np.dtype(kind).itemsize
+    memory = np.full(size + ALIGNMENT, filler, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + size].view(kind)
+
+
+def placed(values: Array) -> Array:
+    """Return a copy at an aligned address."""
+    place = aligned(values.size, values.dtype)
+    place[...] = values.reshape(-1)
+    return place
+
+
 class Operator(NamedTuple):
     """An operator of the predictions: names of its functions, its radius, its unit of radius."""
 
@@ -91,11 +111,11 @@ class Operands:
     def values(self, count: int, scale: float = 1.0) -> Array:
         values = (self.random.standard_normal(count) * scale).astype(np.float32)
         if self.dtype == "bfloat16":
-            return (values.view(np.uint32) >> 16).astype(np.uint16)
-        return values.astype(STORAGE[self.dtype])
+            return placed((values.view(np.uint32) >> 16).astype(np.uint16))
+        return placed(values.astype(STORAGE[self.dtype]))
 
     def positive(self, count: int, low: float = 0.5) -> Array:
-        return (low + self.random.random(count)).astype(np.float32)
+        return placed((low + self.random.random(count)).astype(np.float32))
 
     def filters(self) -> dict[str, Any]:
         """Radii near the norms of x, so that every function is where it bends."""
@@ -108,7 +128,7 @@ class Operands:
             "a": self.positive(count),
             "radius": None if operator.radius == "none" else radius,
             "radius_stride": int(per_filter),
-            "mean": np.full(1, norm, np.float32) if operator.mean else None,
+            "mean": placed(np.full(1, norm, np.float32)) if operator.mean else None,
             "k": None,
             "k_stride": 0,
         }
@@ -139,17 +159,20 @@ class Operands:
         return {
             "pixel_sumsq": Call(
                 "pixel_sumsq",
-                {"n": n, "pixels": pixels, "c": layer.c, "x": x, "sums": sums.copy(), **shared},
+                {"n": n, "pixels": pixels, "c": layer.c, "x": x, "sums": placed(sums), **shared},
                 ("x",),
             ),
             "epilogue": Call(
                 "epilogue",
                 {
                     **{"n": n, "o": o, "window": window, "op": functions, "eps": 1e-4},
-                    **{"filters": filters, "bias": None, "u": u, "y": np.empty_like(u)},
+                    **{"filters": filters, "bias": None, "u": u, "y": aligned(u.size, u.dtype)},
                     **{"map": norm if self.operator.mean else sums},
                     **{"map_is_norm": self.operator.mean},
-                    **{"norm": None if self.operator.mean else np.empty_like(norm), **shared},
+                    **{
+                        "norm": None if self.operator.mean else aligned(norm.size, norm.dtype),
+                        **shared,
+                    },
                 },
                 ("u", "y"),
             ),
@@ -161,9 +184,9 @@ class Operands:
                     **{"grad_y": self.values(positions * o)},
                     # y of a cosine within its magnitude.
                     **{"kept": self.values(positions * o, 0.1)},
-                    **{"grad_u": np.empty_like(u), "t": np.empty_like(norm)},
+                    **{"grad_u": aligned(u.size, u.dtype), "t": aligned(norm.size, norm.dtype)},
                     **{"sums": SUM_RHO if has_radius else 0, "rows": rows},
-                    "parts": np.zeros(rows * o, np.float32) if has_radius else None,
+                    "parts": aligned(rows * o, np.float32) if has_radius else None,
                     **shared,
                 },
                 ("grad_y", "kept", "grad_u"),
@@ -172,11 +195,11 @@ class Operands:
                 "grad_input",
                 {
                     **{"n": n, "c": layer.c, "window": window, "padded": False, "x": x},
-                    **{"library_grad": self.values(positions * layer.c), "t": norm.copy()},
+                    **{"library_grad": self.values(positions * layer.c), "t": placed(norm)},
                     "tap": TAP_WITH_MEAN if self.operator.mean else TAP_PLAIN,
                     "norm": norm if self.operator.mean else None,
                     "sigma": self.positive(1) if self.operator.mean else None,
-                    **{"grad_x": np.empty_like(x), **shared},
+                    **{"grad_x": aligned(x.size, x.dtype), **shared},
                 },
                 ("x", "library_grad", "grad_x"),
             ),

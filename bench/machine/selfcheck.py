@@ -14,6 +14,7 @@ from bench.machine.disassemble import Kernel
 from bench.machine.execute.grid import Array, Launch
 from bench.machine.execute.run import Runner
 from bench.machine.gpus import GPUS, Gpu
+from bench.machine.layers import aligned, placed
 from bench.machine.simulate import Simulated, simulate
 
 LISTING = Path(__file__).parent / "checks/kernels.txt"
@@ -84,8 +85,8 @@ def copy_share(gpu: Gpu) -> float:
     runs: list[Simulated] = []
     for trips in (4, 12):
         count = COPY_BLOCKS * COPY_THREADS * trips
-        source = np.arange(4 * count, dtype=np.uint32)
-        target = np.zeros_like(source)
+        source = placed(np.arange(4 * count, dtype=np.uint32))
+        target = aligned(source.size, source.dtype)
         arrays = [source, target]
         parameters = struct.pack("<2Qi4x", *(a.ctypes.data for a in arrays), count)
         launch = Launch("copy", "copy", (COPY_BLOCKS, 1), COPY_THREADS, 0, parameters)
@@ -115,7 +116,7 @@ def product_rate(product: Product, gpu: Gpu) -> float:
             _storage(random.standard_normal((product.tile, depth)), product.item),
             _storage(random.standard_normal((depth, product.tile)), product.item),
         )
-        c = np.zeros((product.tile, product.tile), np.float32)
+        c = aligned(product.tile**2, np.float32).reshape(product.tile, product.tile)
         addresses = (array.ctypes.data for array in (a, b, c))
         parameters = struct.pack("<3Q3i4x", *addresses, product.tile, product.tile, depth)
         launch = Launch(
@@ -136,7 +137,7 @@ def product_rate(product: Product, gpu: Gpu) -> float:
 
 
 def _storage(values: Array, item: int) -> Array:
-    return values.astype(np.float32 if item == 4 else np.float16)
+    return placed(values.astype(np.float32 if item == 4 else np.float16)).reshape(values.shape)
 
 
 def checks() -> Iterator[Check]:

@@ -64,7 +64,7 @@ def _gemm_row(record: Record) -> list[str]:
         str(row["tile"]),
         str(row["operator"]),
         str(facts["resident"]),
-        *(f"{facts[name]:.0f}" for name in ("tensor", "shared", "issue")),
+        *(f"{facts[name]:.0f}" for name in ("tensor", "shared", "issue", "l2")),
         f"**{facts['step']:.0f}**",
         f"{facts['teraflops']:.0f}",
         f"{facts['fixed']:.0f}",
@@ -79,13 +79,20 @@ def gemm_table(results: Mapping[str, Sequence[Record]]) -> str:
     rows = [_gemm_row(r) for r in results.get(KIND, ()) if "tile" in r.row]
     header = [
         *("GPU, problem", "tile", "operator", "blocks", "tensor cores", "shared memory"),
-        *("schedulers", "cycles of a step", "TFLOP/s of the loop", "rest of a tile", "in steps"),
+        *(
+            "schedulers",
+            "L2",
+            "cycles of a step",
+            "TFLOP/s of the loop",
+            "rest of a tile",
+            "in steps",
+        ),
     ]
     if not rows:
         return ""
     return (
         "**Prediction: implicit GEMM, bfloat16.** Cycles of a step of 32 in depth: the least that "
-        "three units need, and what is simulated; then what a tile needs besides its steps.\n\n"
+        "four units need, and what is simulated; then what a tile needs besides its steps.\n\n"
         + grid(header, rows, 3)
     )
 
