@@ -68,6 +68,8 @@ STABLE_TORCH_LIBRARY(dcconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   // Images per chunk of the CPU kernels, 0 for the rule: for tests and measurements.
   m.def("set_cpu_chunk(int images) -> ()");
+  // Whether PyTorch's library convolves bfloat16 itself on this processor, or in float32.
+  m.def("set_cpu_bfloat16(bool by_library) -> ()");
   // auto, library or fused (csrc/cpu/strategies.h), for the calls of this thread: for tests and
   // measurements. Calls without fused kernels go around the library's convolution under fused as
   // well.

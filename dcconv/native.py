@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dcconv.operator.convolution import library_has_bfloat16
 from dcconv.operator.records import Operands, Problem
 
 _build: Any = None
@@ -48,6 +49,7 @@ angulars: tuple[str, ...] = ()
 if missing is None:
     magnitudes = tuple(torch.ops.dcconv.magnitudes())
     angulars = tuple(torch.ops.dcconv.angulars())
+    torch.ops.dcconv.set_cpu_bfloat16(library_has_bfloat16())
 
 
 def why_not_functions(magnitude: str, angular: str) -> str | None:

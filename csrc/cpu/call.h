@@ -95,7 +95,7 @@ inline Call make_call(
       storage,
       library,
       compute_type(dtype),
-      kernels(dtype),
+      kernels(dtype, library == ScalarType::Float),
       {{shape.rows.stride, shape.columns.stride},
        library_padding,
        {shape.rows.dilation, shape.columns.dilation},

@@ -172,6 +172,10 @@ void set_cpu_chunk(int64_t images) {
   forced_chunk() = images;
 }
 
+void set_cpu_bfloat16(bool by_library) {
+  library_has_bfloat16() = by_library;
+}
+
 void set_cpu_strategy(std::string strategy) {
   forced_strategy() = strategy_of(strategy);
 }
@@ -232,6 +236,7 @@ std::vector<std::string> cpu_strategies(
 
 STABLE_TORCH_LIBRARY_IMPL(dcconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_chunk", TORCH_BOX(&dcconv::cpu::set_cpu_chunk));
+  m.impl("set_cpu_bfloat16", TORCH_BOX(&dcconv::cpu::set_cpu_bfloat16));
   m.impl("cpu_strategy_taken", TORCH_BOX(&dcconv::cpu::cpu_strategy_taken));
   m.impl("set_cpu_strategy", TORCH_BOX(&dcconv::cpu::set_cpu_strategy));
 }

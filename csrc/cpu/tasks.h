@@ -19,7 +19,7 @@ void run_tasks(int64_t tasks, const Kernel& kernel, int64_t grain = 1) {
     library_failed("parallel_for");
 }
 
-// The kernels of the chosen instruction set.
-const Kernels& kernels(Dtype dtype);
+// The kernels of the chosen instruction set. float_library: see kernels.h.
+const Kernels& kernels(Dtype dtype, bool float_library = false);
 
 }  // namespace dcconv::cpu

@@ -13,11 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcconv.operator.layout import is_channels_last
-from dcconv.tracing import sizes
+from dcconv.tracing import asked_once, sizes
 
 # bfloat16 results of at most so many columns, with a stride along them and a window above 1x1, are
 # computed in float32. The library is wrong for one column and, rarely, for two.
 NARROW = 3
+
+
+@asked_once
+def library_has_bfloat16() -> bool:
+    """Return whether the CPU library has bfloat16 convolutions for this processor.
+
+    Elsewhere, which is on x86 without AVX-512, PyTorch takes plain loops that are some ten times
+    slower than the library in float32: bfloat16 is computed in float32 there and rounded once.
+
+    Example:
+        >>> isinstance(library_has_bfloat16(), bool)
+        True
+    """
+    has: bool = (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return has
 
 
 def fitted(t: Tensor) -> Tensor:
@@ -72,7 +89,7 @@ def _takes_float(
     """Whether a convolution, its gradients included, is computed in float32 and rounded once."""
     if x.dtype != torch.bfloat16:
         return False
-    if groups > 1 and dilation[0] > 1:
+    if not library_has_bfloat16() or (groups > 1 and dilation[0] > 1):
         return True
     rows, columns = sizes(weight)[2:]
     if stride[1] == 1 or rows == columns == 1:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +250,89 @@ def test_narrow_bfloat16_outputs_come_from_float32(on_cpu: str, operator: str) -
             if 32 in shapes[1]
         }
 
-    with strategy("library"):
+    with strategy("library"), bfloat16_of_library(True):
         assert all(dtypes(columns) == {"float"} for columns in range(1, convolution.NARROW + 1))
         assert dtypes(convolution.NARROW + 1) == {"c10::BFloat16"}
+
+
+@contextmanager
+def bfloat16_of_library(has: bool) -> Iterator[None]:
+    """Have processors with bfloat16 convolutions in the library, or without."""
+
+    def tell(has: bool) -> None:
+        if native.missing is None:
+            torch.ops.dcconv.set_cpu_bfloat16(has)
+
+    own = convolution.library_has_bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "library_has_bfloat16", lambda: has)
+        tell(has)
+        try:
+            yield
+        finally:
+            tell(own())
+
+
+def test_the_library_is_asked_for_bfloat16() -> None:
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError as error:
+        pytest.skip(f"no flags of the processor: {error}")
+    if platform.machine() != "x86_64":
+        pytest.skip(f"the flags are those of x86_64, this is {platform.machine()}")
+    if {"avx512bw", "avx512vl", "avx512dq"} <= set(flags):
+        assert convolution.library_has_bfloat16()
+    elif not {"avx_vnni", "avx_ne_convert"} & set(flags):
+        assert not convolution.library_has_bfloat16()
+
+
+LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "3x3": ((3, 16, 12, 12), (24, 16, 3, 3), {"padding": 1}),
+    "1x1": ((2, 32, 9, 9), (16, 32, 1, 1), {}),
+    "strided": ((2, 16, 15, 15), (8, 16, 3, 3), {"stride": 2, "padding": 1}),
+    "grouped": ((2, 16, 10, 10), (32, 4, 3, 3), {"groups": 4, "dilation": 2}),
+    "reflect": ((2, 8, 9, 9), (8, 8, 5, 5), {"padding": 2, "padding_mode": "reflect"}),
+    "one image": ((1, 8, 6, 7), (8, 8, 3, 3), {"padding": "same"}),
+}
+
+
+@pytest.mark.parametrize("has", [False, True], ids=["in float32", "by the library"])
+@pytest.mark.parametrize("layout", [FIRST, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("on_cpu", ON_CPU)
+def test_bfloat16_is_right_either_way(
+    on_cpu: str, layer: str, layout: torch.memory_format, has: bool
+) -> None:
+    torch.manual_seed(0)
+    image, filters, options = LAYERS[layer]
+    x = torch.randn(image).bfloat16().to(memory_format=layout)
+    weight = torch.randn(filters).bfloat16().to(memory_format=layout)
+    with bfloat16_of_library(has):
+        grad_y = torch.randn_like(decoupled_conv2d(x, weight, backend=on_cpu, **options))
+        for operator in (
+            *OPERATORS.values(),
+            {"magnitude": "ball", "angular": "square_cosine", "keep": "dot"},
+            {"magnitude": "linear", "angular": "cosine", "alpha": 1.5},
+        ):
+            name = f"{layer} {layout} {operator}"
+            check_against_truth(name, on_cpu, (x, weight), grad_y, **operator, **options)
+
+
+@pytest.mark.parametrize("has", [False, True], ids=["in float32", "by the library"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("on_cpu", ON_CPU)
+def test_bfloat16_goes_where_the_library_has_kernels(
+    on_cpu: str, operator: str, has: bool
+) -> None:
+    x = torch.randn(2, 16, 9, 9).bfloat16().requires_grad_()
+    weight = torch.randn(8, 16, 3, 3).bfloat16().requires_grad_()
+
+    def run() -> None:
+        decoupled_conv2d(x, weight, backend=on_cpu, **OPERATORS[operator]).sum().backward()
+
+    with bfloat16_of_library(has), strategy("library"):
+        found = {dtype for _, shapes, _, dtype in convolutions(run) if 16 in shapes[1]}
+    assert found == ({"c10::BFloat16"} if has else {"float"})
 
 
 def strategy(name: str) -> Any:

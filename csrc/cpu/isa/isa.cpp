@@ -26,7 +26,7 @@ __attribute__((weak)) const Kernels& kernels(Dtype dtype);
 
 namespace {
 
-using Table = const Kernels& (*)(Dtype);
+using Table = const Kernels& (*)(Dtype, bool);
 
 struct Isa {
   const char* name;
@@ -106,8 +106,8 @@ void set_cpu_isa(std::string name) {
 
 }  // namespace
 
-const Kernels& kernels(Dtype dtype) {
-  return chosen().load()(dtype);
+const Kernels& kernels(Dtype dtype, bool float_library) {
+  return chosen().load()(dtype, float_library);
 }
 
 }  // namespace dcconv::cpu

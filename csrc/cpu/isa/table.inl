@@ -106,15 +106,17 @@ constexpr Kernels make_table() {
   };
 }
 
-const Kernels& kernels(Dtype dtype) {
-  // In the order of Dtype. Half computes its library convolutions in float.
-  static constexpr Kernels tables[kDtypes] = {
+const Kernels& kernels(Dtype dtype, bool float_library) {
+  // In the order of Dtype; behind them bfloat16 with library convolutions in float.
+  static constexpr Kernels tables[kDtypes + 1] = {
       make_table<double, double, double>(),
       make_table<float, float, float>(),
       make_table<BFloat16, BFloat16, float>(),
       make_table<Half, float, float>(),
+      make_table<BFloat16, float, float>(),
   };
-  return tables[static_cast<int>(dtype)];
+  const bool other = float_library && dtype == Dtype::bf16;
+  return tables[other ? kDtypes : static_cast<int>(dtype)];
 }
 
 }  // namespace dcconv::cpu::DCCONV_ISA

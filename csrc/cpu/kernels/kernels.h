@@ -238,14 +238,15 @@ struct Kernels {
   int64_t panel;
 };
 
+// float_library: whether the library convolves bfloat16 in float32, as it does float16 anyhow.
 namespace baseline {
-const Kernels& kernels(Dtype dtype);
+const Kernels& kernels(Dtype dtype, bool float_library);
 }
 namespace avx2 {
-const Kernels& kernels(Dtype dtype);
+const Kernels& kernels(Dtype dtype, bool float_library);
 }
 namespace avx512 {
-const Kernels& kernels(Dtype dtype);
+const Kernels& kernels(Dtype dtype, bool float_library);
 }
 
 }  // namespace dcconv::cpu

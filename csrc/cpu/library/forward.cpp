@@ -82,7 +82,7 @@ ForwardResults library_forward(const Call& call, const ForwardInputs& in) {
     }
     const int64_t offset = first * image_output, elements = count * image_output;
     if (call.norm_free) {
-      // float16 only: the library's float result is rounded once.
+      // The library's float result is rounded once.
       if (!one_chunk)
         run_tasks((elements + kTask - 1) / kTask, [&](int64_t begin, int64_t end) {
           call.table.round(
