@@ -11,7 +11,7 @@ from torch import Tensor
 from dcconv import native
 from dcconv.call.saved import DOT, NOTHING, OUTPUT
 from dcconv.operator import reference
-from dcconv.operator.layout import memory_format
+from dcconv.operator.layout import is_channels_last, memory_format
 from dcconv.operator.numerics import RADIUS_OFFSET, compute_dtype
 from dcconv.operator.records import Operands, Problem, without_autocast
 from dcconv.passes import backward
@@ -197,7 +197,9 @@ def _in_layout(
     """
     grad_x, grad_weight, *others = grads
     if grad_weight is not None:
-        grad_weight = grad_weight.contiguous(memory_format=memory_format(x, weight))
+        wanted = memory_format(x, weight)
+        if (wanted is torch.channels_last) != is_channels_last(weight):
+            grad_weight = grad_weight.contiguous(memory_format=wanted)
     return grad_x, grad_weight, *others
 
 

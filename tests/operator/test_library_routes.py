@@ -311,7 +311,7 @@ def test_bfloat16_is_right_either_way(
         grad_y = torch.randn_like(decoupled_conv2d(x, weight, backend=on_cpu, **options))
         for operator in (
             *OPERATORS.values(),
-            {"magnitude": "ball", "angular": "square_cosine", "keep": "dot"},
+            {"magnitude": "ball", "angular": "sigmoid"},
             {"magnitude": "linear", "angular": "cosine", "alpha": 1.5},
         ):
             name = f"{layer} {layout} {operator}"
@@ -321,9 +321,7 @@ def test_bfloat16_is_right_either_way(
 @pytest.mark.parametrize("has", [False, True], ids=["in float32", "by the library"])
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("on_cpu", ON_CPU)
-def test_bfloat16_goes_where_the_library_has_kernels(
-    on_cpu: str, operator: str, has: bool
-) -> None:
+def test_bfloat16_goes_where_the_library_has_kernels(on_cpu: str, operator: str, has: bool) -> None:
     x = torch.randn(2, 16, 9, 9).bfloat16().requires_grad_()
     weight = torch.randn(8, 16, 3, 3).bfloat16().requires_grad_()
 

@@ -15,13 +15,13 @@ namespace dcconv::cpu {
 
 // Weak: null where the file was not compiled.
 namespace baseline {
-__attribute__((weak)) const Kernels& kernels(Dtype dtype);
+__attribute__((weak)) const Kernels& kernels(Dtype dtype, bool float_library);
 }
 namespace avx2 {
-__attribute__((weak)) const Kernels& kernels(Dtype dtype);
+__attribute__((weak)) const Kernels& kernels(Dtype dtype, bool float_library);
 }
 namespace avx512 {
-__attribute__((weak)) const Kernels& kernels(Dtype dtype);
+__attribute__((weak)) const Kernels& kernels(Dtype dtype, bool float_library);
 }
 
 namespace {
