@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dcconv.operator.layout import memory_format
 from dcconv.operator.numerics import TF32_ANGLE_DELTA
 from dcconv.operator.records import NORM_BATCH, Operands, Problem
 from dcconv.passes import records
-from dcconv.tracing import asked_once
+from dcconv.tracing import asked_once, has_static_value
 
 DIRECTIONS = records.DIRECTIONS
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = DIRECTIONS

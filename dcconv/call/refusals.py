@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from dcconv import native
 from dcconv.operator.records import Operator
-from dcconv.tracing import asked_once, recording
+from dcconv.tracing import asked_once, constant_for_tracing, recording
 from dcconv.triton import environment
 
 
@@ -93,7 +93,7 @@ _why_not_kernels = asked_once(environment.why_not)
 
 
 # Constant for tracing: it reads a module's lists.
-_why_not_twins = torch.compiler.assume_constant_result(environment.twinless)
+_why_not_twins = constant_for_tracing(environment.twinless)
 
 
 def triton(call: Call) -> str | None:

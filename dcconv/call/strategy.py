@@ -34,6 +34,7 @@ from dcconv.operator.records import NORM_BATCH, Operands, Problem
 from dcconv.passes import library, records
 from dcconv.passes.backward import InputSide
 from dcconv.passes.records import Taps
+from dcconv.tracing import constant_for_tracing
 from dcconv.warn import warn_once
 
 
@@ -305,7 +306,7 @@ def decide(key: Key, willing: Sequence[str], benchmark: bool) -> Decision:
 
 
 # Constant for tracing, which cannot see what is pinned.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_for_tracing
 def _measures(device_type: str) -> bool:
     """Whether benchmark mode counts: measured choices and tiles may differ from run to run."""
     return (
@@ -316,7 +317,7 @@ def _measures(device_type: str) -> bool:
 
 
 # Constant for tracing: tables are not part of a graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_for_tracing
 def _decided_name(key: tuple[Any, ...], willing: tuple[str, ...], benchmark: bool) -> str:
     # A plain tuple: tracing does not make constants of named ones.
     with _lock:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dcconv.tracing import constant_for_tracing
+
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Added to the sum of squares inside both square roots, the official code's value.
@@ -57,20 +59,20 @@ NOISE_FACTOR = 4.0
 # Numbers of a module are inputs of a graph with dynamic sizes, and an input that is first used
 # inside an autograd function cannot be used by a second one (PyTorch 2.13 and 2.14): functions that
 # are traced take theirs from here, as constants.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_for_tracing
 def constant(name: str) -> float:
     """Return a number of this module by its name, also while tracing."""
     value: float = globals()[name]
     return value
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_for_tracing
 def _angle_delta_of(dtype: torch.dtype, tf32: bool) -> float:
     return TF32_ANGLE_DELTA if tf32 else ANGLE_DELTA[dtype]
 
 
 # Constant for tracing: a compiled graph keeps the setting it was compiled under.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_for_tracing
 def tf32_convolutions() -> bool:
     """Return whether PyTorch may round operands of float32 convolutions on GPUs to TF32."""
     # MIOpen's convolutions have no such precision, whatever the switch says.

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dcconv.operator import checks
 from dcconv.operator.functions import angulars, magnitudes, weightings
 from dcconv.operator.numerics import ANGLE_DELTA, EPS, RADIUS_OFFSET, compute_dtype, constant
-from dcconv.tracing import recording
+from dcconv.tracing import has_static_value, recording
 
 NORM_NONE, NORM_BATCH, NORM_GIVEN = "none", "batch", "given"
 

@@ -109,6 +109,30 @@ def test_arch_list_that_is_set_is_kept() -> None:
     assert setup.cuda_archs({"TORCH_CUDA_ARCH_LIST": "9.0a"}, "compute_80") == "9.0a"
 
 
+@pytest.mark.parametrize(
+    ("archs", "passes", "code"),
+    [
+        (
+            "8.0;8.6;8.9;9.0a;10.0;12.0+PTX",
+            ["80", "80", "80", "90a", "100", "120", "120"],
+            ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_120"],
+        ),
+        ("9.0a", ["90a"], ["sm_90a"]),
+        ("9.0 9.0a", ["90", "90a"], ["sm_90", "sm_90a"]),
+        ("12.0;8.9;8.6+PTX", ["86", "86", "86", "120"], ["sm_86", "compute_86", "sm_89", "sm_120"]),
+        ("10.3f", ["103f"], ["sm_103f"]),
+        ("Hopper", [], []),
+        ("8.0;Ada", [], []),
+        ("", [], []),
+    ],
+)
+def test_a_file_is_read_once_for_gpus_of_one_version(
+    archs: str, passes: list[str], code: list[str]
+) -> None:
+    pairs = zip(passes, code, strict=True)
+    assert setup.gencode(archs) == [f"-gencode=arch=compute_{a},code={c}" for a, c in pairs]
+
+
 def test_cuda_is_left_out_with_a_reason(tmp_path: Path) -> None:
     home = toolkit(tmp_path / "cuda", release="12.6")
     assert setup.why_no_cuda(home, "12.9") is None

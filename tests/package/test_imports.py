@@ -1,13 +1,18 @@
-"""No circle among the files of the package: who imports whom, read from the sources."""
+"""No circle among the files of the package, and no compiler imported with it."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 from paths import ROOT
+
+from dcconv.tracing import constant_for_tracing
 
 PACKAGE = ROOT / "dcconv"
 
@@ -50,3 +55,27 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     (package / "second.py").write_text("from ring.first import f\n")
     with pytest.raises(CycleError):
         order_of(package)
+
+
+def test_a_call_imports_neither_the_compiler_nor_its_algebra() -> None:
+    """They take longer than all else of dcconv."""
+    code = """
+import sys, torch, dcconv
+dcconv.DecoupledConv2d(3, 4, 3)(torch.ones(1, 3, 5, 5)).sum().backward()
+print(*sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
+def test_the_mark_of_a_constant_is_the_compilers_own() -> None:
+    def ours() -> int:
+        return 1
+
+    def own() -> int:
+        return 1
+
+    assert constant_for_tracing(ours) is ours
+    torch.compiler.assume_constant_result(own)
+    assert vars(ours) == vars(own) != {}
