@@ -82,7 +82,7 @@ def constant_for_tracing(function: Callable[P, T]) -> Callable[P, T]:
 
 def has_static_value(size: int) -> bool:
     """Return whether a size has one possible value: while tracing it may be a symbol."""
-    if type(size) is int:
+    if not torch.compiler.is_compiling() and type(size) is int:  # a traced symbol says so, too
         return True
     from torch.fx.experimental import symbolic_shapes  # which imports sympy
 
