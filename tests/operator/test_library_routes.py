@@ -318,19 +318,25 @@ def test_bfloat16_is_right_either_way(
             check_against_truth(name, on_cpu, (x, weight), grad_y, **operator, **options)
 
 
-@pytest.mark.parametrize("has", [False, True], ids=["in float32", "by the library"])
+@pytest.mark.parametrize(
+    "has", [None, False, True], ids=["as it is here", "in float32", "by the library"]
+)
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("on_cpu", ON_CPU)
-def test_bfloat16_goes_where_the_library_has_kernels(on_cpu: str, operator: str, has: bool) -> None:
+def test_bfloat16_goes_where_the_library_has_kernels(
+    on_cpu: str, operator: str, has: bool | None
+) -> None:
     x = torch.randn(2, 16, 9, 9).bfloat16().requires_grad_()
     weight = torch.randn(8, 16, 3, 3).bfloat16().requires_grad_()
 
     def run() -> None:
         decoupled_conv2d(x, weight, backend=on_cpu, **OPERATORS[operator]).sum().backward()
 
-    with bfloat16_of_library(has), strategy("library"):
+    told = nullcontext() if has is None else bfloat16_of_library(has)
+    with told, strategy("library"):
         found = {dtype for _, shapes, _, dtype in convolutions(run) if 16 in shapes[1]}
-    assert found == ({"c10::BFloat16"} if has else {"float"})
+    expected = convolution.library_has_bfloat16() if has is None else has
+    assert found == ({"c10::BFloat16"} if expected else {"float"})
 
 
 def strategy(name: str) -> Any:
