@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
@@ -153,6 +154,22 @@ def launch(kernel: Any, programs: Any) -> Callable[..., None]:
 names: list[str] = []
 
 
+def _triton_op(
+    name: str, function: Callable[..., Any], *, mutates_args: Sequence[str], schema: str
+) -> None:
+    """Define an op whose kernels ``torch.compile`` sees.
+
+    PyTorch 2.13 takes a schema and infers one of the function's own arguments all the same.
+    """
+    library: Any = torch._library.triton
+    inferred = library.infer_schema
+    library.infer_schema = lambda *unused, **options: schema
+    try:
+        triton_op(name, function, mutates_args=mutates_args, schema=schema)
+    finally:
+        library.infer_schema = inferred
+
+
 def op(
     op: Op[Record, Result],
 ) -> Callable[[Callable[[Record], Result]], Callable[[Record], Result]]:
@@ -160,7 +177,7 @@ def op(
 
     ``torch.compile`` looks into it and sees the kernels; interpreted ones are no kernels to it.
     """
-    define: Any = custom_op if INTERPRETED else triton_op
+    define: Any = custom_op if INTERPRETED else _triton_op
 
     def register(function: Callable[[Record], Result]) -> Callable[[Record], Result]:
         mutates = (op.writes,) if op.writes else ()
