@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from bench.accuracy import error
 from bench.machine import listing
 from bench.machine.disassemble import Kernel
 from bench.machine.execute.grid import Array, Launch
@@ -16,6 +18,7 @@ from bench.machine.execute.run import Runner
 from bench.machine.gpus import GPUS, Gpu
 from bench.machine.layers import aligned, placed
 from bench.machine.simulate import Simulated, simulate
+from dcconv.operator.numerics import ACCURACY_FLOOR
 
 LISTING = Path(__file__).parent / "checks/kernels.txt"
 
@@ -124,8 +127,11 @@ def product_rate(product: Product, gpu: Gpu) -> float:
         )
         runner = Runner(kernel, launch, [a, b, c], traced=True)
         runner.run()
-        exact = a.astype(np.float64) @ b.astype(np.float64)
-        assert runner.trace is not None and np.allclose(c, exact, rtol=1e-3, atol=1e-3)
+        exact = torch.from_numpy(a.astype(np.float64) @ b.astype(np.float64))
+        off = error(torch.from_numpy(c), exact)
+        if off > ACCURACY_FLOOR[torch.float32]:
+            raise RuntimeError(f"dcconv: {product.kernel} must multiply, got an error of {off:.1e}")
+        assert runner.trace is not None
         resident = _resident(gpu, kernel, launch)
         # Every block does what this one does; their operands are in L2.
         traces = runner.trace.of_warps()

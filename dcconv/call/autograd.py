@@ -181,8 +181,8 @@ def _of_raw(
     grad = grads[3]
     if raw is None or grad is None:
         return grads
-    half = grad * raw
-    grad = half + half  # exact, and without a tensor made of a number
+    product = grad * raw
+    grad = product + product  # exact, and without a tensor made of a number
     if grad.dtype != ctx.learned.dtype:
         grad = grad.to(ctx.learned.dtype)
     return *grads[:3], grad, *grads[4:]

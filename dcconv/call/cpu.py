@@ -6,7 +6,7 @@ tensors of other classes than PyTorch's own leave the choice to the ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,22 +44,18 @@ def taken(operands: Operands, problem: Problem, direction: str) -> str:
     return str(forward if direction == FORWARD else backward)
 
 
-def why_not_fused(direction: str) -> Callable[[Operands, Problem], str | None]:
-    """Return the predicate of one direction of the fused kernels."""
-
-    def why_not(operands: Operands, problem: Problem) -> str | None:
-        if problem.operator.norm_free:
-            return "norm-free operators are one library convolution"
-        with forced(FUSED):
-            if taken(operands, problem, direction) == FUSED:
-                return None
-        limits = "" if direction == FORWARD else ", padded with zeros and at stride 1"
-        return (
-            "its fused kernels take depthwise layers, and float32 layers without groups that are "
-            f"channels_last or 1x1{limits}"
-        )
-
-    return why_not
+def why_not_fused(operands: Operands, problem: Problem, direction: str) -> str | None:
+    """Return None if the fused kernels compute a direction of a call, else one sentence."""
+    if problem.operator.norm_free:
+        return "norm-free operators are one library convolution"
+    with forced(FUSED):
+        if taken(operands, problem, direction) == FUSED:
+            return None
+    limits = "" if direction == FORWARD else ", padded with zeros and at stride 1"
+    return (
+        "its fused kernels take depthwise layers, and float32 layers without groups that are "
+        f"channels_last or 1x1{limits}"
+    )
 
 
 def forward(strategy: str) -> autograd.Forward:

@@ -118,10 +118,6 @@ def _willing(operands: Operands, problem: Problem, direction: str = FORWARD) -> 
     return None
 
 
-def _why_not_fused_on_cpu(operands: Operands, problem: Problem, direction: str) -> str | None:
-    return cpu.why_not_fused(direction)(operands, problem)
-
-
 def _reference(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, Tensor | None]:
     return reference.forward(operands, problem)
 
@@ -169,7 +165,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     *_rows(TRITON, LIBRARY, _willing, _librarys(TRITON_OPS)),
     *_rows(TRITON, FUSED, triton_fused.why_not, OWN, TUNED),
     *_rows(CPU, LIBRARY, _willing, _on_cpu(LIBRARY)),
-    *_rows(CPU, FUSED, _why_not_fused_on_cpu, _on_cpu(FUSED)),
+    *_rows(CPU, FUSED, cpu.why_not_fused, _on_cpu(FUSED)),
     Implementation(REFERENCE, FORWARD, LIBRARY, _willing, _reference),
 )
 
