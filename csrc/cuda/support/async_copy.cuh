@@ -28,6 +28,17 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 #endif
 }
 
+// The same, of an address that is known to be valid.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(DCCONV_SIMT)
+  simt::copy_async(shared, global, true);
+#else
+  const uint32_t to = shared_address(shared);
+  const std::size_t from = __cvta_generic_to_global(global);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+#endif
+}
+
 // Makes a group of the copies that the thread has issued since the last one.
 __device__ __forceinline__ void commit_async() {
 #if defined(DCCONV_SIMT)
