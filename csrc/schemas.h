@@ -23,7 +23,7 @@ void define_passes(Library& library) {
       "Tensor x, Tensor t, Tensor norm_map, Tensor? sigma, SymInt[] kernel_size, " + geometry;
   const auto define = [&](const std::string& schema) { library.def(schema.c_str()); };
 
-  // map: the norms b and their mean with batch_mean, else the sums of squares per input pixel.
+  // map: b. mean: the mean of b with batch_mean, else [0].
   define(
       "conv2d_norms(Tensor x, Tensor weight, " + geometry +
       ", float eps, bool batch_mean, bool channels_last) -> (Tensor a, Tensor map, Tensor mean)"

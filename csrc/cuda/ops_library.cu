@@ -58,27 +58,29 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
   s.sums = sums.mutable_data_ptr();
   pixel_sumsq(dtype, s, device.stream());
 
+  // The norms of windows have a pass of their own, though it is one launch more than to take the
+  // sums where a norm is needed: maps are 1 / channels of a tensor's size, and a sum costs its
+  // reader's every row far more than a load.
+  Tensor map = empty(x, {outputs}, compute), mean = absent(x, compute), block_sums;
+  WindowNormParams w{};
+  w.n = shape.n;
+  w.groups = s.groups;
+  w.window = window_of(shape);
+  w.channels_last = channels_last;
+  w.eps = eps;
+  w.sums = s.sums;
+  w.b = map.mutable_data_ptr();
   FilterNormParams f{};
-  Tensor map = sums, mean = absent(x, compute), block_sums;
   if (batch_mean) {
-    map = empty(x, {outputs}, compute);
     mean = empty(x, {}, compute);
-    WindowNormParams w{};
-    w.n = shape.n;
-    w.groups = s.groups;
-    w.window = window_of(shape);
-    w.channels_last = channels_last;
-    w.eps = eps;
-    w.sums = s.sums;
-    w.b = map.mutable_data_ptr();
     f.blocks = window_norm_blocks(w);
     block_sums = empty(x, {f.blocks}, ScalarType::Double);
     w.block_sums = static_cast<double*>(block_sums.mutable_data_ptr());
-    window_norm(dtype, w, device.stream());
     f.block_sums = w.block_sums;
     f.map_count = outputs;
     f.mean = mean.mutable_data_ptr();
   }
+  window_norm(dtype, w, device.stream());
   Tensor a = empty(x, {shape.o}, compute);
   f.o = shape.o;
   f.size = shape.filter_size();

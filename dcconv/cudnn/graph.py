@@ -76,15 +76,14 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     eps = problem.operator.eps
-    # With the mean: that variant returns the norm map itself, not the sums of squares.
-    a, norms, mean = ops.conv2d_norms(records.Norms(x, weight, problem.window, eps, True, True))
-    batch_mean = problem.norm == NORM_BATCH
+    batch_mean, window = problem.norm == NORM_BATCH, problem.window
+    a, norms, mean = ops.conv2d_norms(records.Norms(x, weight, window, eps, batch_mean, True))
     parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)
     formula = (records.functions(problem), problem.delta, eps)
     tensors = (x, weight, a, norms, bias, parameters)
-    call = cudnn_ops.GraphForward(*tensors, problem.window, *formula, kept == records.DOT)
+    call = cudnn_ops.GraphForward(*tensors, window, *formula, kept == records.DOT)
     y, dot = cudnn_ops.cudnn_conv2d_forward(call)
-    return y, norms, mean if batch_mean else mean.new_empty(0), dot, a
+    return y, norms, mean, dot, a
 
 
 def input_gradient(side: InputSide, problem: Problem) -> Tensor:

@@ -123,11 +123,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator; results as of ``library.forward``.
 
-    Without backward (``kept="nothing"``) the norm map is [0], unless ``norm="batch"`` made it.
+    Without backward (``kept="nothing"``) the norm map is [0], unless it was there before y.
     """
     kernel = kernel_of(operands.weight, problem)
     # Where windows overlap the implicit GEMM would take each square once per window and column
-    # tile, and takes sums per pixel instead.
+    # tile, and is given the norms instead.
     finds_norms = kernel != records.IMPLICIT_GEMM or single_pixels(operands.weight, problem.window)
     return compose(operands, problem, kept, kernel, finds_norms)
 
@@ -166,9 +166,10 @@ def compose(
     formula = (records.functions(problem), problem.delta, eps)
     keeps = (kept != records.NOTHING, kept == records.DOT)
     tensors = (x, weight, a, norms, bias, parameters)
-    call = records.OnePass(*tensors, window, *formula, batch_mean, *keeps, kernel, tile, last)
+    given = norms is not None
+    call = records.OnePass(*tensors, window, *formula, given, *keeps, kernel, tile, last)
     y, norm_map, dot = ops.conv2d_one_pass(call, namespace)
-    return y, norms if batch_mean and norms is not None else norm_map, mean, dot, a
+    return y, norm_map if norms is None else norms, mean, dot, a
 
 
 def input_gradient(

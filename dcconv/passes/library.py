@@ -63,14 +63,12 @@ def forward(
     parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)
     windows = (size_of(x), size_of(weight), problem.window)
     formula = (records.functions(problem), problem.delta, eps)
-    call = records.Epilogue(u, a, norms, bias, parameters, *windows, *formula, batch_mean, last)
+    call = records.Epilogue(u, a, norms, bias, parameters, *windows, *formula, True, last)
     if kept == records.DOT:
-        y, norm_map = ops.conv2d_epilogue(call, namespace)
-        dot = u
-    else:
-        norm_map = ops.conv2d_epilogue_(call, namespace)
-        y, dot = u, x.new_empty(0)
-    return y, norms if batch_mean else norm_map, mean, dot, a
+        y, _ = ops.conv2d_epilogue(call, namespace)
+        return y, norms, mean, u, a
+    ops.conv2d_epilogue_(call, namespace)
+    return u, norms, mean, x.new_empty(0), a
 
 
 def window_norm(

@@ -133,8 +133,6 @@ def conv2d_norms(call: records.Norms) -> Three:
     x, weight = call.x, call.weight
     compute = compute_dtype(x.dtype)
     n, filters, p, q = result_sizes(x, weight, call.window)
-    if not call.batch_mean:
-        p, q = x.shape[2], x.shape[3]
     return (
         x.new_empty(filters, dtype=compute),
         x.new_empty(n * call.window.groups * p * q, dtype=compute),

@@ -141,7 +141,7 @@ class WindowNormGrad(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """The norms of filters, and of windows or pixels."""
+    """The norms of filters and of windows, and the mean of the latter with ``batch_mean``."""
 
     x: Tensor
     weight: Tensor

@@ -102,17 +102,15 @@ def filter_norms(
 def conv2d_norms(call: records.Norms) -> ops.Three:
     x, weight, window, last = call.x, call.weight, call.window, call.channels_last
     n, filters, p, q = ops.result_sizes(x, weight, window)
-    norms = _pixel_sumsq(x, window.groups, last)
     a = x.new_empty(filters, dtype=COMPUTE)
+    b = x.new_empty(n * window.groups * p * q, dtype=COMPUTE)
     mean = x.new_empty(() if call.batch_mean else (0,), dtype=COMPUTE)
-    finished = None
-    if call.batch_mean:
-        b = x.new_empty(n * window.groups * p * q, dtype=COMPUTE)
-        windows = records.WindowNorm(x, size_of(weight), window, call.eps)
-        partial = _window_norm(windows, norms, b, last, True)
-        finished, norms = Mean(mean, partial, torch.sym_max(b.numel(), 1)), b
+    windows = records.WindowNorm(x, size_of(weight), window, call.eps)
+    sums = _pixel_sumsq(x, window.groups, last)
+    partial = _window_norm(windows, sums, b, last, call.batch_mean)
+    finished = Mean(mean, partial, torch.sym_max(b.numel(), 1)) if call.batch_mean else None
     filter_norms(records.FilterScale(weight, 1.0, call.eps, False), a, mean=finished)
-    return a, norms, mean
+    return a, b, mean
 
 
 def _epilogue(call: records.Epilogue, y: Tensor, norm_map: Tensor) -> None:

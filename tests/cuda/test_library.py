@@ -7,6 +7,7 @@ and takes them away again. The accuracy rule is the same as for every backend.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ import torch._dynamo.testing
 from accuracy import check, evaluate, judge, random_cotangent
 from cases import ANGULARS, CASES, DTYPES, LAYOUTS, OPERATORS, Case, Inputs, by_id, make_inputs
 from emulated import ops_library
-from library_model import implementations
+from library_model import flat_map, implementations
 from random_problems import ALIGNED, SATURATED, problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -156,11 +157,9 @@ def test_parameters_may_be_strided() -> None:
     compare("strided", inputs)
 
 
-@pytest.mark.parametrize(("norm", "forward"), [("given", 3), ("batch", 4)])
+@pytest.mark.parametrize("norm", ["given", "batch"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_launches_stay_within_the_budget(
-    layout: str, norm: str, forward: int, small_ops: str
-) -> None:
+def test_launches_stay_within_the_budget(layout: str, norm: str, small_ops: str) -> None:
     if small_ops != "emulated":
         pytest.skip("only emulated ops launch kernels")
     # Everything that a kernel could be needed for: sums of rho, a, k and bias, the mean norm.
@@ -178,7 +177,7 @@ def test_launches_stay_within_the_budget(
     y = functional.decoupled_conv2d(**leaves, **inputs.options)
     between = torch.ops.dcconv_simt.launches()
     y.sum().backward()
-    assert between - before == forward
+    assert between - before == 4
     assert torch.ops.dcconv_simt.launches() - between == 4
 
 
@@ -417,6 +416,25 @@ class Recorder(TorchDispatchMode):
 
     def names(self) -> list[str]:
         return [func._schema.name.removeprefix("dcconv::") for func, _ in self.calls]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_map_holds_norms_whether_or_not_their_mean_is_wanted(case: Case) -> None:
+    for dtype, layout in itertools.product(DTYPES, FORMATS):
+        inputs = make_inputs(case, dtype, norm="given")
+        inputs.tensors["x"] = x = inputs.tensors["x"].contiguous(memory_format=layout)
+        inputs.tensors["weight"] = inputs.tensors["weight"].contiguous(memory_format=layout)
+        with Recorder() as recorder:
+            functional.decoupled_conv2d(**inputs.tensors, **inputs.options)
+        norms, arguments = recorder.calls[0]
+        *operands, batch_mean, last = arguments
+        assert norms._schema.name == "dcconv::conv2d_norms" and not batch_mean
+        a, b, absent = norms(*operands, False, last)
+        same_a, same_b, mean = norms(*operands, True, last)
+        assert torch.equal(a, same_a) and torch.equal(b, same_b)
+        assert absent.shape == (0,) and mean.shape == ()
+        of_windows = functional.patch_norm(x, case.kernel, **case.geometry)
+        assert torch.equal(b, flat_map(of_windows, last))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -172,14 +172,13 @@ def conv2d_norms(
     need_dense(layout_of(channels_last), x)
     need_dense(memory_format(weight), weight)
     compute = compute_dtype(x.dtype)
-    result = pixel_squares(x, groups)
+    squares, kernel = pixel_squares(x, groups), list(weight.shape[2:])
+    b = norms_of(squares, kernel, stride, padding, dilation, groups, padding_mode, eps)
     mean = torch.empty(0, dtype=compute)
     if batch_mean:
-        kernel = list(weight.shape[2:])
-        result = norms_of(result, kernel, stride, padding, dilation, groups, padding_mode, eps)
-        mean = (result.sum() / max(result.numel(), 1)).to(compute)
+        mean = (b.sum() / max(b.numel(), 1)).to(compute)
     a = filter_norm(weight, eps).to(compute)
-    return a, flat_map(result, channels_last).to(compute, copy=True), mean
+    return a, flat_map(b, channels_last).to(compute, copy=True), mean
 
 
 def conv2d_epilogue(
