@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loops.add_argument("--code", help="address of a loop's header: print its instructions")
 
     # Imported when they are run: the other sub-commands do without.
-    def later(name: str) -> Callable[..., int]:
+    def later(name: str, module: str = "actions") -> Callable[..., int]:
         def run_action(options: argparse.Namespace, console: Console) -> int:
-            from bench.machine import actions
-
+            actions = importlib.import_module(f"bench.machine.{module}")
             status: int = getattr(actions, name)(options, console)
             return status
 
@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gemm = action("gemm", "execute and simulate tiles of the implicit GEMM", later("tiles"))
     gemm.add_argument("--gpus", default="H200,A100,RTX4090", help=f"of {', '.join(GPUS)}")
     gemm.add_argument("--output", type=Path, help="append the rows here, for bench report")
+    text = "predict the convolution layers of networks, forward and backward, by strategy"
+    network = action("network", text, later("network", "network_actions"))
+    network.add_argument("--gpu", default="H200", help=f"of {', '.join(GPUS)}; default: H200")
+    network.add_argument("--network", default="resnet50,resnet18", help="of bench's networks")
+    network.add_argument("--batch", type=int, default=256, help="images; default: 256")
+    network.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    network.add_argument("--operator", default="default", help="one of predict's")
+    network.add_argument("--output", type=Path, help="append the rows here, for bench report")
     text = "execute kernels and compare their results with the emulated sources"
     agree = action("agree", text, later("agreement"))
     agree.add_argument("--archs", default="sm_90a,sm_80,sm_89", help="default: all that are known")

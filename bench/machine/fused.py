@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.machine.execute.grid import Array
-from bench.machine.layers import TAP_PLAIN, Layer, Operands, Operator, aligned
+from bench.machine.layers import TAP_PLAIN, TAP_WITH_MEAN, Layer, Operands, Operator, aligned
 
 #: Filters and pixels of a tile of the implicit GEMM, by number: csrc/cuda/fused/implicit_gemm.
 TILES = {0: (128, 128), 1: (128, 64), 2: (64, 64)}
@@ -91,8 +91,13 @@ class _Members:
         maps = self.random.positive(self.positions * case.groups, float(each) ** 0.5)
         common = {**sizes, "groups": case.groups, "weight": weight, "x": x}
         if case.function.endswith("grad_input"):
-            grad = {"grad_u": self.values(self.positions * case.o), "t": maps, "tap": TAP_PLAIN}
-            places = {"norm": None, "sigma": None, "grad_x": self.place(x, x.size)}
+            mean = case.operator.mean
+            grad = {"grad_u": self.values(self.positions * case.o), "t": maps}
+            of_norms: dict[str, Any] = {
+                **{"tap": TAP_WITH_MEAN if mean else TAP_PLAIN, "norm": maps if mean else None},
+                "sigma": self.random.positive(1) if mean else None,
+            }
+            places = {**of_norms, "grad_x": self.place(x, x.size)}
             tile = {"tile": case.tile}
             return {**common, **grad, **places, **tile}
         outputs = self.positions * case.o

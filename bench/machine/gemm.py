@@ -28,8 +28,10 @@ SIZE = 16
 #: By name: function, window, and whether norms are found in the loop.
 PROBLEMS = {
     "forward 3x3": (GEMM, 3, False),
+    "forward 1x1": (GEMM, 1, False),
     "forward 1x1, norms in the loop": (GEMM, 1, True),
     "gradient 3x3": (GEMM_GRADIENT, 3, False),
+    "gradient 1x1": (GEMM_GRADIENT, 1, False),
 }
 
 DEPTHS = {3: (64, 128), 1: (256, 640)}
@@ -48,6 +50,7 @@ class GemmPrediction:
         step: cycles of a step, simulated.
         fixed: cycles of a tile besides its steps.
         teraflops: of the main loop alone, on the whole GPU.
+        alone: time of a block with a multiprocessor to itself over its share of a full one's.
     """
 
     kernel: str
@@ -62,6 +65,7 @@ class GemmPrediction:
     step: float
     fixed: float
     teraflops: float
+    alone: float = 1.0
 
     @property
     def fixed_steps(self) -> float:
@@ -85,6 +89,7 @@ class _Block:
     passes: float
     l2_bytes: float
     resident: int
+    alone: float
 
 
 def _block(emulator: Emulator, library: Library, gpu: Gpu, case: Case, depth: int) -> _Block:
@@ -103,6 +108,7 @@ def _block(emulator: Emulator, library: Library, gpu: Gpu, case: Case, depth: in
     few, many = (
         simulate(kernel, traces, gpu, warps, resident, rounds * resident) for rounds in (2, 6)
     )
+    alone = simulate(kernel, traces, gpu, warps, 1, 1).cycles
     blocks = 4 * resident
     shared = {n for n, one in enumerate(kernel.code) if one.name in KINDS["shared"]}
     copies = {n for n, one in enumerate(kernel.code) if one.name in KINDS["copy"]}
@@ -115,7 +121,7 @@ def _block(emulator: Emulator, library: Library, gpu: Gpu, case: Case, depth: in
     steps = depth // STEP * case.kernel**2
     return _Block(
         *(runner, steps, (many.cycles - few.cycles) / blocks, sum(issued), tensor, passes),
-        *((many.l2_bytes - few.l2_bytes) / blocks, resident),
+        *((many.l2_bytes - few.l2_bytes) / blocks, resident, float(alone)),
     )
 
 
@@ -161,4 +167,5 @@ def predict_gemm(
         step=step,
         fixed=few.cycles - few.steps * step,
         teraflops=rate,
+        alone=max(1.0, many.alone / many.cycles),
     )

@@ -71,15 +71,25 @@ class Layer:
     size: int
     o: int
     kernel: int
+    stride: int = 1
+
+    @property
+    def output(self) -> int:
+        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
 
     @property
     def positions(self) -> int:
+        return self.n * self.output**2
+
+    @property
+    def inputs(self) -> int:
         return self.n * self.size**2
 
     def window(self) -> dict[str, dict[str, int]]:
         axis = {
-            **{"input": self.size, "output": self.size, "kernel": self.kernel, "stride": 1},
-            **{"dilation": 1, "before": self.kernel // 2, "after": self.kernel // 2},
+            **{"input": self.size, "output": self.output, "kernel": self.kernel},
+            **{"stride": self.stride, "dilation": 1},
+            **{"before": self.kernel // 2, "after": self.kernel // 2},
             "mode": ZEROS,
         }
         return {"rows": axis, "columns": axis}
@@ -148,18 +158,21 @@ class Operands:
             rows: blocks of grad_dot, which its caller chooses.
         """
         layer, o = self.layer, self.layer.o
-        positions, pixels = layer.positions, layer.size**2
+        positions = layer.positions
         shared: Mapping[str, Any] = {"groups": 1, "channels_last": self.last}
         norm = self.positive(positions, float(layer.c) ** 0.5 * layer.kernel)
-        sums = self.positive(positions, float(layer.c))
-        u, x = self.values(positions * o), self.values(positions * layer.c)
+        sums = self.positive(layer.inputs, float(layer.c))
+        u, x = self.values(positions * o), self.values(layer.inputs * layer.c)
         n, window = layer.n, layer.window()
         filters, functions = self.filters(), self.functions()
         has_radius = filters["radius"] is not None
         return {
             "pixel_sumsq": Call(
                 "pixel_sumsq",
-                {"n": n, "pixels": pixels, "c": layer.c, "x": x, "sums": placed(sums), **shared},
+                {
+                    **{"n": n, "pixels": layer.size**2, "c": layer.c, "x": x},
+                    **{"sums": placed(sums), **shared},
+                },
                 ("x",),
             ),
             "epilogue": Call(
@@ -179,7 +192,7 @@ class Operands:
             "grad_dot": Call(
                 "grad_dot",
                 {
-                    **{"positions": positions, "pixels": pixels, "o": o, "op": functions},
+                    **{"positions": positions, "pixels": layer.output**2, "o": o, "op": functions},
                     **{"kept_is": KEPT_OUTPUT, "filters": filters, "norm": norm},
                     **{"grad_y": self.values(positions * o)},
                     # y of a cosine within its magnitude.
@@ -195,7 +208,7 @@ class Operands:
                 "grad_input",
                 {
                     **{"n": n, "c": layer.c, "window": window, "padded": False, "x": x},
-                    **{"library_grad": self.values(positions * layer.c), "t": placed(norm)},
+                    **{"library_grad": self.values(layer.inputs * layer.c), "t": placed(norm)},
                     "tap": TAP_WITH_MEAN if self.operator.mean else TAP_PLAIN,
                     "norm": norm if self.operator.mean else None,
                     "sigma": self.positive(1) if self.operator.mean else None,

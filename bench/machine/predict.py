@@ -7,12 +7,14 @@ images and with more. The difference of both is the steady state, which has no f
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bench.machine.capture import Emulator, arrays_in
+from bench.machine.execute.grid import Launch
 from bench.machine.execute.run import Runner
 from bench.machine.gpus import DRAM_LATENCIES, DRAM_LATENCY, Gpu
 from bench.machine.layers import Call, Layer, Operands, Operator
@@ -75,7 +77,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One size: instructions by place; the streams' bytes and loads; results by latency."""
 
     runner: Runner
@@ -86,22 +88,34 @@ class _Run:
     simulated: dict[int, Simulated]
 
 
-def execute(emulator: Emulator, library: Library, arch: str, dtype: str, call: Call) -> Runner:
-    """Run a call's one launch for a device of one multiprocessor, and keep what warps did."""
-    emulator.module.set_multiprocessors(1)
+def launch_of(emulator: Emulator, dtype: str, call: Call, multiprocessors: int = 1) -> Launch:
+    """Return a call's one launch on a device of so many multiprocessors, without running it."""
+    emulator.module.set_multiprocessors(multiprocessors)
     try:
         (launch,) = emulator.launches(call.function, dtype, call.members, run=False)
     finally:
         emulator.module.set_multiprocessors(2)
+    return launch
+
+
+def execute(emulator: Emulator, library: Library, arch: str, dtype: str, call: Call) -> Runner:
+    """Run a call's one launch for a device of one multiprocessor, and keep what warps did."""
+    launch = launch_of(emulator, dtype, call)
     kernel = library.kernel(launch.symbol, arch)
     runner = Runner(kernel, launch, arrays_in(call.members), traced=True)
     runner.run()
     return runner
 
 
-def _run(
-    emulator: Emulator, library: Library, gpu: Gpu, dtype: str, call: Call, latencies: list[int]
-) -> _Run:
+def run_call(
+    emulator: Emulator,
+    library: Library,
+    gpu: Gpu,
+    dtype: str,
+    call: Call,
+    latencies: Sequence[int] = (DRAM_LATENCY,),
+) -> Run:
+    """Execute a call on one multiprocessor, and simulate it at some latencies of DRAM."""
     runner = execute(emulator, library, gpu.arch, dtype, call)
     assert runner.trace is not None
     kernel, launch = runner.kernel, runner.grid.launch
@@ -118,7 +132,7 @@ def _run(
         for place, amount in zip(trace["place"][inside], trace["amount"][inside], strict=True):
             moved[kernel.code[place].name] += int(amount)
         loads.update(trace["place"][inside].tolist())
-    return _Run(
+    return Run(
         runner,
         Counter(dict(enumerate(runner.issued.tolist()))),
         moved["STG"],
@@ -162,15 +176,15 @@ def predict(
     """
     runs = []
     for n in sizes:
-        sized = Layer(n, layer.c, layer.size, layer.o, layer.kernel)
+        sized = replace(layer, n=n)
         operands = Operands(emulator.module, sized, dtype, channels_last, operator)
         call = operands.calls(BLOCKS_PER_MULTIPROCESSOR)[function]
-        runs.append(_run(emulator, library, gpu, dtype, call, list(latencies)))
+        runs.append(run_call(emulator, library, gpu, dtype, call, latencies))
     small, large = runs
     return _steady(small, large, gpu)
 
 
-def _steady(small: _Run, large: _Run, gpu: Gpu) -> Prediction:
+def _steady(small: Run, large: Run, gpu: Gpu) -> Prediction:
     kernel, launch = large.runner.kernel, large.runner.grid.launch
     counts = large.counts - small.counts
     stored, loaded = large.stored - small.stored, large.loaded - small.loaded

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.machine.gpus import DRAM_LATENCIES, DRAM_LATENCY, GPUS
+from bench.machine.network_tables import network_tables
 from bench.records import Record
 
-KIND = "machine"
+KIND, NETWORK_KIND = "machine", "machine_network"
 
 #: The passes in order of a training step.
 PASSES = ("pixel_sumsq", "epilogue", "grad_dot", "grad_input")
@@ -129,6 +130,8 @@ def machine_tables(results: Mapping[str, Sequence[Record]]) -> str:
             parts += [f"**Prediction: {gpu}, {title}**", grid(header, rows)]
     if gemm := gemm_table(results):
         parts.append(gemm)
+    if networks := network_tables(results.get(NETWORK_KIND, ())):
+        parts.append(networks)
     if parts:
         parts.insert(
             0,
