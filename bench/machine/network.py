@@ -208,14 +208,14 @@ def layer_times(shape: Shape, rates: Rates, first: bool) -> LayerTimes:
     by_x = 0.0 if first else costs.convolution(whole_x=True)
     rule_forward, rule_input = chosen(shape, rates.dtype, mean)
     parts = {"convolution": forward, "grad_weight": by_weight, "filter_norm": costs.filters(1)}
-    names = ["pixel_sumsq", "epilogue", "grad_dot", *([] if first else ["grad_input"])]
-    for name in [*names, *([WINDOW_NORM] if mean else [])]:
+    names = ["pixel_sumsq", WINDOW_NORM, "epilogue", "grad_dot"]
+    for name in [*names, *([] if first else ["grad_input"])]:
         parts[name] = costs.own(name)
     parts["filter_grad"] = costs.filters(3) + LAUNCH  # and the sums over its partial rows
     if not first:
         parts["grad_x"] = by_x
-    # The mean of the norms comes before the first output.
-    norms = parts["filter_norm"] + parts["pixel_sumsq"] + parts.get(WINDOW_NORM, 0.0)
+    # They come before the first output, and with them their mean.
+    norms = parts["filter_norm"] + parts["pixel_sumsq"] + parts[WINDOW_NORM]
     fast_forward, fast_input = _fused(costs, norms, parts, first)
     return LayerTimes(
         *(forward, by_x + by_weight, norms + forward + parts["epilogue"], fast_forward),
@@ -232,16 +232,18 @@ def _fused(
     costs: _Costs, norms: float, parts: dict[str, float], first: bool
 ) -> tuple[float | None, float | None]:
     """Return forward and the gradient of x in one pass, and add their kernels to the parts."""
-    shape = costs.shape
+    shape, stem = costs.shape, costs.shape.c <= fused.STEM_CHANNELS
     moved = costs.x + costs.y + costs.weight
-    if shape.c <= fused.STEM_CHANNELS:
+    # On the way, where every window is one row of the kernel's and no mean of all is needed first.
+    finds = (shape.k == 1 or stem) and not costs.rates.operator.mean
+    before = parts["filter_norm"] if finds else norms
+    if stem:
         parts[STEM] = max(costs.own(STEM), costs.moved(moved) + LAUNCH)
-        return norms + parts[STEM], None
+        return before + parts[STEM], None
     if costs.rates.dtype not in ("bfloat16", "float16"):
         return None, None
     parts["gemm"] = costs.gemm(GEMM, moved)
-    finds = shape.k == 1 and not costs.rates.operator.mean
-    forward = parts["gemm"] + (parts["filter_norm"] if finds else norms)
+    forward = before + parts["gemm"]
     if shape.stride != 1 or first:
         return forward, None
     parts["gemm_grad_input"] = costs.gemm(GEMM_GRADIENT, moved + costs.x)

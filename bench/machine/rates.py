@@ -71,7 +71,8 @@ class Rates:
     def _call(self, function: str, layer: Layer) -> Call:
         if function == STEM:
             sizes = (layer.n, layer.c, layer.size, layer.o, layer.kernel, layer.stride)
-            case = Case(STEM, self.dtype, True, *sizes, operator=self.operator)
+            mean, operator = self.operator.mean, self.operator
+            case = Case(STEM, self.dtype, True, *sizes, given=mean, operator=operator)
             # Windows overlap: most of what is read of x lies in L1 and L2.
             return Call(STEM, case.operands(self.emulator.module), ("y",))
         operands = Operands(self.emulator.module, layer, self.dtype, True, self.operator)
@@ -148,7 +149,11 @@ class Rates:
         """Return what ``gemm`` predicts of a tile: cycles of a step, and of all else."""
         kind = "gradient" if function == GEMM_GRADIENT else "forward"
         problem = f"{kind} {'1x1' if window == 1 else '3x3'}"
-        case = self._case(function, Layer(1, 64, 8, 64, window), tile)
+        # Single pixels' norms are found on the way, unless their mean is needed first.
+        finds = problem == "forward 1x1" and not self.operator.mean
+        if finds:
+            problem += ", norms in the loop"
+        case = self._case(function, Layer(1, 64, 8, 64, window), tile)._replace(given=not finds)
         call = Call(function, case.operands(self.emulator.module), ())
         kernel = self.library.kernel(
             launch_of(self.emulator, self.dtype, call).symbol, self.gpu.arch
