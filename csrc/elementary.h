@@ -1,5 +1,7 @@
 // Elementary functions for float that vectorise and run on host and device alike, within 4 ulp;
-// double goes to the standard library. All keep NaN and none branches.
+// double goes to the standard library. All keep NaN and none branches: the device's quotients and
+// roots are made of its approximate instructions and Newton's method, not of IEEE division, whose
+// slow path is a branch.
 #pragma once
 
 #include <cmath>
@@ -16,6 +18,11 @@
 // namespace, or the linker would merge them.
 #ifndef DCCONV_ISA
 #define DCCONV_ISA portable
+#endif
+
+// The device's arithmetic, or that of its emulator (tests/cuda/simt).
+#if defined(__CUDA_ARCH__) || defined(DCCONV_SIMT)
+#define DCCONV_DEVICE_ARITHMETIC
 #endif
 
 namespace dcconv::DCCONV_ISA {
@@ -43,6 +50,21 @@ DC_HD T at_least(T x, T low) {
   return x < low ? low : x;
 }
 
+#if defined(__CUDA_ARCH__)
+// One instruction, where a comparison and a choice are two.
+DC_HD float at_most(float x, float high) {
+  float value;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(x), "f"(high));
+  return value;
+}
+
+DC_HD float at_least(float x, float low) {
+  float value;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(x), "f"(low));
+  return value;
+}
+#endif
+
 template <class T>
 DC_HD T clamp_unit(T c) {
   return at_least(at_most(c, T(1)), T(-1));
@@ -62,11 +84,97 @@ DC_HD double with_sign(double size, double sign) {
   return std::copysign(size, sign);
 }
 
+#if defined(DCCONV_DEVICE_ARITHMETIC)
+// 1 / x within an ulp; the emulator has the right one. Subnormal numbers count as 0 here and in the
+// product of flushing_fma.
+DC_HD float rcp_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+#else
+  const float value = 1.0f / (abs_of(x) < 0x1p-126f ? with_sign(0.0f, x) : x);
+  return abs_of(value) < 0x1p-126f ? with_sign(0.0f, value) : value;
+#endif
+}
+
+DC_HD float flushing_fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(value) : "f"(a), "f"(b), "f"(c));
+  return value;
+#else
+  return ::fmaf(abs_of(a) < 0x1p-126f ? 0.0f : a, b, c);
+#endif
+}
+#endif
+
+// 1 / x for every x. On the device within an ulp; subnormal x and results count as 0.
+DC_HD float reciprocal_of(float x) {
+#if defined(DCCONV_DEVICE_ARITHMETIC)
+  const float r = rcp_approx(x);
+  // 0 and infinity have no error to correct: their product is NaN, which fmin replaces.
+  return ::fmaf(r, ::fminf(flushing_fma(-x, r, 1.0f), 1.0f), r);
+#else
+  return 1.0f / x;
+#endif
+}
+DC_HD double reciprocal_of(double x) {
+  return 1.0 / x;
+}
+
+// 1 / (2 x), in the same way.
+DC_HD float half_reciprocal_of(float x) {
+#if defined(DCCONV_DEVICE_ARITHMETIC)
+  return 0.5f * reciprocal_of(x);
+#else
+  return 0.5f / x;
+#endif
+}
+DC_HD double half_reciprocal_of(double x) {
+  return 0.5 / x;
+}
+
+// a / b for b from 2^-100 to 2^100 in size, whatever a is. On the device within an ulp, NaN for
+// other b.
+DC_HD float quotient_of(float a, float b) {
+#if defined(DCCONV_DEVICE_ARITHMETIC)
+  const float r = rcp_approx(b), q = a * r;
+  return ::fmaf(::fmaf(-q, b, a), r, q);
+#else
+  return a / b;
+#endif
+}
+DC_HD double quotient_of(double a, double b) {
+  return a / b;
+}
+
 DC_HD float sqrt_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(value) : "f"(x));  // within 2^-23, subnormal numbers too
+  return value;
+#else
   return ::sqrtf(x);
+#endif
 }
 DC_HD double sqrt_of(double x) {
   return ::sqrt(x);
+}
+
+// 1 / sqrt(x) for normal x; on the device within 2 ulp, NaN for 0 and infinity.
+DC_HD float inverse_sqrt_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  const float half = 0.5f * r;
+  return ::fmaf(half, ::fmaf(-x * r, r, 1.0f), r);
+#else
+  return 1.0f / sqrt_of(x);
+#endif
+}
+DC_HD double inverse_sqrt_of(double x) {
+  return 1.0 / sqrt_of(x);
 }
 
 // 2^n for shifted = n + 1.5 * 2^23: the low bits of such a sum are n itself. Bits, not a
@@ -100,8 +208,8 @@ DC_HD TanhSlope<float> tanh_slope(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   const float scale = power_of_two(shifted);
-  const float minus = scale * (r * p) + (scale - 1.0f);  // exp(y) - 1
-  const float inverse = 1.0f / (2.0f + minus);
+  const float minus = scale * (r * p) + (scale - 1.0f);   // exp(y) - 1
+  const float inverse = quotient_of(1.0f, 2.0f + minus);  // by 1 to 2
   const float e = scale * (r * p) + scale;
   return {-minus * inverse, 4.0f * e * inverse * inverse};
 }
@@ -133,7 +241,7 @@ DC_HD float tanh_of(float x) {
   const float z = at_least(at_most(x, 9.01f), -9.01f);
   const float t = z * z;
   const float n = z * tanh_numerator(t), q = tanh_denominator(t);
-  return clamp_unit((n + n) * q / (q * q + n * n));
+  return clamp_unit(quotient_of((n + n) * q, q * q + n * n));  // by 3.4 to 2400
 }
 DC_HD double tanh_of(double x) {
   return ::tanh(x);
@@ -149,7 +257,7 @@ DC_HD void split(float x, float& exponent, float& f) {
 // log(1 + x) for x >= 0: log of the rounded sum u, plus (x - (u - 1)) / u for what rounding lost.
 DC_HD float log1p_of(float x) {
   const float u = 1.0f + x;
-  const float lost = (x - (u - 1.0f)) / u;
+  const float lost = quotient_of(x - (u - 1.0f), u);  // 0 beyond 2^24
   float e, f;
   split(u, e, f);
   float p = -0.0797415748f;

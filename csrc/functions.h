@@ -62,7 +62,7 @@ DC_HD double tanh_defect(double z, TanhSlope<double> v) {
   return z < 0.02 ? series : z * v.slope - v.t;
 }
 
-// b / (1 + b) - log(1 + b) for b >= 0, given l = log(1 + b).
+// b / (1 + b) - log(1 + b) for b >= 0, given l = log(1 + b). b is a root in float, below 2^65.
 DC_HD float log_defect(float b, float l) {
   float p = -0.386207134f;
   p = p * b + 0.715531468f;
@@ -71,7 +71,7 @@ DC_HD float log_defect(float b, float l) {
   p = p * b - 0.749923766f;
   p = p * b + 0.666665494f;
   p = p * b - 0.5f;
-  return b < 0.25f ? b * b * p : b / (1.0f + b) - l;
+  return b < 0.25f ? b * b * p : quotient_of(b, 1.0f + b) - l;
 }
 
 DC_HD double log_defect(double b, double l) {
@@ -229,7 +229,7 @@ struct TanhSeparate {
 
 template <class T>
 DC_HD T asin_slope(T c, T delta) {
-  return T(1) / sqrt_of(at_least((T(1) - c) * (T(1) + c), delta));
+  return inverse_sqrt_of(at_least((T(1) - c) * (T(1) + c), delta));
 }
 
 // g = (2 / pi) asin(c)
@@ -274,7 +274,8 @@ struct Cosine {
   }
 };
 
-// g = tanh(asin(c) / (2 k)) / tanh(pi / (4 k))
+// g = tanh(asin(c) / (2 k)) / tanh(pi / (4 k)). 1 / (2 k) for every k; the tanh below the line, of
+// more than 2^-100 for k below 2^100, divides by the rules of quotient_of.
 struct Sigmoid {
   static constexpr const char* name = "sigmoid";
   static constexpr bool uses_k = true;
@@ -282,21 +283,23 @@ struct Sigmoid {
   static constexpr bool has_e = true;
   template <class T>
   DC_HD static T value(T c, T k, const Constants<T>&) {
-    const T half = T(0.5) / k;
-    return tanh_of(asin_of(clamp_unit(c)) * half) / tanh_of(T(1.57079632679489662) * half);
+    const T half = half_reciprocal_of(k);
+    return quotient_of(
+        tanh_of(asin_of(clamp_unit(c)) * half), tanh_of(T(1.57079632679489662) * half)
+    );
   }
   template <class T>
   DC_HD static AngularGrad<T> grad(T c, T k, const Constants<T>& s) {
     // g is even in k; the sign of k comes in with the derivative by k alone.
-    const T half = T(0.5) / abs_of(k);
+    const T half = half_reciprocal_of(abs_of(k));
     const T phi = asin_of(clamp_unit(c));
     const TanhSlope<T> q = tanh_slope(abs_of(phi) * half);
     const TanhSlope<T> t = tanh_slope(T(1.57079632679489662) * half);
-    const T scale = T(1) / t.t;
+    const T scale = quotient_of(T(1), t.t);
     const T g = with_sign(q.t, phi) * scale;
     const T slope = q.slope * half * scale;  // dg/dphi
     const T g_c = slope * asin_slope(c, s.delta);
-    const T g_k = (g * T(1.57079632679489662) * t.slope * half * scale - phi * slope) / k;
+    const T g_k = quotient_of(g * T(1.57079632679489662) * t.slope * half * scale - phi * slope, k);
     return {g, g_c, g - c * g_c, g_k};
   }
   template <class T>

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/kernels.h"
+#include "cuda/support/approximate.cuh"
 #include "cuda/support/device.cuh"
 #include "functions.h"
 #include "storage.h"
@@ -126,7 +127,7 @@ __device__ __forceinline__ Radius<A> radius_of(const FilterOperands& f, int64_t 
   const A r = f.radius == nullptr ? A(1) : static_cast<const A*>(f.radius)[o * f.radius_stride];
   const A product = f.mean == nullptr ? r : r * *static_cast<const A*>(f.mean);
   const A rho = at_least(product, A(kRhoFloor));
-  return {rho, A(1) / rho};
+  return {rho, reciprocal_of(rho)};
 }
 
 template <class A>
@@ -150,7 +151,7 @@ h_per_position(TypeList<M...>, const Operator& op, const FilterOperands& f) {
 template <class A>
 __device__ __forceinline__ A
 position_magnitude(const Operator& op, const Constants<A>& constants, A b, Radius<A> radius) {
-  A h = 0;
+  A h(0);
   with_type(Magnitudes{}, op.magnitude, [&](auto type) {
     h = decltype(type)::value(A(1), b, radius, constants);
   });

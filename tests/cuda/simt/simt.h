@@ -10,6 +10,7 @@
 #include <string>
 #include <type_traits>
 
+#include "approximate.h"
 #include "async_copy.h"
 #include "collectives.h"
 #include "state.h"
