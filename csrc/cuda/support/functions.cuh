@@ -36,6 +36,14 @@ __device__ __forceinline__ void with_magnitude(int index, F&& f) {
   with_magnitude(Magnitudes{}, WeightedMagnitudes{}, index, f);
 }
 
+// The index of a type.
+template <class F, class... Types>
+constexpr int index_in(TypeList<Types...>) {
+  int index = 0, found = -1;
+  ((found = std::is_same<F, Types>::value ? index : found, ++index), ...);
+  return found;
+}
+
 template <class A>
 __device__ __forceinline__ Constants<A> constants_of(const Operator& op) {
   return {A(op.alpha), A(op.beta), A(op.power), A(op.delta)};

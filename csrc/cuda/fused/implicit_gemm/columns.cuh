@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/fused/implicit_gemm/problem.cuh"
-#include "cuda/passes/epilogue.cuh"
+#include "cuda/passes/elements.cuh"
 
 namespace dcconv::cuda {
 
@@ -14,6 +14,11 @@ enum ColumnArray { kInverseA, kA, kRho, kInverseRho, kCurvature, kBias, kColumnA
 template <int Columns>
 __host__ __device__ __forceinline__ int column_place(int vector, int half) {
   return (half * (Columns / kPiece) + vector) * (kPiece / 2);
+}
+
+template <int Columns>
+__host__ __device__ __forceinline__ int column_at(int column) {
+  return column_place<Columns>(column / kPiece, column / (kPiece / 2) % 2) + column % (kPiece / 2);
 }
 
 // One column's operands on their way from global memory.
@@ -37,13 +42,12 @@ public:
 
   template <int Columns>
   __device__ __forceinline__ void store(float* arrays, int column) const {
-    const int place =
-        column_place<Columns>(column / kPiece, column / (kPiece / 2) % 2) + column % (kPiece / 2);
+    const int place = column_at<Columns>(column);
     const float rho = at_least(radius_ * mean_, float(kRhoFloor));
-    arrays[kInverseA * Columns + place] = 1.0f / a_;
+    arrays[kInverseA * Columns + place] = reciprocal_of(a_);
     arrays[kA * Columns + place] = a_;
     arrays[kRho * Columns + place] = rho;
-    arrays[kInverseRho * Columns + place] = 1.0f / rho;
+    arrays[kInverseRho * Columns + place] = reciprocal_of(rho);
     arrays[kCurvature * Columns + place] = k_;
     arrays[kBias * Columns + place] = bias_;
   }

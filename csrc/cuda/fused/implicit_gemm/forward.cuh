@@ -3,21 +3,14 @@
 // reads.
 #pragma once
 
-#include "cuda/fused/implicit_gemm/columns.cuh"
-#include "cuda/fused/implicit_gemm/main_loop.cuh"
+#include "cuda/fused/implicit_gemm/outputs.cuh"
 #include "cuda/fused/implicit_gemm/row_sums.cuh"
 
 namespace dcconv::cuda {
 
-struct GemmForwardArgs {
-  GemmProblem problem;
-  GemmGrid grid;
-  FusedParams p;
-  bool per_position;  // h depends on the position alone, up to a factor a
-};
-
-// What a row of the tile needs of b: 1 / b, and h or b. The first column tile writes the norms.
-template <class Tile>
+// What a row of the tile needs of b: 1 / b, and h or b; h / b where that is all of a row. The first
+// column tile writes the norms.
+template <class E, class Tile>
 __device__ __forceinline__ void store_row_operands(
     const GemmForwardArgs& args,
     const GemmPlace<Tile>& place,
@@ -27,11 +20,15 @@ __device__ __forceinline__ void store_row_operands(
     float* b_or_h
 ) {
   const FusedParams& p = args.p;
-  inverse_b[row] = 1.0f / b;
-  b_or_h[row] =
-      args.per_position
-          ? position_magnitude(p.op, constants_of<float>(p.op), b, radius_of<float>(p.filters, 0))
-          : b;
+  const float inverse = reciprocal_of(b);
+  float value = b;
+  if (args.per_position) {
+    const Radius<float> radius = radius_of<float>(p.filters, 0);
+    const Radius<E> own{E(radius.rho), E(radius.inverse)};
+    value = value_of(position_magnitude(p.op, constants_of<E>(p.op), E(b), own));
+  }
+  inverse_b[row] = inverse;
+  b_or_h[row] = args.last_step == LastStep::position_cosine ? value * inverse : value;
   if (p.norm != nullptr && place.first_column == 0)
     static_cast<float*>(p.norm)[(place.first_row + row) * p.groups + place.group] = b;
 }
@@ -50,98 +47,6 @@ mapped_norm(const GemmForwardArgs& args, const GemmPlace<Tile>& place, int row) 
   return sqrt_of(sum + float(p.eps));
 }
 
-// y of eight columns of a row.
-template <class T, class Tile>
-__device__ __forceinline__ Vector<T, kPiece> outputs_of(
-    const GemmForwardArgs& args,
-    const Constants<float>& constants,
-    const float* columns,
-    int vector,
-    const Vector<float, kPiece>& u,
-    float inverse_b,
-    float b_or_h
-) {
-  constexpr int kHalf = kPiece / 2;
-  const FusedParams& p = args.p;
-  Vector<T, kPiece> y;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const auto read = [&](ColumnArray array, float (&out)[kHalf]) {
-      const Vector<float, kHalf> all = load_vector<float, kHalf>(
-          columns + array * Tile::kColumns + column_place<Tile::kColumns>(vector, half)
-      );
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j)
-        out[j] = all.at[j];
-    };
-    float a[kHalf], h[kHalf], k[kHalf], c[kHalf], g[kHalf], bias[kHalf];
-#pragma unroll
-    for (int j = 0; j < kHalf; ++j) {
-      a[j] = k[j] = 1;
-      h[j] = b_or_h;
-    }
-    if (wants_a(p.op))
-      read(kA, a);
-    if (!args.per_position) {
-      FilterValues<float, kHalf> filters;
-      read(kRho, filters.rho);
-      read(kInverseRho, filters.inverse_rho);
-      const float b[kHalf] = {b_or_h, b_or_h, b_or_h, b_or_h};
-      filter_magnitudes(p.op, constants, filters, 0, a, b, h);
-    }
-    if (p.filters.k != nullptr)
-      read(kCurvature, k);
-    read(kInverseA, c);
-#pragma unroll
-    for (int j = 0; j < kHalf; ++j) {
-      c[j] = u.at[half * kHalf + j] * (c[j] * inverse_b);
-      h[j] = p.op.times_a ? h[j] * a[j] : h[j];
-    }
-    angular_values<AnyAngular>(p.op, constants, c, k, g);
-    read(kBias, bias);
-#pragma unroll
-    for (int j = 0; j < kHalf; ++j)
-      y.at[half * kHalf + j] = Store<T>::from(h[j] * g[j] + bias[j]);
-  }
-  return y;
-}
-
-// y (and u) of the tile, 16 bytes at a time.
-template <class T, class Tile>
-__device__ __forceinline__ void store_outputs(
-    const GemmForwardArgs& args,
-    const GemmPlace<Tile>& place,
-    const float* product,
-    const float* columns,
-    const float* inverse_b,
-    const float* b_or_h
-) {
-  constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
-  const FusedParams& p = args.p;
-  const int vector = static_cast<int>(threadIdx.x) % kVectors;
-  const int column = place.first_column + vector * kPiece;
-  if (column >= args.problem.columns)
-    return;
-  const int64_t filter = int64_t(place.group) * args.problem.columns + column;
-  const Constants<float> constants = constants_of<float>(p.op);
-#pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x) / kVectors; row < place.rows; row += kStride) {
-    const Vector<float, kPiece> u = product_at<Tile>(product, row, vector);
-    const int64_t offset = (place.first_row + row) * p.o + filter;
-    if (p.dot != nullptr) {
-      Vector<T, kPiece> rounded;
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j)
-        rounded.at[j] = Store<T>::from(u.at[j]);
-      store_vector(static_cast<T*>(p.dot) + offset, rounded);
-    }
-    store_vector(
-        static_cast<T*>(p.y) + offset,
-        outputs_of<T, Tile>(args, constants, columns, vector, u, inverse_b[row], b_or_h[row])
-    );
-  }
-}
-
 // Bytes of the stages, or of what takes their place.
 template <class Tile>
 constexpr int kForwardBytes =
@@ -152,6 +57,7 @@ constexpr int kForwardBytes =
 template <class T, class Tile, bool Squares>
 __global__ void
 __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwardArgs args) {
+  using E = typename EvaluationType<T>::type;
   const FusedParams& p = args.p;
   SharedMemory shared;
   unsigned char* stages = shared.take<unsigned char>(kForwardBytes<Tile>);
@@ -160,13 +66,14 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
   const GemmPlace<Tile> place(args.problem, args.grid);
   const int thread = static_cast<int>(threadIdx.x);
   MainLoop<T, Tile, false, Squares> loop;
-  loop.run(args.problem, place, stages, [&] {
+  const auto store_rows = [&] {
     if constexpr (!Squares) {
 #pragma unroll 1
       for (int row = thread; row < place.rows; row += Tile::kThreads)
-        store_row_operands(args, place, row, mapped_norm(args, place, row), inverse_b, b_or_h);
+        store_row_operands<E>(args, place, row, mapped_norm(args, place, row), inverse_b, b_or_h);
     }
-  });
+  };
+  loop.run(args.problem, place, stages, store_rows, [](int, unsigned char*) {});
   if constexpr (Squares)
     loop.store_squares(inverse_b);
   const int column = place.first_column + thread;
@@ -176,25 +83,33 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
   __syncthreads();
   float* product = reinterpret_cast<float*>(stages);
   float* columns = product + Tile::kRows * Tile::kColumns;
-  loop.store_product(product);
+  if (args.last_step == LastStep::chosen)
+    loop.store_product(product);
   if constexpr (Squares) {
 #pragma unroll 1
     for (int row = thread; row < place.rows; row += Tile::kThreads)
-      store_row_operands(
+      store_row_operands<E>(
           args, place, row, sqrt_of(inverse_b[row] + float(p.eps)), inverse_b, b_or_h
       );
   }
   if (owns)
     operands.template store<Tile::kColumns>(columns, thread);
   __syncthreads();
-  store_outputs<T>(args, place, product, columns, inverse_b, b_or_h);
+  if (args.last_step == LastStep::chosen)
+    return store_chosen_outputs<T>(args, place, product, columns, inverse_b, b_or_h);
+  with_known_functions(args.last_step, [&](auto magnitude, auto angular) {
+    store_known_outputs<decltype(magnitude), decltype(angular), T>(
+        args, place, loop, stages, columns, inverse_b, b_or_h
+    );
+  });
 }
 
 template <class T, class Tile>
 void launch_implicit_gemm(const FusedParams& p, Stream stream) {
   const GemmProblem problem = forward_problem(p);
+  const bool per_position = h_per_position(Magnitudes{}, p.op, p.filters);
   const GemmForwardArgs args{
-      problem, gemm_grid<Tile>(problem), p, h_per_position(Magnitudes{}, p.op, p.filters)
+      problem, gemm_grid<Tile>(problem), p, per_position, last_step_of(p.op, per_position)
   };
   launch(
       "implicit_gemm",

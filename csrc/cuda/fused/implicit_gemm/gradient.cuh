@@ -4,6 +4,7 @@
 
 #include "cuda/fused/implicit_gemm/main_loop.cuh"
 #include "cuda/fused/implicit_gemm/row_sums.cuh"
+#include "cuda/fused/implicit_gemm/stored_tile.cuh"
 
 namespace dcconv::cuda {
 
@@ -22,7 +23,7 @@ transposed_norm(const GemmGradientArgs& args, const GemmPlace<Tile>& place, int 
   const bool with_mean = args.p.tap == Tap::with_mean;
   const float sigma = with_mean ? *static_cast<const float*>(args.p.sigma) : 0.0f;
   return gathered_sum(args.problem, place.first_row + row, place.group, [&](int64_t i) {
-    return with_mean ? t[i] + sigma / b[i] : t[i];
+    return with_mean ? t[i] + sigma * reciprocal_of(b[i]) : t[i];
   });
 }
 
@@ -30,53 +31,53 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_grad_input_kernel(
     GemmGradientArgs args
 ) {
-  constexpr int kVectors = Tile::kColumns / kPiece, kStride = Tile::kThreads / kVectors;
+  using Loop = MainLoop<T, Tile, true, false>;
+  using Stored = StoredTile<T, Tile>;
+  static_assert(Tile::kWarpRows == 2, "half of the tile's rows for a warp");
   const FusedGradInputParams& p = args.p;
   SharedMemory shared;
-  unsigned char* stages = shared.take<unsigned char>(Tile::kBytes);
+  unsigned char* stages = shared.take<unsigned char>(Tile::kStages * Tile::kStageBytes);
   float* scales = shared.take<float>(Tile::kRows);
   const GemmPlace<Tile> place(args.problem, args.grid);
-  const int thread = static_cast<int>(threadIdx.x);
-  MainLoop<T, Tile, true, false> loop;
-  loop.run(args.problem, place, stages, [&] {
+  const Stored tile(place, args.problem.columns, p.c);
+  const auto store_scales = [&] {
 #pragma unroll 1
-    for (int row = thread; row < place.rows; row += Tile::kThreads)
+    for (int row = static_cast<int>(threadIdx.x); row < place.rows; row += Tile::kThreads)
       scales[row] = transposed_norm(args, place, row);
-  });
-  // The product takes the place of the stages.
-  __syncthreads();
-  float* product = reinterpret_cast<float*>(stages);
-  loop.store_product(product);
-  __syncthreads();
-  const int vector = thread % kVectors, column = place.first_column + vector * kPiece;
-  if (column >= args.problem.columns)
-    return;
-  const int64_t first =
-      place.first_row * p.c + int64_t(place.group) * args.problem.columns + column;
-  const T* x = static_cast<const T*>(p.x) + first;
-  T* grad_x = static_cast<T*>(p.grad_x) + first;
-  const auto fetch = [&](int row) {
-    Vector<T, kPiece> v{};
-    if (row < place.rows)
-      v = load_vector<T, kPiece>(x + int64_t(row) * p.c);
-    return v;
   };
-  const int first_row = thread / kVectors;
-  // Two vectors are on their way while a third is worked on.
-  Vector<T, kPiece> input = fetch(first_row), next = fetch(first_row + kStride);
-#pragma unroll 1
-  for (int row = first_row; row < place.rows; row += kStride) {
-    const Vector<T, kPiece> after = fetch(row + 2 * kStride);
-    const Vector<float, kPiece> sum = product_at<Tile>(product, row, vector);
-    const float t = scales[row];
-    Vector<T, kPiece> result;
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j)
-      result.at[j] = Store<T>::from(sum.at[j] + load(input.at[j]) * t);
-    store_vector(grad_x + int64_t(row) * p.c, result);
-    input = next;
-    next = after;
+  // x of the tile comes while the last steps are multiplied.
+  const auto fetch_x = [&](int half, unsigned char* stage) {
+    if (half < 2)
+      tile.fetch(static_cast<const T*>(p.x), half, stage);
+  };
+  Loop loop;
+  const int first = loop.run(args.problem, place, stages, store_scales, fetch_x);
+  const int second = first + 1 == Tile::kStages ? 0 : first + 1;
+  unsigned char* halves[2] = {
+      stages + first * Tile::kStageBytes, stages + second * Tile::kStageBytes
+  };
+  wait_async<0>();
+  __syncthreads();
+  unsigned char* own = halves[0];
+  int before = 0;  // rows of the tile before the warp's half
+  if (Loop::row_of(0, 0) >= Stored::kHalfRows) {
+    own = halves[1];
+    before = Stored::kHalfRows;
   }
+  float scale[Tile::kRowFragments][2];
+#pragma unroll
+  for (int m = 0; m < Tile::kRowFragments; ++m) {
+    scale[m][0] = scales[Loop::row_of(m, 0)];
+    scale[m][1] = scales[Loop::row_of(m, 1)];
+  }
+  loop.each_pair([&](int m, int n, int half, const float (&sum)[2]) {
+    uint32_t* pair = pair_of<Tile>(own, Loop::row_of(m, half) - before, Loop::column_of(n));
+    float low, high;
+    unpack_word(T{}, *pair, low, high);
+    *pair = pack_word<T>(sum[0] + low * scale[m][half], sum[1] + high * scale[m][half]);
+  });
+  __syncthreads();
+  tile.copy(halves[0], halves[1], static_cast<T*>(p.grad_x));
 }
 
 template <class T, class Tile>
@@ -88,7 +89,10 @@ void launch_implicit_gemm_grad_input(const FusedGradInputParams& p, Stream strea
       implicit_gemm_grad_input_kernel<T, Tile>,
       Grid{args.grid.blocks},
       Tile::kThreads,
-      SharedBytes().take<unsigned char>(Tile::kBytes).template take<float>(Tile::kRows).total(),
+      SharedBytes()
+          .take<unsigned char>(Tile::kStages * Tile::kStageBytes)
+          .template take<float>(Tile::kRows)
+          .total(),
       stream,
       args
   );

@@ -14,10 +14,16 @@ namespace dcconv::cuda {
 template <class T, class Tile, bool Transposed, bool Squares>
 class MainLoop {
 public:
-  // f() runs while the first copies are on their way.
-  template <class F>
-  __device__ __forceinline__ void
-  run(const GemmProblem& p, const GemmPlace<Tile>& place, unsigned char* stages, F&& f) {
+  // f() runs while the first copies are on their way. after(i, stage) may issue copies into a stage
+  // that no step needs any more: for i = 0, 1, ... the one that follows the last step's, in turn;
+  // they have landed after wait_async<0> and a barrier. Returns the first of these stages.
+  template <class F, class After>
+  __device__ __forceinline__ int
+  run(const GemmProblem& p,
+      const GemmPlace<Tile>& place,
+      unsigned char* stages,
+      F&& f,
+      After&& after) {
     using Weight =
         std::conditional_t<Transposed, TransposedFilterLoader<T, Tile>, FilterLoader<T, Tile>>;
     const PixelLoader<T, Tile, Squares> pixels(p, place);
@@ -26,13 +32,15 @@ public:
     const int steps = taps * ((p.depth + Tile::kDepth - 1) / Tile::kDepth);
     GemmStep<Tile::kDepth> next;
     const auto fetch = [&](int step, int slot) {
+      unsigned char* stage = stages + slot * Tile::kStageBytes;
       if (step < steps) {
-        unsigned char* stage = stages + slot * Tile::kStageBytes;
         pixels.load(p, next, stage);
         weight.load(p, next, stage + Tile::kPixelBytes);
         next.advance(p);
+      } else {
+        after(step - steps, stage);
       }
-      // Empty groups at the end keep the count of those that may be pending.
+      // Groups at the end, empty or not, keep the count of those that may be pending.
       commit_async();
     };
 #pragma unroll
@@ -50,6 +58,7 @@ public:
       free_slot = slot;
       slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
     }
+    return slot;
   }
 
   // Sums of squares of the tile's rows: each row by one warp.
@@ -67,25 +76,46 @@ public:
     }
   }
 
-  // The tile's product, read back by product_at.
-  __device__ __forceinline__ void store_product(float* product) const {
+  // Row of the tile of a thread's fragment, and the first of its two columns.
+  __device__ __forceinline__ static int row_of(int m, int half) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    return (warp_row() * Tile::kRowFragments + m) * 16 + half * 8 + lane / 4;
+  }
+  __device__ __forceinline__ static int column_of(int n) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    return (warp_column() * Tile::kColumnFragments + n) * 8 + lane % 4 * 2;
+  }
+
+  // The product there.
+  __device__ __forceinline__ void pair(int m, int n, int half, float (&u)[2]) const {
+    u[0] = sums_[m][n][2 * half];
+    u[1] = sums_[m][n][2 * half + 1];
+  }
+
+  // f(m, n, half, the product) for all pairs of the thread.
+  template <class F>
+  __device__ __forceinline__ void each_pair(F&& f) const {
 #pragma unroll
-    for (int m = 0; m < Tile::kRowFragments; ++m) {
+    for (int n = 0; n < Tile::kColumnFragments; ++n) {
 #pragma unroll
-      for (int n = 0; n < Tile::kColumnFragments; ++n) {
-        const int row = (warp_row() * Tile::kRowFragments + m) * 16 + lane / 4;
-        const int column = (warp_column() * Tile::kColumnFragments + n) * 8 + lane % 4 * 2;
+      for (int m = 0; m < Tile::kRowFragments; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int place =
-              product_swizzled<Tile::kColumns>(row + half * 8, column / 4) * 4 + column % 4;
-          store_vector(
-              product + place, Vector<float, 2>{{sums_[m][n][2 * half], sums_[m][n][2 * half + 1]}}
-          );
+          float u[2];
+          pair(m, n, half, u);
+          f(m, n, half, u);
         }
       }
     }
+  }
+
+  // The tile's product, read back by product_at.
+  __device__ __forceinline__ void store_product(float* product) const {
+    each_pair([&](int m, int n, int half, const float (&u)[2]) {
+      const int column = column_of(n);
+      const int place = product_swizzled<Tile::kColumns>(row_of(m, half), column / 4) * 4;
+      store_vector(product + place + column % 4, Vector<float, 2>{{u[0], u[1]}});
+    });
   }
 
 private:
