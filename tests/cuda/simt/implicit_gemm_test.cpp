@@ -204,6 +204,7 @@ public:
           sum += std::pow(number(x[i + j]), 2);
         map.push_back(float(sum));
       }
+    const double alpha = 1.25;
     bool right = true;
     for (const Functions& functions : kFunctions) {
       Numbers y(u.size());
@@ -211,7 +212,7 @@ public:
         const std::size_t o = i % c.o;
         const double norm = b[i / c.o * c.groups + o / og], cosine = u[i] / (a[o] * norm);
         const double h = std::tanh(norm / radius[functions.one_radius ? 0 : o]);
-        y[i] = (functions.times_a ? a[o] : 1) * h *
+        y[i] = alpha * (functions.times_a ? a[o] : 1) * h *
                    (functions.square ? cosine * std::fabs(cosine) : cosine) +
                number(bias[o]);
       }
@@ -224,7 +225,7 @@ public:
       args.groups = c.groups;
       args.window = window;
       args.channels_last = true;
-      args.op = {2, functions.square ? 3 : 1, functions.times_a, 1, 0, 1, 1e-3};  // tanh
+      args.op = {2, functions.square ? 3 : 1, functions.times_a, alpha, 0, 1, 1e-3};  // tanh
       args.eps = 1e-4;
       args.filters = {a.data(), radius.data(), !functions.one_radius, nullptr, nullptr, 0};
       args.bias = bias.data();

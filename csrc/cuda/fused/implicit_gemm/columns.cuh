@@ -2,6 +2,7 @@
 // thread per column.
 #pragma once
 
+#include "cuda/fused/implicit_gemm/fragments.cuh"
 #include "cuda/fused/implicit_gemm/problem.cuh"
 #include "cuda/passes/elements.cuh"
 
@@ -9,17 +10,6 @@ namespace dcconv::cuda {
 
 // Arrays of [Columns], absent operands as what changes nothing.
 enum ColumnArray { kInverseA, kA, kRho, kInverseRho, kCurvature, kBias, kColumnArrays };
-
-// Halves of eight columns lie apart, so that eight lanes with 16 bytes each cover the banks once.
-template <int Columns>
-__host__ __device__ __forceinline__ int column_place(int vector, int half) {
-  return (half * (Columns / kPiece) + vector) * (kPiece / 2);
-}
-
-template <int Columns>
-__host__ __device__ __forceinline__ int column_at(int column) {
-  return column_place<Columns>(column / kPiece, column / (kPiece / 2) % 2) + column % (kPiece / 2);
-}
 
 // One column's operands on their way from global memory.
 template <class T>
@@ -40,11 +30,13 @@ public:
       bias_ = load(static_cast<const T*>(p.bias)[filter]);
   }
 
+  // With 1 / a times a factor of c.
   template <int Columns>
-  __device__ __forceinline__ void store(float* arrays, int column) const {
-    const int place = column_at<Columns>(column);
+  __device__ __forceinline__ void store(float* arrays, int column, float factor) const {
+    const int place =
+        column_place<Columns>(column / kPiece, column / (kPiece / 2) % 2) + column % (kPiece / 2);
     const float rho = at_least(radius_ * mean_, float(kRhoFloor));
-    arrays[kInverseA * Columns + place] = reciprocal_of(a_);
+    arrays[kInverseA * Columns + place] = factor * reciprocal_of(a_);
     arrays[kA * Columns + place] = a_;
     arrays[kRho * Columns + place] = rho;
     arrays[kInverseRho * Columns + place] = reciprocal_of(rho);

@@ -93,7 +93,7 @@ __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwar
       );
   }
   if (owns)
-    operands.template store<Tile::kColumns>(columns, thread);
+    operands.template store<Tile::kColumns>(columns, thread, cosine_factor(args));
   __syncthreads();
   if (args.last_step == LastStep::chosen)
     return store_chosen_outputs<T>(args, place, product, columns, inverse_b, b_or_h);

@@ -58,20 +58,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_g
   };
   wait_async<0>();
   __syncthreads();
-  unsigned char* own = halves[0];
-  int before = 0;  // rows of the tile before the warp's half
-  if (Loop::row_of(0, 0) >= Stored::kHalfRows) {
-    own = halves[1];
-    before = Stored::kHalfRows;
-  }
+  const FragmentPlace<Tile> at;
+  const bool upper = at.warp_row() == 0;
+  unsigned char* own = upper ? halves[0] : halves[1];
+  const int before = upper ? 0 : Stored::kHalfRows;
   float scale[Tile::kRowFragments][2];
 #pragma unroll
   for (int m = 0; m < Tile::kRowFragments; ++m) {
-    scale[m][0] = scales[Loop::row_of(m, 0)];
-    scale[m][1] = scales[Loop::row_of(m, 1)];
+    scale[m][0] = scales[at.row(m, 0)];
+    scale[m][1] = scales[at.row(m, 1)];
   }
   loop.each_pair([&](int m, int n, int half, const float (&sum)[2]) {
-    uint32_t* pair = pair_of<Tile>(own, Loop::row_of(m, half) - before, Loop::column_of(n));
+    uint32_t* pair = at.pair(own, m, n, half, before);
     float low, high;
     unpack_word(T{}, *pair, low, high);
     *pair = pack_word<T>(sum[0] + low * scale[m][half], sum[1] + high * scale[m][half]);

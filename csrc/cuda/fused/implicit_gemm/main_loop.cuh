@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cuda/fused/implicit_gemm/fragments.cuh"
 #include "cuda/fused/implicit_gemm/loaders.cuh"
 #include "cuda/support/tensor_core.cuh"
 
@@ -76,17 +77,7 @@ public:
     }
   }
 
-  // Row of the tile of a thread's fragment, and the first of its two columns.
-  __device__ __forceinline__ static int row_of(int m, int half) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    return (warp_row() * Tile::kRowFragments + m) * 16 + half * 8 + lane / 4;
-  }
-  __device__ __forceinline__ static int column_of(int n) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    return (warp_column() * Tile::kColumnFragments + n) * 8 + lane % 4 * 2;
-  }
-
-  // The product there.
+  // The product in a pair of columns of a fragment.
   __device__ __forceinline__ void pair(int m, int n, int half, float (&u)[2]) const {
     u[0] = sums_[m][n][2 * half];
     u[1] = sums_[m][n][2 * half + 1];
@@ -111,9 +102,10 @@ public:
 
   // The tile's product, read back by product_at.
   __device__ __forceinline__ void store_product(float* product) const {
+    const FragmentPlace<Tile> at;
     each_pair([&](int m, int n, int half, const float (&u)[2]) {
-      const int column = column_of(n);
-      const int place = product_swizzled<Tile::kColumns>(row_of(m, half), column / 4) * 4;
+      const int column = at.column(n);
+      const int place = product_swizzled<Tile::kColumns>(at.row(m, half), column / 4) * 4;
       store_vector(product + place + column % 4, Vector<float, 2>{{u[0], u[1]}});
     });
   }
@@ -122,12 +114,8 @@ private:
   // Row fragments whose squares one of the warps side by side adds.
   static constexpr int kOwned = (Tile::kRowFragments + Tile::kWarpColumns - 1) / Tile::kWarpColumns;
 
-  __device__ __forceinline__ static int warp_row() {
-    return static_cast<int>(threadIdx.x) / kWarp / Tile::kWarpColumns;
-  }
-  __device__ __forceinline__ static int warp_column() {
-    return static_cast<int>(threadIdx.x) / kWarp % Tile::kWarpColumns;
-  }
+  __device__ __forceinline__ static int warp_row() { return FragmentPlace<Tile>::warp_row(); }
+  __device__ __forceinline__ static int warp_column() { return FragmentPlace<Tile>::warp_column(); }
 
   __device__ __forceinline__ void multiply(const unsigned char* stage) {
     const unsigned char* weight = stage + Tile::kPixelBytes;

@@ -31,6 +31,11 @@ inline LastStep last_step_of(const Operator& op, bool per_position) {
   return LastStep::chosen;
 }
 
+// alpha goes into 1 / a where y is linear in both h and c: a product less for each element.
+__device__ __forceinline__ float cosine_factor(const GemmForwardArgs& args) {
+  return args.last_step == LastStep::tanh_cosine ? float(args.p.op.alpha) : 1.0f;
+}
+
 // f(where h comes from, g), types known to the compiler.
 template <class F>
 __device__ __forceinline__ void with_known_functions(LastStep step, F&& f) {
@@ -61,32 +66,33 @@ __device__ __forceinline__ void store_known_outputs(
   using E = typename EvaluationType<T>::type;
   const FusedParams& p = args.p;
   const StoredTile<T, Tile> tile(place, args.problem.columns, p.o);
+  const FragmentPlace<Tile> at;
   if (p.dot != nullptr) {
     loop.each_pair([&](int m, int n, int half, const float (&u)[2]) {
-      *pair_of<Tile>(shared, Loop::row_of(m, half), Loop::column_of(n)) = pack_word<T>(u[0], u[1]);
+      *at.pair(shared, m, n, half) = pack_word<T>(u[0], u[1]);
     });
     __syncthreads();
     tile.copy(shared, shared + tile.kHalfBytes, static_cast<T*>(p.dot));
     __syncthreads();
   }
-  const Constants<E> constants = constants_of<E>(p.op);
+  Constants<E> constants = constants_of<E>(p.op);
+  if constexpr (std::is_same<M, Tanh>::value && std::is_same<G, Cosine>::value)
+    constants.alpha = E(1);  // see cosine_factor
   float row_inverse[Tile::kRowFragments][2], row_value[Tile::kRowFragments][2];
 #pragma unroll
   for (int m = 0; m < Tile::kRowFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row_inverse[m][half] = inverse_b[Loop::row_of(m, half)];
-      row_value[m][half] = b_or_h[Loop::row_of(m, half)];
+      row_inverse[m][half] = inverse_b[at.row(m, half)];
+      row_value[m][half] = b_or_h[at.row(m, half)];
     }
   }
 #pragma unroll
   for (int n = 0; n < Tile::kColumnFragments; ++n) {
-    const int column = Loop::column_of(n);
     Filters<Each<float, 2>> filters;
     const auto read = [&](ColumnArray array, Each<float, 2>& out) {
-      const Vector<float, 2> pair = load_vector<float, 2>(
-          columns + array * Tile::kColumns + column_at<Tile::kColumns>(column)
-      );
+      const Vector<float, 2> pair =
+          load_vector<float, 2>(at.columns(columns + array * Tile::kColumns, n));
       out.at[0] = pair.at[0];
       out.at[1] = pair.at[1];
     };
@@ -104,7 +110,7 @@ __device__ __forceinline__ void store_known_outputs(
         float u[2], y[2];
         loop.pair(m, n, half, u);
         output_elements<M, G>(constants, filters, position, u, y);
-        *pair_of<Tile>(shared, Loop::row_of(m, half), column) = pack_word<T>(y[0], y[1]);
+        *at.pair(shared, m, n, half) = pack_word<T>(y[0], y[1]);
       }
     }
   }

@@ -8,13 +8,6 @@
 
 namespace dcconv::cuda {
 
-// Two neighbouring columns of a row of the tile, or of half of it.
-template <class Tile>
-__device__ __forceinline__ uint32_t* pair_of(unsigned char* shared, int row, int column) {
-  const int piece = swizzled<Tile::kColumns / kPiece>(row, column / kPiece);
-  return reinterpret_cast<uint32_t*>(shared + piece * 16 + column % kPiece * 2);
-}
-
 // Where the tile lies in tensors of `channels` channels, in halves of its rows, and what of it
 // exists.
 template <class T, class Tile>
@@ -44,14 +37,12 @@ public:
     for (int i = 0; i < Tile::kRows / kStride; ++i) {
       const int half = i * kStride / kHalfRows;
       const int row = first_row + i * kStride;
+      const unsigned char* piece = (half == 0 ? first_half : second_half) +
+                                   swizzled<kVectors>(row - half * kHalfRows, vector) * 16;
+      // Read in any case: no branch around both.
+      const Vector<T, kPiece> v = load_vector<T, kPiece>(reinterpret_cast<const T*>(piece));
       if (row < rows)
-        store_vector(
-            out + i * step,
-            load_vector<T, kPiece>(reinterpret_cast<const T*>(
-                (half == 0 ? first_half : second_half) +
-                swizzled<kVectors>(row - half * kHalfRows, vector) * 16
-            ))
-        );
+        store_vector(out + i * step, v);
     }
   }
 
