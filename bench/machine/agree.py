@@ -8,23 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import approximate, fused
+from bench.machine import fused
 from bench.machine.capture import Emulator, arrays_in
 from bench.machine.execute.grid import Array
 from bench.machine.execute.run import Runner
 from bench.machine.library import Library
 
 #: Largest difference over the largest magnitude of a tensor: float32 and float64 for the order of
-#: operations and special functions, 16-bit types for two roundings. To what h and g of 16-bit
-#: tensors went into comes what the emulator's functions may be off by, which the executor's are
-#: not.
+#: operations and special functions, 16-bit types for two roundings. The emulator's approximate
+#: instructions are rounded correctly here, as the executor's are.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 #: float64 reads tables of CUDA's trigonometry, which the executor does not place.
 DTYPES = ("float32", "bfloat16", "float16")
-
-#: Passes whose float32 results come of h and g too: t and the partial sums of parameters.
-SUMMED = frozenset({"grad_dot"})
 
 #: Functions of the extension that launch no kernel.
 HOST = frozenset({"window_norm_blocks"})
@@ -61,20 +57,8 @@ def numbers(values: Array, dtype: str) -> tuple[Array, str]:
     return values.astype(np.float64), values.dtype.name
 
 
-def reach(module: Any, dtype: str, members: dict[str, Any]) -> float:
-    """Return how far h and g of a call may be off together in the emulator."""
-    if "op" not in members or dtype not in ("bfloat16", "float16"):
-        return 0.0
-    names = [f"h-{name}" for name in module.magnitudes]
-    names += [f"h-tanh-{weighting}" for weighting in ("product", "separate")]
-    functions = approximate.functions()
-    h = functions[names[members["op"]["magnitude"]]]
-    g = functions[f"g-{module.angulars[members['op']['angular']]}"]
-    return h.largest + g.largest
-
-
-def difference(got: Array, expected: Array, dtype: str, off: float = 0.0) -> float:
-    """Return the largest difference over what is allowed, ``off`` beside the tolerance."""
+def difference(got: Array, expected: Array, dtype: str) -> float:
+    """Return the largest difference over what is allowed."""
     (x, name), (y, _) = numbers(got, dtype), numbers(expected, dtype)
     if (np.isfinite(x) != np.isfinite(y)).any():
         return float("inf")
@@ -82,7 +66,7 @@ def difference(got: Array, expected: Array, dtype: str, off: float = 0.0) -> flo
     if not finite.any():
         return 0.0
     largest = float(np.abs(y[finite]).max()) or 1.0
-    return float(np.abs(x[finite] - y[finite]).max()) / largest / (TOLERANCE[name] + off)
+    return float(np.abs(x[finite] - y[finite]).max()) / largest / TOLERANCE[name]
 
 
 class Comparison:
@@ -110,7 +94,11 @@ class Comparison:
         """Run a host function's launches by both and return what was found, a row per kernel."""
         arrays = arrays_in(members)
         before = [array.copy() for array in arrays]
-        launches = self.emulator.launches(function, dtype, members, run=True)
+        self.emulator.module.set_approximate_errors(0.0)
+        try:
+            launches = self.emulator.launches(function, dtype, members, run=True)
+        finally:
+            self.emulator.module.set_approximate_errors(1.0)
         expected = [array.copy() for array in arrays]
         for array, old in zip(arrays, before, strict=True):
             array[...] = old
@@ -119,14 +107,8 @@ class Comparison:
             runner = Runner(self.library.kernel(launch.symbol, self.arch), launch, arrays)
             runner.run()
             runners.append(runner)
-        off = reach(self.emulator.module, dtype, members)
-
-        def of(array: Array) -> float:
-            return off if array.dtype == np.uint16 or function in SUMMED else 0.0
-
         error = max(
-            (difference(a, e, dtype, of(a)) for a, e in zip(arrays, expected, strict=True)),
-            default=0.0,
+            (difference(a, e, dtype) for a, e in zip(arrays, expected, strict=True)), default=0.0
         )
         for array, new in zip(arrays, expected, strict=True):
             array[...] = new

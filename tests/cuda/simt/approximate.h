@@ -22,6 +22,9 @@ inline double approximate_bounds[kInstructions] = {
     1.27767e-7,  // rsqrt: 2^-22.9
 };
 
+// What they are scaled by; at 0 results are rounded correctly.
+inline double approximate_errors = 1;
+
 inline float flushed(float x) {
   return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
 }
@@ -49,15 +52,15 @@ inline float approximate(Instruction instruction, float argument) {
   const double exact = exact_value(instruction, x);
   if (!std::isfinite(exact) || exact == 0)
     return static_cast<float>(exact);
-  const double bound = approximate_bounds[static_cast<int>(instruction)];
+  const double bound = approximate_errors * approximate_bounds[static_cast<int>(instruction)];
   const bool absolute = instruction == Instruction::lg2 && x > 0.5f && x < 2.0f;
   const double most = absolute ? bound : bound * std::fabs(exact);
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const bool up = (bits * 0x9e3779b9u) >> 31 != 0;
   float value = static_cast<float>(exact + (up ? most : -most));
-  // Rounding does not take it beyond its bound.
-  if (std::fabs(double(value) - exact) > most)
+  // Rounding does not take it beyond a bound that leaves a choice.
+  if (most > 0 && std::fabs(double(value) - exact) > most)
     value = std::nextafter(value, static_cast<float>(exact));
   return flushes ? flushed(value) : value;
 }

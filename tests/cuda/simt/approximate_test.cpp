@@ -3,7 +3,7 @@
 //   approximate_test [INSTRUCTION FACTOR]
 //
 // prints "instruction NAME ERROR", "function NAME ERROR ..." and "ulp NAME ERROR", the largest of
-// each, with one instruction's error in the model scaled by FACTOR.
+// each, with the error of one instruction in the model, or of "all", scaled by FACTOR.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -244,6 +244,8 @@ void special() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 3 && std::strcmp(argv[1], "all") == 0)
+    simt::approximate_errors = std::atof(argv[2]);
   for (int i = 0; argc == 3 && i < simt::kInstructions; ++i)
     if (std::strcmp(argv[1], kNames[i]) == 0)
       simt::approximate_bounds[i] *= std::atof(argv[2]);

@@ -368,6 +368,8 @@ PYBIND11_MODULE(dcconv_passes, m) {
   m.def("set_seed", &simt::set_seed);
   m.def("set_concurrent_blocks", &simt::set_concurrent_blocks);
   m.def("set_multiprocessors", &simt::set_multiprocessors);
+  // 1: approximate instructions are as far off as they may be; 0: rounded correctly.
+  m.def("set_approximate_errors", [](double factor) { simt::approximate_errors = factor; });
   // The address of a simt::Observer, 0 for none.
   m.def("set_observer", [](std::uintptr_t observer) {
     simt::set_observer(reinterpret_cast<simt::Observer>(observer));
