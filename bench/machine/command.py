@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--batch", type=int, default=256, help="images; default: 256")
     network.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
     network.add_argument("--operator", default="default", help="one of predict's")
+    peer = "predict the best-written formula of the default operator under torch.compile, too"
+    network.add_argument("--compiled", action="store_true", help=peer)
     network.add_argument("--output", type=Path, help="append the rows here, for bench report")
     text = "execute kernels and compare their results with the emulated sources"
     agree = action("agree", text, later("agreement"))

@@ -58,8 +58,13 @@ def kept(
         {'cycles': 2.0}
         {'cycles': 2.0}
     """
-    key = json.dumps([digest_of(kernel), _model(), asked], sort_keys=True)
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return kept_by({"kernel": digest_of(kernel), "asked": asked}, make)
+
+
+def kept_by(key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """As :func:`kept`, for figures that depend on what a key says and on the model."""
+    text = json.dumps([_model(), key], sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
     path = simulate.CACHE / "figures" / f"{name}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import torch
 
 from bench.layers import NETWORKS
 from bench.layers import Layer as Shape
+from bench.machine.compiled.peer import Peer, compiled_layer
 from bench.machine.fused import GEMM, GEMM_GRADIENT
 from bench.machine.gpus import Gpu
 from bench.machine.layers import Layer
@@ -79,6 +80,8 @@ class LayerTimes:
         rest: of backward: the pass over the gradient of y, the gradient of the weight, filters.
         rule_forward, rule_input: the strategies that the package's rule takes.
         parts: seconds of single kernels.
+        compiled: forward and backward of the best-written formula under torch.compile, where it
+            was asked for.
     """
 
     plain_forward: float
@@ -91,6 +94,7 @@ class LayerTimes:
     rule_forward: str
     rule_input: str
     parts: dict[str, float]
+    compiled: tuple[float, float] | None = None
 
     def forward(self, strategy: str) -> float:
         """Return the seconds of forward by a strategy, by library where it cannot."""
@@ -111,18 +115,25 @@ class LayerTimes:
         )
 
     def total(self, how: str) -> tuple[float, float]:
-        """Return forward and backward: plain, library, fused, rule or best."""
+        """Return forward and backward: plain, compiled, library, fused, rule or best."""
         if how == "plain":
             return self.plain_forward, self.plain_backward
+        if how == "compiled":
+            assert self.compiled is not None
+            return self.compiled
         strategies = {"rule": (self.rule_forward, self.rule_input), "best": self.best}
         forward, gradient = strategies.get(how, (how, how))
         return self.forward(forward), self.backward(gradient)
+
+    @property
+    def _peers(self) -> tuple[str, ...]:
+        return () if self.compiled is None else ("compiled",)
 
     def row(self) -> dict[str, Any]:
         """Return what goes into a file of results, times in milliseconds."""
         totals = {
             f"{how}_ms": [1e3 * one for one in self.total(how)]
-            for how in ("plain", LIBRARY, FUSED, "rule", "best")
+            for how in ("plain", LIBRARY, FUSED, "rule", "best", *self._peers)
         }
         strategies = {"rule": [self.rule_forward, self.rule_input], "best": list(self.best)}
         facts = {name: value for name, value in asdict(self).items() if name.startswith("fused_")}
@@ -194,13 +205,14 @@ class _Costs:
         return max(self.rates.gemm_seconds(function, self.layer), self.moved(tensors)) + LAUNCH
 
 
-def layer_times(shape: Shape, rates: Rates, first: bool) -> LayerTimes:
+def layer_times(shape: Shape, rates: Rates, first: bool, peer: Peer | None = None) -> LayerTimes:
     """Predict a layer.
 
     Args:
         shape: its sizes.
         rates: of a GPU, dtype and operator.
         first: whether it is a network's first layer, which needs no gradient of x.
+        peer: what the operator takes under torch.compile.
     """
     mean = rates.operator.mean
     costs = _Costs(shape, rates)
@@ -225,7 +237,14 @@ def layer_times(shape: Shape, rates: Rates, first: bool) -> LayerTimes:
         rule_forward=rule_forward,
         rule_input="-" if first else rule_input,
         parts=parts,
+        compiled=None if peer is None else _compiled(peer, forward, by_x + by_weight),
     )
+
+
+def _compiled(peer: Peer, forward: float, backward: float) -> tuple[float, float]:
+    """Return the peer's kernels and launches, and the library's convolutions with theirs."""
+    launches = [number * LAUNCH for number in peer.launches]
+    return forward + peer.forward + launches[0], backward + peer.backward + launches[1]
 
 
 def _fused(
@@ -251,12 +270,14 @@ def _fused(
 
 
 def network_times(
-    network: str, batch: int, rates: Rates
+    network: str, batch: int, rates: Rates, compiled: bool = False
 ) -> Iterable[tuple[Shape, int, LayerTimes]]:
-    """Yield a network's layers, how often it has them, and their times."""
+    """Yield a network's layers, how often it has each, and times; of the peer too if compiled."""
     for at, (shape, count) in enumerate(NETWORKS[network]):
         sized = shape._replace(n=batch)
-        yield sized, count, layer_times(sized, rates, first=at == 0)
+        first = at == 0
+        peer = compiled_layer(sized, rates.dtype, rates.gpu, first) if compiled else None
+        yield sized, count, layer_times(sized, rates, first, peer)
 
 
 def totals(found: Iterable[tuple[Shape, int, LayerTimes]], how: str) -> tuple[float, float]:

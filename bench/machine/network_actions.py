@@ -48,16 +48,17 @@ def network(options: argparse.Namespace, console: Console) -> int:
     for gpu_name, gpu in gpus.items():
         rates = Rates(emulator, library, gpu, options.dtype, operator)
         for name in chosen:
-            found = list(network_times(name, options.batch, rates))
+            found = list(network_times(name, options.batch, rates, options.compiled))
             asked = {
                 **{"gpu": gpu_name, "network": name, "batch": options.batch},
                 **{"dtype": options.dtype, "operator": options.operator},
             }
             title = ", ".join(str(value) for value in asked.values())
             console.print(_table(title, found))
-            summed = {how: totals(found, how) for how in WAYS}
             for how, said in WAYS.items():
-                forward, backward = summed[how]
+                if how == "compiled" and not options.compiled:
+                    continue
+                forward, backward = totals(found, how)
                 console.print(
                     f"{said}: {1e3 * forward:.2f} + {1e3 * backward:.2f} = "
                     f"{1e3 * (forward + backward):.2f} ms",
@@ -79,7 +80,7 @@ def _records(asked: dict[str, object], found: list[Found]) -> Iterator[Record]:
 def _table(title: str, found: list[Found]) -> Table:
     table = Table(
         *("layer", "count", "rule", "library", "fused", "library, dx", "fused, dx"),
-        *("rest of backward", "plain", "plain, backward", "wins"),
+        *("rest of backward", "plain", "plain, backward", "torch.compile", "wins"),
         title=f"{title}: predicted microseconds of one layer",
         title_justify="left",
     )
@@ -89,6 +90,7 @@ def _table(title: str, found: list[Found]) -> Table:
             *(_us(times.library_forward), _us(times.fused_forward)),
             *(_us(times.library_input), _us(times.fused_input), _us(times.rest)),
             *(_us(times.plain_forward), _us(times.plain_backward)),
+            "-" if times.compiled is None else "{}, {}".format(*map(_us, times.compiled)),
             ", ".join(times.best),
         )
     return table

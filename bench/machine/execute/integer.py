@@ -152,6 +152,23 @@ def magnitude(o: Operands) -> Action:
     return o.write(o.texts[0], lambda: np.abs(signed(a())).view(U32))
 
 
+def extend(o: Operands) -> Action:
+    """SGXT: the low bits of a number as a number of their own, with or without a sign."""
+    if "W" in o.modifiers:
+        o.refuse()
+    a, width = o.u32(o.texts[1]), o.u32(o.texts[2])
+
+    def value() -> Array:
+        bits = np.minimum(np.asarray(width()), 32).astype(U64)
+        unused = U64(64) - bits
+        # Of no bits nothing is left: a shift by all 64 would leave them.
+        raised = np.where(bits == 0, U64(0), a().astype(U64) << (unused & U64(63)))
+        number = raised if "U32" in o.modifiers else raised.view(I64)
+        return np.asarray((number >> (unused & U64(63)).astype(number.dtype)).astype(U32))
+
+    return o.write(o.texts[0], value)
+
+
 def multiply(o: Operands) -> Action:
     carries = o.takes_predicates()
     a, b = o.u32(o.texts[1]), o.u32(o.texts[2])
@@ -260,6 +277,7 @@ BUILDERS: dict[str, Callable[[Operands], Action]] = {
     **dict.fromkeys(("IMNMX", "VIMNMX", "VIADDMNMX"), minimum),
     **dict.fromkeys(("IMAD", "UIMAD"), multiply),
     **dict.fromkeys(("LEA", "ULEA"), scaled_add),
+    **dict.fromkeys(("SGXT", "USGXT"), extend),
     **dict.fromkeys(("SHF", "USHF"), shift),
     **{"CS2R": clear, "R2UR": to_uniform, "PRMT": permute, "VIADD": add_two, "IABS": magnitude},
 }

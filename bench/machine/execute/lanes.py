@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.machine.execute.access import _warps
 from bench.machine.execute.grid import LANES, Array, Mask
-from bench.machine.execute.operands import F32, F64, I64, U32, Action, Operands
+from bench.machine.execute.operands import F32, F64, I64, U32, Action, Operands, Value
 
 LANE = np.arange(LANES)
 GROUP, MEMBER = LANE // 4, LANE % 4
@@ -68,27 +68,57 @@ def vote(o: Operands) -> Action:
     return action
 
 
-def load_matrices(o: Operands) -> Action:
-    """LDSM: 8 x 8 matrices of 16-bit elements from shared memory, a row at each lane's address."""
+def _matrices(o: Operands) -> tuple[int, bool]:
+    """Return how many matrices an instruction moves, and whether they are transposed."""
     if o.modifiers[0] != "16" or o.modifiers[1] not in ("M88", "MT88"):
         o.refuse()
-    count, transposed = int(o.modifiers[2]), o.modifiers[1] == "MT88"
+    return int(o.modifiers[2]) if len(o.modifiers) > 2 else 1, o.modifiers[1] == "MT88"
+
+
+def _rows_of_matrices(
+    o: Operands, mask: Mask, address: Value, count: int
+) -> tuple[Array, Array, Array]:
+    """Return the whole warps, and the lanes and addresses that name rows; count their passes."""
+    whole = np.flatnonzero(mask.reshape(-1, LANES).all(1))
+    lanes = (whole[:, None] * LANES + np.arange(8 * count)).ravel()
+    where = address()[lanes]
+    if o.traffic.wanted:
+        # A matrix is a pass over all banks if its rows do not meet in them.
+        o.traffic.count_shared(where, 16, lanes, _warps(o), together=8)
+    return whole, lanes, where
+
+
+def load_matrices(o: Operands) -> Action:
+    """LDSM: 8 x 8 matrices of 16-bit elements from shared memory, a row at each lane's address."""
+    count, transposed = _matrices(o)
     address, rows = o.address(o.texts[1]), o.rows(o.texts[0], count)
 
     def action(mask: Mask) -> None:
-        whole = np.flatnonzero(mask.reshape(-1, LANES).all(1))
-        lanes = (whole[:, None] * LANES + np.arange(8 * count)).ravel()
-        where = address()[lanes]
+        whole, lanes, where = _rows_of_matrices(o, mask, address, count)
         found = o.memory.load_shared(where, 16, lanes)
-        if o.traffic.wanted:
-            # A matrix is a pass over all banks if its rows do not meet in them.
-            o.traffic.count_shared(where, 16, lanes, _warps(o), together=8)
         matrices = np.ascontiguousarray(found).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             matrices = matrices.transpose(0, 1, 3, 2)
         pairs = np.ascontiguousarray(matrices).view(U32).reshape(-1, count, LANES)
         for k, row in enumerate(rows):
             row.reshape(-1, LANES)[whole] = pairs[:, k]
+
+    return action
+
+
+def store_matrices(o: Operands) -> Action:
+    """STSM: what LDSM loads, the other way."""
+    count, transposed = _matrices(o)
+    address, rows = o.address(o.texts[0]), o.rows(o.texts[1], count)
+
+    def action(mask: Mask) -> None:
+        whole, lanes, where = _rows_of_matrices(o, mask, address, count)
+        pairs = np.stack([row.reshape(-1, LANES)[whole] for row in rows], 1)
+        matrices = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
+        if transposed:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        values = np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
+        o.memory.store_shared(where, values, lanes)
 
     return action
 
@@ -131,5 +161,6 @@ def multiply_matrices(o: Operands) -> Action:
 
 
 BUILDERS: dict[str, Callable[[Operands], Action]] = {
-    **{"SHFL": shuffle, "VOTEU": vote, "LDSM": load_matrices, "HMMA": multiply_matrices},
+    **{"SHFL": shuffle, "VOTEU": vote, "LDSM": load_matrices, "STSM": store_matrices},
+    "HMMA": multiply_matrices,
 }

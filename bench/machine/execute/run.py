@@ -28,7 +28,7 @@ IGNORED = frozenset({"NOP", "LDGDEPBAR", "DEPBAR", "ENDCOLLECTIVE", "MEMBAR", "E
 
 #: Instructions that memory is the business of.
 COUNTED = frozenset(
-    {"LDG", "LD", "LDS", "STG", "ST", "STS", "LDGSTS", "LDL", "STL", "LDSM", "SHFL"}
+    {"LDG", "LD", "LDS", "STG", "ST", "STS", "LDGSTS", "LDL", "STL", "LDSM", "STSM", "SHFL"}
 )
 
 #: More than any launch that is run here takes.
@@ -182,6 +182,8 @@ class Runner:
             return self._set_out(int(o.texts[0][1:]))
         if name == "BSYNC":
             return self._wait(int(o.texts[0][1:]) + 1)
+        if name == "BREAK":
+            return self._leave(int(o.texts[-1][1:]))
         if name == "WARPSYNC":
             return self._wait(WARP)
         if name == "BAR":
@@ -225,6 +227,15 @@ class Runner:
     def _set_out(self, barrier: int) -> Control:
         def control(given: Mask, mask: Mask, at: int) -> bool:
             np.copyto(self.grid.barriers[barrier], mask, where=self.grid.warps(mask))
+            return False
+
+        return control
+
+    def _leave(self, barrier: int) -> Control:
+        """Threads that go another way: nobody waits for them."""
+
+        def control(given: Mask, mask: Mask, at: int) -> bool:
+            self.grid.barriers[barrier][mask] = False
             return False
 
         return control

@@ -65,6 +65,11 @@ INSTRUCTIONS = [
     ("SHF.L.U64.HI R0, R1, 0x4, R2", {1: 0xF0000000, 2: 1}, 0x1F),
     ("SHF.R.U64 R0, R1, 0x8, R2", {1: 0x100, 2: 0x3}, 0x03000001),
     ("SHF.R.S64 R0, R1, 0x8, R2", {1: 0x100, 2: BIG}, 0x01000001),
+    ("SGXT R0, R1, 0x3", {1: 0xD}, MINUS - 2),
+    ("SGXT R0, R1, 0x3", {1: 0xB}, 3),
+    ("SGXT.U32 R0, R1, 0x3", {1: 0xD}, 5),
+    ("SGXT R0, R1, R2", {1: BIG, 2: 32}, BIG),
+    ("SGXT R0, R1, R2", {1: BIG, 2: 0}, 0),
     ("LOP3.LUT R0, R1, R2, RZ, 0xc0, !PT", {1: 12, 2: 10}, 8),
     ("LOP3.LUT R0, R1, R2, R3, 0x6a, !PT", {1: 12, 2: 10, 3: 1}, 9),
     ("LOP3.LUT R0, RZ, R1, RZ, 0x33, !PT", {1: 0}, MINUS),
@@ -245,6 +250,16 @@ def test_a_jump_table() -> None:
     assert one.grid.registers[0].tolist() == [1] * 8 + [2] * 24
 
 
+def test_nobody_waits_for_those_that_break_away() -> None:
+    code = [
+        *("ISETP.GE.AND P0, PT, R1, 0x10, PT", "BSSY B0, @join@", "@P0 BREAK B0"),
+        *("@P0 BRA @away@", "MOV R2, 0x7", "join:", "BSYNC B0", "MOV R3, R2", "BRA @both@"),
+        *("away:", "WARPSYNC.ALL", "both:", "IADD3 R3, R3, 0x1, RZ"),
+    ]
+    found = after([*code, "EXIT"], {1: LANES}).grid.registers
+    assert (found[3] == np.where(LANES >= 16, 1, 8)).all()
+
+
 def test_a_block_meets_at_its_barrier() -> None:
     code = [
         *("S2R R0, SR_TID.X", "SHF.L.U32 R1, R0, 0x2, RZ", "STS [R1+0x400], R0"),
@@ -396,6 +411,24 @@ def test_matrices_are_loaded_from_shared_memory(kind: str) -> None:
     for k in range(4):
         expected = np.ascontiguousarray(matrices[k]).view(np.uint32).ravel()
         assert (one.grid.registers[4 + k] == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["M88", "MT88"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_matrices_come_back_as_they_were_stored(kind: str, count: int) -> None:
+    suffix = "" if count == 1 else f".{count}"
+    code = [f"STSM.16.{kind}{suffix} [R1+0x400], R4", f"LDSM.16.{kind}{suffix} R8, [R1+0x400]"]
+    one = runner([*code, "EXIT"], shared=512)
+    # Rows lie apart, so that a row at another lane's address shows.
+    one.grid.registers[1] = 16 * (LANES ^ 1)
+    for k in range(count):
+        one.grid.registers[4 + k] = 0x10001 * (100 * k + LANES) + 0x8000
+    one.run()
+    for k in range(count):
+        assert (one.grid.registers[8 + k] == one.grid.registers[4 + k]).all()
+    stored = one.memory.shared[0].view(np.uint16).reshape(-1, 8)[[1, 0]]
+    pair = one.grid.registers[4].view(np.uint16).reshape(8, 8)
+    assert (stored[:2] == (pair if kind == "M88" else pair.T)[:2]).all()
 
 
 def test_accesses_are_noted_where_each_warp_made_them() -> None:

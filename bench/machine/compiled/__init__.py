@@ -1,0 +1,1 @@
+"""torch.compile as a peer without a GPU: its kernels, compiled, executed and simulated."""
