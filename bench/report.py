@@ -74,6 +74,7 @@ FIELDS = {
     "functions": ("function", "dtype", "pass"),
     "scaling": ("axis", "value"),
     "machine": ("gpu", "dtype", "layout", "function", "operator"),
+    "machine_rule": ("gpu", "batch", "dtype", "operator", "layer", "direction"),
     "machine_network": ("gpu", "network", "batch", "dtype", "operator", "layer", "count"),
 }
 

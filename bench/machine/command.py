@@ -72,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peer = "predict the best-written formula of the default operator under torch.compile, too"
     network.add_argument("--compiled", action="store_true", help=peer)
     network.add_argument("--output", type=Path, help="append the rows here, for bench report")
+    text = "predict both strategies of every layer of the networks, for the package's rule"
+    rule = action("rule", text, later("rule", "network_actions"))
+    rule.add_argument("--gpus", default="H200,A100,RTX4090", help=f"of {', '.join(GPUS)}")
+    rule.add_argument("--batch", type=int, default=256, help="images; default: 256")
+    rule.add_argument("--output", type=Path, help="append the table's rows here")
     text = "execute kernels and compare their results with the emulated sources"
     agree = action("agree", text, later("agreement"))
     agree.add_argument("--archs", default="sm_90a,sm_80,sm_89", help="default: all that are known")

@@ -19,6 +19,7 @@ from bench.machine.library import Library, built
 from bench.machine.network import LayerTimes, network_times, totals
 from bench.machine.network_tables import WAYS
 from bench.machine.rates import Rates
+from bench.machine.rule import CLEAR, Row, Verdict, rows, verdicts
 from bench.machine.tables import NETWORK_KIND
 from bench.options import names
 from bench.records import Record, append
@@ -69,6 +70,39 @@ def network(options: argparse.Namespace, console: Console) -> int:
                 for record in _records(asked, found):
                     append(options.output, record, at)
     return 0
+
+
+def rule(options: argparse.Namespace, console: Console) -> int:
+    """Predict both strategies of every layer; print what the rule should take, and write a table.
+
+    1 if the rule takes a strategy that is clearly slower.
+    """
+    integer("batch", options.batch, 1)
+    gpus = {name: gpu_named(name) for name in names(options.gpus)}
+    library, emulator = Library(options.library or built()), Emulator(every=True)
+    at = replace(environment(), device="no GPU: predictions", device_type="none")
+    asked = {"batch": options.batch, "dtype": "bfloat16", "operator": "default"}
+    found: list[Row] = []
+    for name, gpu in gpus.items():
+        rates = Rates(emulator, library, gpu, "bfloat16", OPERATORS["default"])
+        for row in rows(name, options.batch, rates):
+            found.append(row)
+            if options.output is not None:
+                append(options.output, row.record(asked), at)
+    made = verdicts(found)
+    console.print(_rule_table(found, made))
+    return int(any(one.loss > CLEAR for one in made))
+
+
+def _rule_table(found: list[Row], made: list[Verdict]) -> Table:
+    table = Table("layer", "direction", "library / fused, us", "rule", "better", "rule loses")
+    for one in made:
+        same = [r for r in found if (r.layer, r.direction) == (one.layer, one.direction)]
+        times = ", ".join(f"{r.gpu} {1e3 * r.library:.0f} / {1e3 * r.fused:.0f}" for r in same)
+        style = "red" if one.loss > CLEAR else None
+        cells = (one.layer, one.direction, times, one.rule, one.better, f"{one.loss:.0%}")
+        table.add_row(*cells, style=style)
+    return table
 
 
 def _records(asked: dict[str, object], found: list[Found]) -> Iterator[Record]:

@@ -97,6 +97,8 @@ def copy(o: Operands) -> Action:
 
 def load_stack(o: Operands) -> Action:
     size, memory = o.instruction.bytes, o.memory
+    if {"S8", "S16"} & set(o.modifiers):
+        o.refuse()
     address, rows = o.address(o.texts[1]), o.rows(o.texts[0], max(size // 4, 1))
 
     def action(mask: Mask) -> None:
@@ -104,6 +106,9 @@ def load_stack(o: Operands) -> Action:
         o.traffic.count_none(_warps(o))
         if len(at):
             found = memory.stack[memory.stack_places("load", address()[at], size, at)]
+            if size < 4:
+                rows[0][at] = np.ascontiguousarray(found).view(f"<u{size}")[:, 0]
+                return
             for k, row in enumerate(rows):
                 row[at] = np.ascontiguousarray(found[:, 4 * k : 4 * k + 4]).view(U32)[:, 0]
 
@@ -119,7 +124,8 @@ def store_stack(o: Operands) -> Action:
         o.traffic.count_none(_warps(o))
         if len(at):
             words = np.ascontiguousarray(np.stack([row[at] for row in rows], 1)).view(np.uint8)
-            memory.stack[memory.stack_places("store", address()[at], size, at)] = words
+            places = memory.stack_places("store", address()[at], size, at)
+            memory.stack[places] = words[:, :size]
 
     return action
 

@@ -102,7 +102,8 @@ class Memory:
     ) -> tuple[Array, Array]:
         """Return rows and columns of ``stack`` for accesses to local memory."""
         offsets = addresses - (STACK_TOP - self.grid.kernel.stack)
-        wrong = (offsets < 0) | (offsets + size > self.grid.kernel.stack) | (offsets % WORD != 0)
+        unit = min(size, WORD)
+        wrong = (offsets < 0) | (offsets + size > self.grid.kernel.stack) | (offsets % unit != 0)
         if wrong.any():
             self.fail(what, "words of its stack", addresses, at, wrong)
         return at[:, None], offsets[:, None] + np.arange(size)

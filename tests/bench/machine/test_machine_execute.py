@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import pytest
 from listings import kernel
 
 from bench.machine.disassemble import Kernel
-from bench.machine.execute.grid import Launch
+from bench.machine.execute.grid import STACK_TOP, Launch
 from bench.machine.execute.run import Runner
 
 ONE = 0x3F800000
@@ -258,6 +259,16 @@ def test_nobody_waits_for_those_that_break_away() -> None:
     ]
     found = after([*code, "EXIT"], {1: LANES}).grid.registers
     assert (found[3] == np.where(LANES >= 16, 1, 8)).all()
+
+
+def test_halves_of_words_go_to_the_stack_and_back() -> None:
+    code = ["STL.U16 [R1+0x2], R2", "LDL.U16 R3, [R1+0x2]", "LDL R4, [R1]", "EXIT"]
+    one = runner(dataclasses.replace(kernel(code), stack=16))
+    one.grid.registers[1] = STACK_TOP - 16
+    one.grid.registers[2] = 0x50000 + LANES
+    one.run()
+    assert (one.grid.registers[3] == LANES).all()
+    assert (one.grid.registers[4] == LANES << 16).all()
 
 
 def test_a_block_meets_at_its_barrier() -> None:
