@@ -134,7 +134,7 @@ def parse_instruction(address: int, text: str, high: int) -> Instruction:
     if found is None:
         raise value_error("an instruction", "be a name and its operands", text)
     guard, name, modifiers, rest = found.groups()
-    if name in ("BRX", "RET"):
+    if name in ("BRX", "BRXU", "RET"):
         rest = rest.replace(" ", ", ", 1)  # printed without a comma
     control = high >> 41
     return Instruction(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from bench.machine.disassemble import Kernel
 
-ENDS = frozenset({"BRA", "JMP", "BRX", "EXIT", "RET", "CALL"})
+ENDS = frozenset({"BRA", "JMP", "BRX", "BRXU", "EXIT", "RET", "CALL"})
 
 
 def successors(kernel: Kernel, n: int) -> list[int]:
@@ -24,7 +24,7 @@ def successors(kernel: Kernel, n: int) -> list[int]:
         # A branch may have a second condition among its operands.
         conditional = bool(instruction.guard) or len(instruction.operands) > 1
         return [kernel.at[instruction.target], *(following if conditional else [])]
-    if instruction.name == "BRX":
+    if instruction.name in ("BRX", "BRXU"):
         words = [w for (w,) in struct.iter_unpack("<I", kernel.tables[: len(kernel.tables) & -4])]
         return sorted({kernel.at[w] for w in words if w in kernel.at})
     return following

@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
   Tensor sums = empty(x, {shape.n * shape.input_pixels() * groups}, compute);
   PixelSumsqParams s{};
   s.n = shape.n;
-  s.pixels = shape.input_pixels();
+  s.pixels = to_int(shape.input_pixels());
   s.c = to_int(shape.c);
   s.groups = to_int(groups);
   s.channels_last = channels_last;
@@ -604,7 +604,7 @@ Tensor window_norm_op(
   Tensor sums = empty(x, {shape.n * shape.input_pixels() * groups}, compute);
   PixelSumsqParams s{};
   s.n = shape.n;
-  s.pixels = shape.input_pixels();
+  s.pixels = to_int(shape.input_pixels());
   s.c = to_int(shape.c);
   s.groups = to_int(groups);
   s.channels_last = channels_last;

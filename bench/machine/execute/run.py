@@ -173,7 +173,7 @@ class Runner:
             assert instruction.target is not None
             conditions = [o.predicate(t) for t in o.texts[:-1] if t.lstrip("!U").startswith("P")]
             return self._jump(self.kernel.at[instruction.target], conditions)
-        if name == "BRX":
+        if name in ("BRX", "BRXU"):
             base = instruction.address + 16 + int(o.texts[1], 16)
             return self._jump_by(o.rows(o.texts[0], 1)[0], base)
         if name == "RET":

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cuda/passes/epilogue.cuh"
+#include "cuda/passes/tiles.cuh"
+#include "cuda/support/packed.cuh"
 
 namespace dcconv::cuda {
 
@@ -11,13 +13,23 @@ struct GradInputArgs {
   RowLanes row_lanes;
   PlaneLanes plane_lanes;
   PixelOf pixel_of;
+  int turns;  // channels last: of a tile
 };
 
-// Rows of a tile per thread.
-constexpr int kGradInputRows = 4;
+// Blocks of a multiprocessor: what the registers are bounded to, and what is launched. Folding
+// takes more of them.
+template <bool kPlain>
+constexpr int kGradInputBlocks = kPlain ? 3 : 2;
 
-// Threads per multiprocessor that the registers allow (at most 128 each).
-constexpr int kGradInputResident = 2 * kThreads;
+// Vectors of each tensor on their way: three of four slots.
+constexpr int kGradInputSlots = 4;
+
+// Channels of a tile that a warp has at least, where there are so many: a barrier is rare then.
+constexpr int kGradInputChannels = 4;
+
+// Tensors that are copied ahead: x and, where its elements are those of x, the library's gradient.
+template <bool kPlain>
+constexpr int kGradInputStreams = kPlain ? 2 : 1;
 
 template <class A>
 __device__ __forceinline__ A
@@ -26,22 +38,28 @@ transposed_norm(const GradInputArgs& args, const Pixel& at, int group) {
   const int64_t outputs = int64_t(p.window.rows.output) * p.window.columns.output;
   const MapPlane plane = map_plane(at.image, group, outputs, p.groups, p.channels_last);
   const A* t = static_cast<const A*>(p.t);
+  if (p.tap == Tap::plain) {
+    return transposed_window_sum<A>(p.window, plane, at.y, at.x, [&](int64_t i) { return t[i]; });
+  }
   const A* b = static_cast<const A*>(p.norm);
-  const A sigma = p.tap == Tap::with_mean ? *static_cast<const A*>(p.sigma) : A(0);
+  if (p.tap == Tap::over_norm) {
+    return transposed_window_sum<A>(p.window, plane, at.y, at.x, [&](int64_t i) {
+      return t[i] * reciprocal_of(b[i]);
+    });
+  }
+  const A sigma = *static_cast<const A*>(p.sigma);
   return transposed_window_sum<A>(p.window, plane, at.y, at.x, [&](int64_t i) {
-    switch (p.tap) {
-    case Tap::with_mean:
-      return t[i] + sigma / b[i];
-    case Tap::over_norm:
-      return t[i] / b[i];
-    default:
-      return t[i];
-    }
+    return t[i] + sigma * reciprocal_of(b[i]);
   });
 }
 
+__host__ __device__ __forceinline__ int64_t padded_size(const Window& w) {
+  return int64_t(w.rows.input + w.rows.before + w.rows.after) *
+         (w.columns.input + w.columns.before + w.columns.after);
+}
+
 // Sum of the library's gradient over the padded pixels that show a pixel: V elements, `stride`
-// elements apart in memory between pixels.
+// elements apart in memory between pixels; zeros where there is no such gradient.
 template <class T, class A, int V>
 __device__ __forceinline__ void
 folded(const GradInputParams& p, const Pixel& at, const T* image, int64_t stride, A (&sum)[V]) {
@@ -50,6 +68,8 @@ folded(const GradInputParams& p, const Pixel& at, const T* image, int64_t stride
 #pragma unroll
   for (int j = 0; j < V; ++j)
     sum[j] = A(0);
+  if (p.library_grad == nullptr)
+    return;
   rows.each([&](int y) {
     columns.each([&](int x) {
       const Vector<T, V> v = load_vector<T, V>(image + (int64_t(y) * width + x) * stride);
@@ -60,175 +80,179 @@ folded(const GradInputParams& p, const Pixel& at, const T* image, int64_t stride
   });
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 2) grad_input_channels_last_kernel(GradInputArgs args) {
+// What the library's gradient adds to a vector of x.
+template <class T, int V, class A, int N, class F>
+__device__ __forceinline__ Vector<T, V>
+input_grads(const Vector<T, V> (&vectors)[N], const A (&t)[V], F&& rest) {
+  A x[V], sum[V];
+  unpack(vectors[0], x);
+  if constexpr (N == 2) {
+    unpack(vectors[1], sum);
+  } else {
+    rest(sum);
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    sum[j] += x[j] * t[j];
+  return pack<T, V>(sum);
+}
+
+template <class T, int V, bool kPlain>
+__global__ void __launch_bounds__(
+    kThreads, kGradInputBlocks<kPlain>
+) grad_input_channels_last_kernel(GradInputArgs args) {
   using A = typename ComputeType<T>::type;
+  constexpr int N = kGradInputStreams<kPlain>;
   const GradInputParams& p = args.p;
   const RowLanes& lanes = args.row_lanes;
   const RowLane lane(lanes);
-  const int tile_rows = lanes.rows * kGradInputRows, per_group = p.c / p.groups;
-  const int tile_values = tile_rows * lanes.chunk_groups;
+  const int tile_rows = lanes.rows * args.turns, tile_values = tile_rows * lanes.chunk_groups;
   SharedMemory shared;
+  VectorRing<T, V, N, kGradInputSlots> ring(shared);
   A* scales = shared.take<A>(2 * tile_values);  // two halves, written in turn
   const int64_t positions = p.n * int64_t(p.window.rows.input) * p.window.columns.input;
-  const int64_t tiles = (positions + tile_rows - 1) / tile_rows;
-  const int64_t padded_pixels =
-      int64_t(p.window.rows.input + p.window.rows.before + p.window.rows.after) *
-      (p.window.columns.input + p.window.columns.before + p.window.columns.after);
+  const int64_t padded_pixels = padded_size(p.window);
+  const RowRange range(positions, lanes);
+  const int64_t step = int64_t(lanes.rows) * p.c;
   const T* x = static_cast<const T*>(p.x);
   const T* library = static_cast<const T*>(p.library_grad);
-  const bool plain = library != nullptr && !p.padded;
-  T* out = static_cast<T*>(p.grad_x);
   int half = 0;
   for (int chunk = 0; chunk < lanes.vectors; chunk += lanes.columns) {
-    const int channel = (chunk + lane.column) * V;
-    const bool active = lane.row < lanes.rows && channel < p.c;
-    const int chunk_end = at_most((chunk + lanes.columns) * V, p.c);
-    const int first_group = chunk * V / per_group;
-    const int groups = (chunk_end - 1) / per_group + 1 - first_group;
-    const int own_group = channel / per_group - first_group;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, half ^= 1) {
-      const int64_t first = tile * tile_rows;
-      const int rows = static_cast<int>(at_most(int64_t(tile_rows), positions - first));
-      const int64_t offset = first * p.c + channel;
-      const auto fetch = [&](const T* from, bool wanted, int row) {
-        Vector<T, V> v{};
-        if (wanted && active && row < rows)
-          v = load_vector<T, V>(from + offset + int64_t(row) * p.c);
-        return v;
-      };
-      Vector<T, V> input = fetch(x, true, lane.row), grad = fetch(library, plain, lane.row);
+    const ChunkPlace place(lanes, lane, chunk, V, p.c, p.c / p.groups);
+    const int64_t offset = (range.begin + lane.row) * p.c + place.channel;
+    T* out = static_cast<T*>(p.grad_x) + offset;
+    const T* bases[N];
+    bases[0] = x;
+    if constexpr (kPlain)
+      bases[1] = library;
+    RowStream<T, V, N, kGradInputSlots> stream(
+        ring, bases, offset, step, place.active ? range.turns(lane.row, lanes) : 0
+    );
+    for (int64_t first = range.begin; first < range.end; first += tile_rows, half ^= 1) {
+      const int rows = static_cast<int>(at_most(int64_t(tile_rows), range.end - first));
       A* scale = scales + half * tile_values;
-      for (int i = static_cast<int>(threadIdx.x); i < rows * groups; i += lanes.threads) {
-        const int row = groups == 1 ? i : i / groups, group = first_group + i - row * groups;
+      for (int i = static_cast<int>(threadIdx.x); i < rows * place.groups; i += lanes.threads) {
+        const int row = place.groups == 1 ? i : i / place.groups;
+        const int group = place.first_group + i - row * place.groups;
         scale[i] = transposed_norm<A>(args, args.pixel_of(first + row), group);
       }
       __syncthreads();
-      if (!active)
+      if (!place.active)
         continue;
+      const A* own = scale + lane.row * place.groups + place.own_group;
 #pragma unroll 1
       for (int row = lane.row; row < rows; row += lanes.rows) {
-        const Vector<T, V> next_input = fetch(x, true, row + lanes.rows);
-        const Vector<T, V> next_grad = fetch(library, plain, row + lanes.rows);
-        const A t = scale[row * groups + own_group];
-        A sum[V] = {};
-        if (plain) {
-#pragma unroll
-          for (int j = 0; j < V; ++j)
-            sum[j] = load(grad.at[j]);
-        } else if (library != nullptr) {
-          const Pixel at = args.pixel_of(first + row);
-          folded(p, at, library + at.image * padded_pixels * p.c + channel, p.c, sum);
-        }
-        Vector<T, V> result;
+        Vector<T, V> vectors[N];
+        stream.take(vectors);
+        A t[V];
 #pragma unroll
         for (int j = 0; j < V; ++j)
-          result.at[j] = Store<T>::from(sum[j] + load(input.at[j]) * t);
-        store_vector(out + offset + int64_t(row) * p.c, result);
-        input = next_input;
-        grad = next_grad;
+          t[j] = *own;
+        store_vector(
+            out, input_grads<T, V>(vectors, t, [&](A(&sum)[V]) {
+              const Pixel at = args.pixel_of(first + row);
+              folded(p, at, library + at.image * padded_pixels * p.c + place.channel, p.c, sum);
+            })
+        );
+        stream.advance();
+        own += lanes.rows * place.groups;
+        out += step;
       }
     }
   }
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 2) grad_input_contiguous_kernel(GradInputArgs args) {
+template <class T, int V, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kGradInputBlocks<kPlain>) grad_input_contiguous_kernel(
+    GradInputArgs args
+) {
   using A = typename ComputeType<T>::type;
+  constexpr int N = kGradInputStreams<kPlain>;
   const GradInputParams& p = args.p;
   const PlaneLane lane(args.plane_lanes);
   const int ways = args.plane_lanes.ways, per_group = p.c / p.groups;
   const int span = kWarp * V, tile_positions = span * args.plane_lanes.tiles;
   SharedMemory shared;
+  VectorRing<T, V, N, kGradInputSlots> ring(shared);
   A* scales = shared.take<A>(2 * tile_positions);
   const int64_t inputs = int64_t(p.window.rows.input) * p.window.columns.input;
-  const int64_t padded_pixels =
-      int64_t(p.window.rows.input + p.window.rows.before + p.window.rows.after) *
-      (p.window.columns.input + p.window.columns.before + p.window.columns.after);
+  const int64_t padded_pixels = padded_size(p.window);
   const int64_t positions = p.n * inputs;
-  const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
-  const int own = lane.tile * span + lane.lane * V;
-  const bool plain = p.library_grad != nullptr && !p.padded;
+  const Share tiles((positions + tile_positions - 1) / tile_positions);
+  const PlanePlace place{inputs, p.c, positions, tile_positions, lane.tile * span + lane.lane * V};
   int half = 0;
   for (int group = static_cast<int>(blockIdx.y); group < p.groups;
        group += static_cast<int>(gridDim.y)) {
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, half ^= 1) {
+    const int64_t channel = int64_t(group) * per_group;
+    const T* bases[N];
+    bases[0] = static_cast<const T*>(p.x) + channel * inputs;
+    if constexpr (kPlain)
+      bases[1] = static_cast<const T*>(p.library_grad) + channel * inputs;
+    T* out = static_cast<T*>(p.grad_x) + channel * inputs;
+    PlaneStream<T, V, N, kGradInputSlots> stream(
+        ring, bases, place, args.pixel_of, tiles, lane.way, per_group, ways
+    );
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, half ^= 1) {
       const int64_t first = tile * tile_positions;
       const int count = static_cast<int>(at_most(int64_t(tile_positions), positions - first));
       A* scale = scales + half * tile_positions;
       for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
         scale[i] = transposed_norm<A>(args, args.pixel_of(first + i), group);
       __syncthreads();
-      if (own >= count)
+      if (place.own >= count)
         continue;
       A t[V];
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        t[j] = scale[own + j];
-      const Pixel at = args.pixel_of(first + own);
-      const int64_t channel = at.image * p.c + int64_t(group) * per_group;
-      const int64_t base = channel * inputs + int64_t(at.y) * p.window.columns.input + at.x;
-      const auto fetch = [&](const void* from, bool wanted, int c) {
-        Vector<T, V> v{};
-        if (wanted && c < per_group)
-          v = load_vector<T, V>(static_cast<const T*>(from) + base + c * inputs);
-        return v;
-      };
-      Vector<T, V> input = fetch(p.x, true, lane.way);
-      Vector<T, V> grad = fetch(p.library_grad, plain, lane.way);
+      load_neighbours(scale + place.own, t);
+      int64_t offset = place.base(args.pixel_of, tile) + lane.way * inputs;
 #pragma unroll 1
       for (int c = lane.way; c < per_group; c += ways) {
-        const Vector<T, V> next_input = fetch(p.x, true, c + ways);
-        const Vector<T, V> next_grad = fetch(p.library_grad, plain, c + ways);
-        A sum[V] = {};
-        if (plain) {
+        Vector<T, V> vectors[N];
+        stream.take(offset, vectors);
+        store_vector(out + offset, input_grads<T, V>(vectors, t, [&](A(&sum)[V]) {
+                       // Neighbours may lie in different rows: pixel by pixel.
+                       const int64_t image = args.pixel_of.image(first + place.own);
+                       const T* plane = static_cast<const T*>(p.library_grad) +
+                                        (image * p.c + channel + c) * padded_pixels;
 #pragma unroll
-          for (int j = 0; j < V; ++j)
-            sum[j] = load(grad.at[j]);
-        } else if (p.library_grad != nullptr) {
-          const T* image = static_cast<const T*>(p.library_grad) + (channel + c) * padded_pixels;
-          // Neighbours may lie in different rows: pixel by pixel.
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            A one[1];
-            folded<T>(p, args.pixel_of(first + own + j), image, 1, one);
-            sum[j] = one[0];
-          }
-        }
-        Vector<T, V> result;
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-          result.at[j] = Store<T>::from(sum[j] + load(input.at[j]) * t[j]);
-        store_vector(static_cast<T*>(p.grad_x) + base + c * inputs, result);
-        input = next_input;
-        grad = next_grad;
+                       for (int j = 0; j < V; ++j) {
+                         A one[1];
+                         folded<T>(p, args.pixel_of(first + place.own + j), plane, 1, one);
+                         sum[j] = one[0];
+                       }
+                     }));
+        stream.advance();
+        offset += ways * inputs;
       }
     }
   }
 }
 
-template <class T, int V>
+template <class T, int V, bool kPlain>
 void launch_grad_input(const GradInputParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
+  const RowLanes lanes = p.channels_last ? row_lanes(p.c, p.groups, V) : RowLanes{};
   const GradInputArgs args{
       p,
-      p.channels_last ? row_lanes(p.c, p.groups, V) : RowLanes{},
-      plane_lanes(p.c / p.groups),
-      PixelOf(p.n, p.window.rows.input, p.window.columns.input)
+      lanes,
+      plane_lanes(ceil_div(p.c / p.groups, kGradInputChannels)),
+      PixelOf(p.n, p.window.rows.input, p.window.columns.input),
+      p.channels_last ? tile_turns(lanes, 16) : 0
   };
   const int64_t positions = p.n * int64_t(p.window.rows.input) * p.window.columns.input;
   if (positions == 0)
     return;
+  using Ring = VectorRing<T, V, kGradInputStreams<kPlain>, kGradInputSlots>;
+  SharedBytes bytes;
+  bytes.take<unsigned char>(Ring::kBytes);
   if (p.channels_last) {
-    const int64_t tile_rows = int64_t(args.row_lanes.rows) * kGradInputRows;
     launch(
         "grad_input_channels_last",
-        grad_input_channels_last_kernel<T, V>,
+        grad_input_channels_last_kernel<T, V, kPlain>,
         Grid{persistent_blocks(
-            ceil_div(positions, tile_rows), args.row_lanes.threads, kGradInputResident
+            ceil_div(positions, lanes.rows), lanes.threads, kGradInputBlocks<kPlain> * lanes.threads
         )},
-        args.row_lanes.threads,
-        SharedBytes().take<A>(2 * tile_rows * args.row_lanes.chunk_groups).total(),
+        lanes.threads,
+        bytes.take<A>(int64_t(2) * lanes.rows * args.turns * lanes.chunk_groups).total(),
         stream,
         args
     );
@@ -237,13 +261,15 @@ void launch_grad_input(const GradInputParams& p, Stream stream) {
   const int64_t tile_positions = int64_t(kWarp) * V * args.plane_lanes.tiles;
   launch(
       "grad_input_contiguous",
-      grad_input_contiguous_kernel<T, V>,
+      grad_input_contiguous_kernel<T, V, kPlain>,
       Grid{
-          persistent_blocks(ceil_div(positions, tile_positions), kThreads, kGradInputResident),
+          persistent_blocks(
+              ceil_div(positions, tile_positions), kThreads, kGradInputBlocks<kPlain> * kThreads
+          ),
           std::min<int64_t>(p.groups, kMaxGridY)
       },
       kThreads,
-      SharedBytes().take<A>(2 * tile_positions).total(),
+      bytes.take<A>(2 * tile_positions).total(),
       stream,
       args
   );
@@ -252,12 +278,16 @@ void launch_grad_input(const GradInputParams& p, Stream stream) {
 template <class T>
 void grad_input_typed(const GradInputParams& p, Stream stream) {
   const int64_t inputs = int64_t(p.window.rows.input) * p.window.columns.input;
+  const bool plain = p.library_grad != nullptr && !p.padded;
   if (takes_wide_vectors<T>(
           p.channels_last, p.c / p.groups, inputs, {p.x, p.grad_x, p.library_grad}
       )) {
-    launch_grad_input<T, kWide<T>>(p, stream);
+    const auto run =
+        plain ? launch_grad_input<T, kWide<T>, true> : launch_grad_input<T, kWide<T>, false>;
+    run(p, stream);
   } else {
-    launch_grad_input<T, 1>(p, stream);
+    const auto run = plain ? launch_grad_input<T, 1, true> : launch_grad_input<T, 1, false>;
+    run(p, stream);
   }
 }
 

@@ -1,8 +1,9 @@
 // x -> sum of squares over the channels of a group, per pixel.
 #pragma once
 
+#include "cuda/passes/tiles.cuh"
 #include "cuda/support/functions.cuh"
-#include "cuda/support/lanes.cuh"
+#include "cuda/support/packed.cuh"
 
 namespace dcconv::cuda {
 
@@ -10,96 +11,191 @@ struct PixelSumsqArgs {
   PixelSumsqParams p;
   int width;  // threads per sum, a power of two
   PlaneLanes lanes;
+  PixelOf pixel_of;
 };
 
-// Channels last: x is [n pixels groups, c / groups], one sum per row by `width` threads.
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads) pixel_sumsq_channels_last_kernel(PixelSumsqArgs args) {
+// Blocks of a multiprocessor: what the registers are bounded to, and what is launched.
+constexpr int kRowSumsBlocks = 4, kPlaneSumsBlocks = 4;
+
+// Rows whose vectors a thread loads side by side; 1 where these are less than two blocks of a
+// multiprocessor.
+constexpr int kRowsAtOnce = 4;
+
+// Channels whose vectors a thread loads side by side, and has at least where there are so many.
+constexpr int kPlanesAtOnce = 4;
+
+template <class T, int V, class A>
+__device__ __forceinline__ A add_squares(A total, const Vector<T, V>& v) {
+  A values[V];
+  unpack(v, values);
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    total += values[j] * values[j];
+  return total;
+}
+
+// Sums over sub-warps of `width` threads, of four values of each thread: thread `member` of a
+// sub-warp returns that of value 2 (member & 1) + (member >> 1 & 1). Threads send half of their
+// values instead of all: 4 shuffles of 4 values over 8 threads, not 12.
+template <class A>
+__device__ __forceinline__ A sums_of_four(const A (&values)[4], int member, int width) {
+  const bool odd = (member & 1) != 0, upper = (member & 2) != 0;
+  const A low =
+      (odd ? values[2] : values[0]) + __shfl_xor_sync(kFullMask, odd ? values[0] : values[2], 1);
+  const A high =
+      (odd ? values[3] : values[1]) + __shfl_xor_sync(kFullMask, odd ? values[1] : values[3], 1);
+  A total = (upper ? high : low) + __shfl_xor_sync(kFullMask, upper ? low : high, 2);
+  for (int step = width / 2; step > 2; step /= 2)
+    total += __shfl_xor_sync(kFullMask, total, step);
+  return total;
+}
+
+// Channels last: x is [n pixels groups, c / groups]. A sub-warp of `width` threads takes R rows at
+// a time, every thread some vectors of each.
+template <class T, int V, int R>
+__global__ void
+__launch_bounds__(kThreads, kRowSumsBlocks) pixel_sumsq_channels_last_kernel(PixelSumsqArgs args) {
   using A = typename ComputeType<T>::type;
   const PixelSumsqParams& p = args.p;
-  const int channels = p.c / p.groups, vectors = channels / V;
+  const int channels = p.c / p.groups, vectors = channels / V, width = args.width;
   const int64_t rows = p.n * p.pixels * p.groups;
-  const int sums_at_once = kThreads / args.width;
-  const int slot = static_cast<int>(threadIdx.x) / args.width;
-  const int lane = static_cast<int>(threadIdx.x) - slot * args.width;
-  const T* x = static_cast<const T*>(p.x);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) - warp * kWarp;
+  const int slot = lane / width, member = lane - slot * width, slots = kWarp / width;
+  const T* x = static_cast<const T*>(p.x) + member * V;
   A* sums = static_cast<A*>(p.sums);
-  const int64_t step = int64_t(gridDim.x) * sums_at_once;
-  for (int64_t first = int64_t(blockIdx.x) * sums_at_once; first < rows; first += step) {
-    const int64_t row = first + slot;
-    A total = 0;
-    if (row < rows) {
-      const T* v = x + row * channels;
-#pragma unroll 4
-      for (int i = lane; i < vectors; i += args.width) {
-        const Vector<T, V> loaded = load_vector<T, V>(v + i * V);
+  const int64_t step = int64_t(gridDim.x) * (kThreads / kWarp) * R * slots;
+  for (int64_t first = (int64_t(blockIdx.x) * (kThreads / kWarp) + warp) * R * slots; first < rows;
+       first += step) {
+    // Rows that are not there read the last one, and are not written.
+    const T* from[R];
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const A value = load(loaded.at[j]);
-          total += value * value;
-        }
+    for (int r = 0; r < R; ++r)
+      from[r] = x + at_most(first + r * slots + slot, rows - 1) * channels;
+    A totals[R] = {};
+#pragma unroll 1
+    for (int i = member; i < vectors; i += width) {
+      Vector<T, V> loaded[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        loaded[r] = load_vector<T, V>(from[r]);
+        from[r] += width * V;
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        totals[r] = add_squares(totals[r], loaded[r]);
+    }
+    if constexpr (R == 4) {
+      if (width >= R) {
+        const A total = sums_of_four(totals, member, width);
+        const int64_t row = first + (2 * (member & 1) + (member >> 1)) * slots + slot;
+        if (member < R && row < rows)
+          sums[row] = total;
+        continue;
       }
     }
-    total = sub_warp_sum(total, args.width);
-    if (row < rows && lane == 0)
-      sums[row] = total;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const A total = sub_warp_sum(totals[r], width);
+      const int64_t row = first + r * slots + slot;
+      if (member == 0 && row < rows)
+        sums[row] = total;
+    }
   }
 }
 
-// Contiguous: every thread sums V neighbouring pixels over its share of the channels.
+// Contiguous: every thread sums V neighbouring pixels over its share of the channels, then the
+// shares of one pixel. Shares lie in shared memory in two halves that are written in turn: one
+// barrier a tile.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 4) pixel_sumsq_contiguous_kernel(PixelSumsqArgs args) {
+__global__ void
+__launch_bounds__(kThreads, kPlaneSumsBlocks) pixel_sumsq_contiguous_kernel(PixelSumsqArgs args) {
   using A = typename ComputeType<T>::type;
   const PixelSumsqParams& p = args.p;
   const PlaneLane lane(args.lanes);
-  const int channels = p.c / p.groups;
+  const int channels = p.c / p.groups, ways = args.lanes.ways;
   const int64_t positions = p.n * p.pixels;
-  const int span = kWarp * V;
+  const int span = kWarp * V, tile_positions = span * args.lanes.tiles;
   SharedMemory shared;
-  A* partial = shared.take<A>(kThreads * V);
-  const T* x = static_cast<const T*>(p.x);
-  A* sums = static_cast<A*>(p.sums);
-  const int64_t tile_positions = int64_t(span) * args.lanes.tiles;
+  A* partials = shared.take<A>(2 * kThreads * V);  // [halves, tiles, ways, span]
+  const PlanePlace place{
+      p.pixels, p.c, positions, tile_positions, lane.tile * span + lane.lane * V
+  };
   const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
+  const int64_t step = ways * p.pixels;
+  int half = 0;
   for (int group = static_cast<int>(blockIdx.y); group < p.groups;
        group += static_cast<int>(gridDim.y)) {
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int64_t position = tile * tile_positions + lane.tile * span + lane.lane * V;
-      const bool inside = position < positions;
-      const int64_t image = inside ? position / p.pixels : 0;
-      const int64_t pixel = position - image * p.pixels;
+    const T* x = static_cast<const T*>(p.x) + (int64_t(group) * channels + lane.way) * p.pixels;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, half ^= 1) {
+      const int64_t first = tile * tile_positions, base = place.base(args.pixel_of, tile);
       A total[V] = {};
-      if (inside) {
-        const T* v = x + (image * p.c + int64_t(group) * channels) * p.pixels + pixel;
-#pragma unroll 2
-        for (int c = lane.way; c < channels; c += args.lanes.ways) {
-          const Vector<T, V> loaded = load_vector<T, V>(v + c * p.pixels);
+      if (base >= 0) {
+        const T* from = x + base;
+        const auto add = [&](const Vector<T, V>& v) {
+          A values[V];
+          unpack(v, values);
 #pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const A value = load(loaded.at[j]);
-            total[j] += value * value;
-          }
+          for (int j = 0; j < V; ++j)
+            total[j] += values[j] * values[j];
+        };
+        int left = (channels - lane.way + ways - 1) / ways;
+#pragma unroll 1
+        for (; left >= kPlanesAtOnce; left -= kPlanesAtOnce) {
+          Vector<T, V> loaded[kPlanesAtOnce];
+#pragma unroll
+          for (int i = 0; i < kPlanesAtOnce; ++i, from += step)
+            loaded[i] = load_vector<T, V>(from);
+#pragma unroll
+          for (int i = 0; i < kPlanesAtOnce; ++i)
+            add(loaded[i]);
         }
+#pragma unroll 1
+        for (; left > 0; --left, from += step)
+          add(load_vector<T, V>(from));
       }
-      // partial [tiles, ways, span]
-      A* own = partial + (lane.tile * args.lanes.ways + lane.way) * span + lane.lane * V;
+      A* shares = partials + half * kThreads * V;
+      A* own = shares + (lane.tile * ways + lane.way) * span + lane.lane * V;
 #pragma unroll
       for (int j = 0; j < V; ++j)
         own[j] = total[j];
       __syncthreads();
-      if (inside && lane.way == 0) {
-        A* out = sums + (image * p.groups + group) * p.pixels + pixel;
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          A sum = own[j];
-          for (int way = 1; way < args.lanes.ways; ++way)
-            sum += own[way * span + j];
-          out[j] = sum;
-        }
+      const int count = static_cast<int>(at_most(int64_t(tile_positions), positions - first));
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+        const A* share = shares + (i / span * ways) * span + i % span;
+        A sum = share[0];
+        for (int way = 1; way < ways; ++way)
+          sum += share[way * span];
+        A* out = static_cast<A*>(p.sums);
+        out[map_offset(args.pixel_of, first + i, p.pixels, group, p.groups)] = sum;
       }
-      __syncthreads();
     }
   }
+}
+
+// Threads per row of so many vectors: a power of two that leaves at most an eighth of the threads
+// idle; more than 8, which cover a line of 128 bytes, only where each has 4 vectors or more.
+inline int threads_per_row(int vectors) {
+  int best = 1;
+  for (int width = 2; width <= kWarp && (width <= 8 || 4 * width <= vectors); width *= 2) {
+    const int64_t idle = ceil_div(vectors, width) * width - vectors;
+    if (8 * idle <= vectors)
+      best = width;
+  }
+  return best;
+}
+
+template <class T, int V, int R>
+void launch_row_sums(const PixelSumsqArgs& args, int64_t tasks, Stream stream) {
+  launch(
+      "pixel_sumsq_channels_last",
+      pixel_sumsq_channels_last_kernel<T, V, R>,
+      Grid{tasks == 0 ? 0 : persistent_blocks(tasks, kThreads, kRowSumsBlocks * kThreads)},
+      kThreads,
+      0,
+      stream,
+      args
+  );
 }
 
 template <class T, int V>
@@ -107,31 +203,28 @@ void launch_pixel_sumsq(const PixelSumsqParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int channels = p.c / p.groups;
   const int64_t positions = p.n * p.pixels;
-  PixelSumsqArgs args{p, 1, plane_lanes(channels)};
+  PixelSumsqArgs args{p, 1, plane_lanes(ceil_div(channels, kPlanesAtOnce)), {}};
   if (p.channels_last) {
-    args.width = power_of_two_at_least(channels / V, kWarp);
-    const int64_t tasks = ceil_div(positions * p.groups, kThreads / args.width);
-    launch(
-        "pixel_sumsq_channels_last",
-        pixel_sumsq_channels_last_kernel<T, V>,
-        Grid{positions == 0 ? 0 : persistent_blocks(tasks, kThreads, 2048)},
-        kThreads,
-        0,
-        stream,
-        args
-    );
+    args.width = threads_per_row(channels / V);
+    const int64_t rows = positions * p.groups, rows_at_once = kThreads / args.width;
+    const int64_t tasks = ceil_div(rows, rows_at_once * kRowsAtOnce);
+    if (tasks >= int64_t(2) * multiprocessors())
+      launch_row_sums<T, V, kRowsAtOnce>(args, tasks, stream);
+    else
+      launch_row_sums<T, V, 1>(args, ceil_div(rows, rows_at_once), stream);
     return;
   }
+  args.pixel_of = PixelOf(p.n, 1, static_cast<int>(p.pixels));
   const int64_t tiles = ceil_div(positions, int64_t(kWarp) * V * args.lanes.tiles);
   launch(
       "pixel_sumsq_contiguous",
       pixel_sumsq_contiguous_kernel<T, V>,
       Grid{
-          tiles == 0 ? 0 : persistent_blocks(tiles, kThreads, 2048),
+          tiles == 0 ? 0 : persistent_blocks(tiles, kThreads, kPlaneSumsBlocks * kThreads),
           std::min<int64_t>(p.groups, kMaxGridY)
       },
       kThreads,
-      SharedBytes().take<A>(kThreads * V).total(),
+      SharedBytes().take<A>(2 * kThreads * V).total(),
       stream,
       args
   );

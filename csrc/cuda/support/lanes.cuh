@@ -48,7 +48,7 @@ struct PlaneLanes {
   int tiles;  // spans of 32 V positions side by side: 8 / ways
 };
 
-inline PlaneLanes plane_lanes(int channels_per_group) {
+inline PlaneLanes plane_lanes(int64_t channels_per_group) {
   const int warps = kThreads / kWarp;
   const int ways = power_of_two_at_least(channels_per_group, warps);
   return {ways, warps / ways};

@@ -31,6 +31,9 @@ public:
       own_ = shared.take<unsigned char>(kBytes) + threadIdx.x * 16;
   }
 
+  // Begins anew: everything that was copied has been taken.
+  __device__ __forceinline__ void restart() { at_ = to_ = 0; }
+
   // Starts the copies of a vector of each stream. Invalid ones keep the count.
   __device__ __forceinline__ void ahead(const T* const (&from)[N], bool valid) {
     if constexpr (kAsync) {
@@ -57,12 +60,6 @@ public:
       for (int n = 0; n < N; ++n)
         out[n] = load_vector<T, V>(from[n]);
     }
-  }
-
-  // Waits for what is under way: copies may not outlive their thread.
-  __device__ __forceinline__ void drain() {
-    if constexpr (kAsync)
-      wait_async<0>();
   }
 
 private:

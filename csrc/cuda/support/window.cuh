@@ -75,6 +75,9 @@ private:
   int high_ = 0, high_end_ = 0;
 };
 
+// Taps of a long window that wait for memory side by side.
+constexpr int kMapTaps = 4;
+
 // Where the values of one image and group lie in a map: value (i, j) of a `width` wide image is
 // at base + (i * width + j) * step.
 struct MapPlane {
@@ -89,9 +92,59 @@ map_plane(int64_t image, int group, int64_t pixels, int groups, bool channels_la
   return {(image * groups + group) * pixels, 1};
 }
 
+// Sum of tap(offset) over rows x columns offsets in row-major order: `first` and steps from there,
+// which may go down. Taps wait for memory side by side; one that is not there counts as +0, which
+// changes no bit, because a sum that begins with +0 is never -0.
+template <class A, class F>
+__device__ __forceinline__ A
+grid_sum(int rows, int columns, int64_t first, int64_t row_step, int64_t step, F&& tap) {
+  A total = 0;
+  if (rows <= 3 && columns <= 3) {
+    A values[3][3];
+#pragma unroll
+    for (int r = 0; r < 3; ++r) {
+#pragma unroll
+      for (int s = 0; s < 3; ++s)
+        values[r][s] = r < rows && s < columns ? tap(first + r * row_step + s * step) : A(0);
+    }
+#pragma unroll
+    for (int r = 0; r < 3; ++r) {
+#pragma unroll
+      for (int s = 0; s < 3; ++s)
+        total += values[r][s];
+    }
+    return total;
+  }
+#pragma unroll 1
+  for (int r = 0; r < rows; ++r, first += row_step) {
+    int64_t at = first;
+#pragma unroll 1
+    for (int left = columns; left > 0; left -= kMapTaps) {
+      A values[kMapTaps];
+#pragma unroll
+      for (int s = 0; s < kMapTaps; ++s, at += step)
+        values[s] = s < left ? tap(at) : A(0);
+#pragma unroll
+      for (int s = 0; s < kMapTaps; ++s)
+        total += values[s];
+    }
+  }
+  return total;
+}
+
+// Whether windows meet zeros outside of the input and have no holes: what they see of it, and what
+// sees a pixel, is a rectangle then, with bounds that a few instructions find.
+__device__ __forceinline__ bool is_solid(const WindowAxis& axis) {
+  return axis.mode == PaddingMode::zeros && (axis.dilation == 1 || axis.kernel == 1);
+}
+
+__device__ __forceinline__ bool is_solid(const Window& w) {
+  return is_solid(w.rows) && is_solid(w.columns);
+}
+
 template <class A>
 __device__ __forceinline__ A
-window_sum(const Window& w, const A* sums, MapPlane plane, int p, int q) {
+any_window_sum(const Window& w, const A* sums, MapPlane plane, int p, int q) {
   const int top = p * w.rows.stride - w.rows.before;
   const int left = q * w.columns.stride - w.columns.before;
   A total = 0;
@@ -108,6 +161,25 @@ window_sum(const Window& w, const A* sums, MapPlane plane, int p, int q) {
   return total;
 }
 
+// Sum of what the window at (p, q) sees of a map over input pixels.
+template <class A>
+__device__ __forceinline__ A
+window_sum(const Window& w, const A* sums, MapPlane plane, int p, int q) {
+  if (!is_solid(w))
+    return any_window_sum(w, sums, plane, p, q);
+  const int top = p * w.rows.stride - w.rows.before;
+  const int left = q * w.columns.stride - w.columns.before;
+  const int i = at_least(top, 0), j = at_least(left, 0);
+  return grid_sum<A>(
+      at_most(top + w.rows.kernel, w.rows.input) - i,
+      at_most(left + w.columns.kernel, w.columns.input) - j,
+      plane.base + (int64_t(i) * w.columns.input + j) * plane.step,
+      int64_t(w.columns.input) * plane.step,
+      plane.step,
+      [&](int64_t at) { return sums[at]; }
+  );
+}
+
 // f(output index) for the windows along an axis in which some tap lies on a padded index.
 template <class F>
 __device__ __forceinline__ void each_window(const WindowAxis& axis, int padded, F&& f) {
@@ -121,10 +193,9 @@ __device__ __forceinline__ void each_window(const WindowAxis& axis, int padded, 
   }
 }
 
-// Sum of tap(offset in the map over outputs) over all windows that see input pixel (h, w).
 template <class A, class F>
 __device__ __forceinline__ A
-transposed_window_sum(const Window& w, MapPlane plane, int h, int column, F&& tap) {
+any_transposed_window_sum(const Window& w, MapPlane plane, int h, int column, F&& tap) {
   const Showing rows(w.rows, h), columns(w.columns, column);
   A total = 0;
   rows.each([&](int i) {
@@ -137,6 +208,41 @@ transposed_window_sum(const Window& w, MapPlane plane, int h, int column, F&& ta
     });
   });
   return total;
+}
+
+// The windows along an axis without holes that see an input index: `count` of them, from the last
+// one down.
+struct Windows {
+  int last, count;
+
+  __device__ __forceinline__ Windows(const WindowAxis& axis, int i) {
+    const int padded = i + axis.before, beyond = padded - axis.kernel;
+    last = padded;
+    int first = beyond + 1;
+    if (axis.stride > 1) {
+      last = padded / axis.stride;
+      first = (beyond + axis.stride) / axis.stride;
+    }
+    last = at_most(last, axis.output - 1);
+    count = last + 1 - (beyond < 0 ? 0 : first);
+  }
+};
+
+// Sum of tap(offset in the map over outputs) over all windows that see input pixel (h, w).
+template <class A, class F>
+__device__ __forceinline__ A
+transposed_window_sum(const Window& w, MapPlane plane, int h, int column, F&& tap) {
+  if (!is_solid(w))
+    return any_transposed_window_sum<A>(w, plane, h, column, tap);
+  const Windows rows(w.rows, h), columns(w.columns, column);
+  return grid_sum<A>(
+      rows.count,
+      columns.count,
+      plane.base + (int64_t(rows.last) * w.columns.output + columns.last) * plane.step,
+      -int64_t(w.columns.output) * plane.step,
+      -plane.step,
+      tap
+  );
 }
 
 // Row-major position in [images, height, width].
@@ -169,6 +275,11 @@ public:
     }
     const uint32_t y = width_.divide(pixel);
     return {image, static_cast<int>(y), static_cast<int>(pixel - y * width_.divisor())};
+  }
+
+  // The image alone.
+  __device__ __forceinline__ int64_t image(int64_t position) const {
+    return wide_ ? position / pixels_.divisor() : pixels_.divide(static_cast<uint32_t>(position));
   }
 
 private:

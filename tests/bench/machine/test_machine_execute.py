@@ -271,6 +271,13 @@ def test_halves_of_words_go_to_the_stack_and_back() -> None:
     assert (one.grid.registers[4] == LANES << 16).all()
 
 
+def test_a_jump_table_for_a_whole_warp() -> None:
+    one = runner(kernel(["BRXU UR2 -0x10", "MOV R0, 0x1", "EXIT", "MOV R0, 0x2", "EXIT"]))
+    one.grid.uniform[2] = 0x30
+    one.run()
+    assert one.grid.registers[0].tolist() == [2] * 32
+
+
 def test_a_block_meets_at_its_barrier() -> None:
     code = [
         *("S2R R0, SR_TID.X", "SHF.L.U32 R1, R0, 0x2, RZ", "STS [R1+0x400], R0"),

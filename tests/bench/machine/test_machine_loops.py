@@ -102,9 +102,10 @@ def test_the_longest_way_avoids_the_call_of_a_slow_path() -> None:
     assert shortest == longest == [0, 1, 2, 3]
 
 
-def test_a_jump_table_leads_to_its_cases() -> None:
+@pytest.mark.parametrize("jump", ["BRX R2", "BRXU UR2"])
+def test_a_jump_table_leads_to_its_cases(jump: str) -> None:
     table = struct.pack("<3I", 0x20, 0x30, 0x999)
-    given = kernel(["MOV R2, RZ", "BRX R2 -0x20", "EXIT", "EXIT"])
+    given = kernel(["MOV R2, RZ", f"{jump} -0x20", "EXIT", "EXIT"])
     jumping = type(given)(*("k", "k", "sm_90a"), given.code, 32, 0, 0, table)
     assert Graph(jumping).next[0] == [2, 3]
 

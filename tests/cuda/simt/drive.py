@@ -69,6 +69,9 @@ GEOMETRIES = {
     "tiles": Geometry(1, 8, 20, 16, 64),
     "filter-chunks": Geometry(1, 24, 2, 2, 2088, groups=3),
     "channel-chunks": Geometry(1, 2088, 2, 2, 24, groups=3),
+    # More turns of a block than a ring has slots and a tile has turns; several tiles of planes.
+    "long-rows": Geometry(1, 512, 10, 20, 8, 3, before=1, after=1),
+    "planes": Geometry(2, 8, 40, 26, 8, 5, before=2, after=2),
 }
 
 # ball x cosine with a radius per filter; tanh of a b / rho x sigmoid with everything;

@@ -80,9 +80,9 @@ def test_results_do_not_depend_on_the_schedule(expected: Results, tmp_path: Path
 def test_address_and_undefined_behaviour_sanitizers(expected: Results, tmp_path: Path) -> None:
     found = results_of(ADDRESS, extension_of(ADDRESS), tmp_path, "--in-turn")
     assert_same(found, expected)
-    # 56 of the 128 problems; every dtype and layout meets every geometry, and every operator.
+    # 64 of the 160 problems; every dtype and layout meets every geometry, and every operator.
     cases = {tuple(name.partition(":")[0].split()) for name in found}
-    assert len(cases) == 56
+    assert len(cases) == 64
     for dtype in ("float32", "bfloat16"):
         for layout in ("first", "last"):
             here = [case for case in cases if (case[0], case[3]) == (dtype, layout)]
@@ -173,6 +173,41 @@ FAULTS = {
         "load_vector<T, V>(u + offset + int64_t(row ^ 1)",
         FAST,
         "differs",
+    ),
+    "no barrier before sums of windows are read": (
+        "passes/grad_input.cuh",
+        BARRIER,
+        "",
+        THREAD,
+        "data race",
+    ),
+    "a copy that is not waited for": (
+        "support/ring.cuh",
+        "      wait_async<kAhead - 1>();\n",
+        "",
+        FAST,
+        "copies are under way",
+    ),
+    "a wait that lets the newest copy pass": (
+        "support/ring.cuh",
+        "wait_async<kAhead - 1>",
+        "wait_async<kAhead>",
+        FAST,
+        "copies are under way",
+    ),
+    "no end of a row of the map": (
+        "support/window.cuh",
+        "at_most(left + w.columns.kernel, w.columns.input) - j",
+        "left + w.columns.kernel - j",
+        FAST,
+        "differs",
+    ),
+    "windows before the first": (
+        "support/window.cuh",
+        "count = last + 1 - (beyond < 0 ? 0 : first);",
+        "count = last + 1 - first;",
+        ADDRESS,
+        "Sanitizer",
     ),
     "another sign": ("passes/filter.cuh", "-scale * total", "scale * total", FAST, "differs"),
 }
