@@ -140,7 +140,7 @@ def special(o: Operands) -> Action:
     if kind not in SPECIAL:
         o.refuse()
     function = SPECIAL[kind]
-    o.flushes = True
+    o.flushes = kind != "TANH"
     a = o.f32(o.texts[1])
     return o.write_f32(o.texts[0], lambda: function(np.asarray(a()).astype(F64)))
 
