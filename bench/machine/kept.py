@@ -1,7 +1,8 @@
 """Simulated figures on disk, found again by what they depend on: a second run is quick.
 
 A figure depends on a kernel's machine code, on the figures of a GPU, on what was asked of the
-kernel, and on the code that executes and simulates.
+kernel, and on the code that simulates. Not on the code that executes: instructions do what they do,
+and an instruction that it lacks makes no figure.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from bench.machine.disassemble import Kernel
 
 FOLDER = Path(__file__).parent
 
-#: What executes and simulates. Tables, commands and comparisons change no figure.
-SOURCES = ("execute/*.py", "model/*", "fused.py", "gemm.py", "layers.py", "pipes.py", "predict.py")
+#: What traces and simulates, and chooses what is executed. Tables and commands change no figure.
+SOURCES = (
+    *("execute/tra*.py", "model/*", "simulate.py", "pipes.py", "layers.py", "fused.py"),
+    *("predict.py", "gemm.py", "rates.py"),
+)
 
 
 def digest_of(kernel: Kernel) -> str:
@@ -32,8 +36,7 @@ def digest_of(kernel: Kernel) -> str:
 @cache
 def _model() -> str:
     found = [path for pattern in SOURCES for path in sorted(FOLDER.glob(pattern))]
-    sources = [*found, FOLDER / "simulate.py", FOLDER / "rates.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()
 
 
 def kept(
