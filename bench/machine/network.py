@@ -205,7 +205,9 @@ class _Costs:
         return max(self.rates.gemm_seconds(function, self.layer), self.moved(tensors)) + LAUNCH
 
 
-def layer_times(shape: Shape, rates: Rates, first: bool, peer: Peer | None = None) -> LayerTimes:
+def layer_times(
+    shape: Shape, rates: Rates, first: bool, peer: Peer | None = None, shared: bool = True
+) -> LayerTimes:
     """Predict a layer.
 
     Args:
@@ -213,6 +215,7 @@ def layer_times(shape: Shape, rates: Rates, first: bool, peer: Peer | None = Non
         rates: of a GPU, dtype and operator.
         first: whether it is a network's first layer, which needs no gradient of x.
         peer: what the operator takes under torch.compile.
+        shared: whether to predict the rest of backward, which is the same for both strategies.
     """
     mean = rates.operator.mean
     costs = _Costs(shape, rates)
@@ -220,7 +223,7 @@ def layer_times(shape: Shape, rates: Rates, first: bool, peer: Peer | None = Non
     by_x = 0.0 if first else costs.convolution(whole_x=True)
     rule_forward, rule_input = chosen(shape, rates.dtype, mean)
     parts = {"convolution": forward, "grad_weight": by_weight, "filter_norm": costs.filters(1)}
-    names = ["pixel_sumsq", WINDOW_NORM, "epilogue", "grad_dot"]
+    names = ["pixel_sumsq", WINDOW_NORM, "epilogue", *(["grad_dot"] if shared else [])]
     for name in [*names, *([] if first else ["grad_input"])]:
         parts[name] = costs.own(name)
     parts["filter_grad"] = costs.filters(3) + LAUNCH  # and the sums over its partial rows
@@ -233,7 +236,7 @@ def layer_times(shape: Shape, rates: Rates, first: bool, peer: Peer | None = Non
         *(forward, by_x + by_weight, norms + forward + parts["epilogue"], fast_forward),
         library_input=0.0 if first else by_x + parts["grad_input"],
         fused_input=fast_input,
-        rest=parts["grad_dot"] + by_weight + parts["filter_grad"],
+        rest=parts.get("grad_dot", 0.0) + by_weight + parts["filter_grad"],
         rule_forward=rule_forward,
         rule_input="-" if first else rule_input,
         parts=parts,

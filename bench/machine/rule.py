@@ -59,7 +59,7 @@ def rows(gpu: str, batch: int, rates: Rates) -> Iterable[Row]:
     """Yield the rows of a GPU: all layers and directions that both strategies run."""
     for shape, first in layers():
         sized = shape._replace(n=batch)
-        times = layer_times(sized, rates, first)
+        times = layer_times(sized, rates, first, shared=False)
         both = (
             (FORWARD, times.library_forward, times.fused_forward, times.rule_forward),
             (INPUT_GRADIENT, times.library_input, times.fused_input, times.rule_input),
