@@ -43,18 +43,18 @@ def _summed(key: Key) -> int:
 def prefers_fused_on_cuda(key: Key) -> bool:
     """Return whether one pass should be the fastest of the compiled kernels.
 
-    It should for depthwise layers, 1x1 layers whose channels and filters are multiples of 8, stems
-    and sums of at most 600 products.
+    It should for depthwise layers, 1x1 layers whose channels and filters are multiples of 8, and
+    sums of at most 600 products, but not for stems.
     """
     channels, filters = key.c // key.groups, key.o // key.groups
     if _depthwise(key):
         return True
     if key.direction == WEIGHT_GRADIENT:
         return False
+    if key.groups == 1 and channels <= STEM_CHANNELS:
+        return False
     pointwise = key.r == key.s == 1
     if pointwise and channels % CHANNEL_VECTOR == 0 and filters % CHANNEL_VECTOR == 0:
-        return True
-    if key.groups == 1 and channels <= STEM_CHANNELS:
         return True
     return _summed(key) <= SHORT_SUM
 

@@ -91,15 +91,16 @@ def test_rule_over_the_layer_lists() -> None:
     by_class = {}
     for name, (layer, classes) in layers.items():
         depth = layer.c // layer.groups * layer.k**2
-        one_pass = depth <= 600 or layer.k == 1
+        stem = layer.c <= 4 and layer.groups == 1
+        one_pass = (depth <= 600 or layer.k == 1) and not stem
         assert (name in graph) == (not one_pass)
         for class_name in classes:
             by_class.setdefault(class_name, []).append(name in graph)
-    # The stem, the first stage's 3x3 layers and every 1x1 layer are fused.
-    assert [sum(by_class[name]) for name in ("resnet18", "resnet50", "cifar32")] == [5, 6, 5]
-    for name in ("depthwise", "grouped", "stem"):
+    # The first stage's 3x3 layers and every 1x1 layer are fused.
+    assert [sum(by_class[name]) for name in ("resnet18", "resnet50", "cifar32")] == [6, 7, 6]
+    for name in ("depthwise", "grouped"):
         assert not any(by_class[name]), name
-    assert all(by_class["dilated"])
+    assert all(by_class["dilated"]) and all(by_class["stem"])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,9 @@ def test_rule_over_the_layer_lists() -> None:
         (Layer(8, 128, 56, 64, 3), "graph", "fused", "graph"),
         (Layer(8, 2048, 7, 512, 1), "fused", "fused", "graph"),
         (Layer(8, 2044, 7, 508, 1), "graph", "fused", "graph"),
-        (Layer(8, 3, 224, 64, 7, 2), "fused", "fused", "graph"),
+        (Layer(8, 3, 224, 64, 7, 2), "graph", "graph", "graph"),
+        (Layer(8, 4, 224, 64, 3), "graph", "graph", "graph"),
+        (Layer(8, 5, 224, 64, 3), "fused", "fused", "graph"),
         (Layer(8, 96, 56, 96, 7, groups=96), "fused", "fused", "fused"),
         (Layer(8, 256, 28, 256, 3, groups=32), "fused", "fused", "graph"),
         (Layer(8, 512, 7, 512, 3), "graph", "graph", "graph"),
