@@ -1,5 +1,6 @@
-// dx = fold(library gradient of the padded input) + x * t, with t the transposed window sum of what
-// the output positions say about the norms of their windows, taken once per pixel and group.
+// dx = fold(library gradient of the padded input) + x * t, with t the
+// transposed window sum of what the output positions say about the norms of
+// their windows, taken once per pixel and group.
 #pragma once
 
 #include "cuda/passes/epilogue.cuh"
@@ -16,18 +17,48 @@ struct GradInputArgs {
   int turns;  // channels last: of a tile
 };
 
-// Blocks of a multiprocessor: what the registers are bounded to, and what is launched. Folding
-// takes more of them.
+// Blocks of a multiprocessor: what the registers are bounded to, and what is
+// launched. Folding takes more of them.
 template <bool kPlain>
 constexpr int kGradInputBlocks = kPlain ? 3 : 2;
 
 // Vectors of each tensor on their way: three of four slots.
 constexpr int kGradInputSlots = 4;
 
-// Channels of a tile that a warp has at least, where there are so many: a barrier is rare then.
+// Vectors of less than 16 bytes, which nothing copies ahead, are loaded so many
+// at a time.
+constexpr int kGradInputAtOnce = 4;
+
+// f(vectors, i) for 0 <= i < count, vectors from `from` on, `step` elements
+// apart.
+template <class T, int V, int N, class F>
+__device__ __forceinline__ void
+each_vector(const T* const (&bases)[N], int64_t offset, int64_t step, int count, F&& f) {
+#pragma unroll 1
+  for (int i = 0; i < count; i += kGradInputAtOnce, offset += kGradInputAtOnce * step) {
+    Vector<T, V> vectors[kGradInputAtOnce][N];
+#pragma unroll
+    for (int k = 0; k < kGradInputAtOnce; ++k) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (i + k < count)
+          vectors[k][n] = load_vector<T, V>(bases[n] + offset + k * step);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kGradInputAtOnce; ++k) {
+      if (i + k < count)
+        f(vectors[k], i + k, offset + k * step);
+    }
+  }
+}
+
+// Channels of a tile that a warp has at least, where there are so many: a
+// barrier is rare then.
 constexpr int kGradInputChannels = 4;
 
-// Tensors that are copied ahead: x and, where its elements are those of x, the library's gradient.
+// Tensors that are copied ahead: x and, where its elements are those of x, the
+// library's gradient.
 template <bool kPlain>
 constexpr int kGradInputStreams = kPlain ? 2 : 1;
 
@@ -58,8 +89,9 @@ __host__ __device__ __forceinline__ int64_t padded_size(const Window& w) {
          (w.columns.input + w.columns.before + w.columns.after);
 }
 
-// Sum of the library's gradient over the padded pixels that show a pixel: V elements, `stride`
-// elements apart in memory between pixels; zeros where there is no such gradient.
+// Sum of the library's gradient over the padded pixels that show a pixel: V
+// elements, `stride` elements apart in memory between pixels; zeros where there
+// is no such gradient.
 template <class T, class A, int V>
 __device__ __forceinline__ void
 folded(const GradInputParams& p, const Pixel& at, const T* image, int64_t stride, A (&sum)[V]) {
@@ -116,11 +148,11 @@ __global__ void __launch_bounds__(
   const int64_t step = int64_t(lanes.rows) * p.c;
   const T* x = static_cast<const T*>(p.x);
   const T* library = static_cast<const T*>(p.library_grad);
+  T* out = static_cast<T*>(p.grad_x);
   int half = 0;
   for (int chunk = 0; chunk < lanes.vectors; chunk += lanes.columns) {
     const ChunkPlace place(lanes, lane, chunk, V, p.c, p.c / p.groups);
-    const int64_t offset = (range.begin + lane.row) * p.c + place.channel;
-    T* out = static_cast<T*>(p.grad_x) + offset;
+    int64_t offset = (range.begin + lane.row) * p.c + place.channel;
     const T* bases[N];
     bases[0] = x;
     if constexpr (kPlain)
@@ -139,24 +171,32 @@ __global__ void __launch_bounds__(
       __syncthreads();
       if (!place.active)
         continue;
-      const A* own = scale + lane.row * place.groups + place.own_group;
-#pragma unroll 1
-      for (int row = lane.row; row < rows; row += lanes.rows) {
-        Vector<T, V> vectors[N];
-        stream.take(vectors);
+      const auto finish = [&](const Vector<T, V>(&vectors)[N], int row, int64_t to) {
         A t[V];
 #pragma unroll
         for (int j = 0; j < V; ++j)
-          t[j] = *own;
+          t[j] = scale[row * place.groups + place.own_group];
         store_vector(
-            out, input_grads<T, V>(vectors, t, [&](A(&sum)[V]) {
+            out + to, input_grads<T, V>(vectors, t, [&](A(&sum)[V]) {
               const Pixel at = args.pixel_of(first + row);
               folded(p, at, library + at.image * padded_pixels * p.c + place.channel, p.c, sum);
             })
         );
-        stream.advance();
-        own += lanes.rows * place.groups;
-        out += step;
+      };
+      if constexpr (VectorRing<T, V, N, kGradInputSlots>::kAsync) {
+#pragma unroll 1
+        for (int row = lane.row; row < rows; row += lanes.rows, offset += step) {
+          Vector<T, V> vectors[N];
+          stream.take(vectors);
+          finish(vectors, row, offset);
+          stream.advance();
+        }
+      } else {
+        const int count = (rows - lane.row + lanes.rows - 1) / lanes.rows;
+        each_vector<T, V>(bases, offset, step, count, [&](const auto& vectors, int i, int64_t to) {
+          finish(vectors, lane.row + i * lanes.rows, to);
+        });
+        offset += count * step;
       }
     }
   }
@@ -203,12 +243,8 @@ __global__ void __launch_bounds__(kThreads, kGradInputBlocks<kPlain>) grad_input
         continue;
       A t[V];
       load_neighbours(scale + place.own, t);
-      int64_t offset = place.base(args.pixel_of, tile) + lane.way * inputs;
-#pragma unroll 1
-      for (int c = lane.way; c < per_group; c += ways) {
-        Vector<T, V> vectors[N];
-        stream.take(offset, vectors);
-        store_vector(out + offset, input_grads<T, V>(vectors, t, [&](A(&sum)[V]) {
+      const auto finish = [&](const Vector<T, V>(&vectors)[N], int c, int64_t to) {
+        store_vector(out + to, input_grads<T, V>(vectors, t, [&](A(&sum)[V]) {
                        // Neighbours may lie in different rows: pixel by pixel.
                        const int64_t image = args.pixel_of.image(first + place.own);
                        const T* plane = static_cast<const T*>(p.library_grad) +
@@ -220,8 +256,22 @@ __global__ void __launch_bounds__(kThreads, kGradInputBlocks<kPlain>) grad_input
                          sum[j] = one[0];
                        }
                      }));
-        stream.advance();
-        offset += ways * inputs;
+      };
+      int64_t offset = place.base(args.pixel_of, tile) + lane.way * inputs;
+      const int64_t step = ways * inputs;
+      if constexpr (VectorRing<T, V, N, kGradInputSlots>::kAsync) {
+#pragma unroll 1
+        for (int c = lane.way; c < per_group; c += ways, offset += step) {
+          Vector<T, V> vectors[N];
+          stream.take(offset, vectors);
+          finish(vectors, c, offset);
+          stream.advance();
+        }
+      } else {
+        const int count = (per_group - lane.way + ways - 1) / ways;
+        each_vector<T, V>(bases, offset, step, count, [&](const auto& vectors, int i, int64_t to) {
+          finish(vectors, lane.way + i * ways, to);
+        });
       }
     }
   }

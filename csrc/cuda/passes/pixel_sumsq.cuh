@@ -15,14 +15,16 @@ struct PixelSumsqArgs {
 };
 
 // Blocks of a multiprocessor: what the registers are bounded to, and what is launched.
-constexpr int kRowSumsBlocks = 4, kPlaneSumsBlocks = 4;
+constexpr int kRowSumsBlocks = 4, kPlaneSumsBlocks = 3;
 
 // Rows whose vectors a thread loads side by side; 1 where these are less than two blocks of a
 // multiprocessor.
 constexpr int kRowsAtOnce = 4;
 
-// Channels whose vectors a thread loads side by side, and has at least where there are so many.
-constexpr int kPlanesAtOnce = 4;
+// Channels whose vectors of V a thread loads side by side, and has at least where there are so
+// many.
+template <int V>
+constexpr int kPlanesAtOnce = V == 1 ? 8 : 4;
 
 template <class T, int V, class A>
 __device__ __forceinline__ A add_squares(A total, const Vector<T, V>& v) {
@@ -123,6 +125,7 @@ __launch_bounds__(kThreads, kPlaneSumsBlocks) pixel_sumsq_contiguous_kernel(Pixe
   };
   const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
   const int64_t step = ways * p.pixels;
+  constexpr int kAtOnce = kPlanesAtOnce<V>;
   int half = 0;
   for (int group = static_cast<int>(blockIdx.y); group < p.groups;
        group += static_cast<int>(gridDim.y)) {
@@ -132,27 +135,26 @@ __launch_bounds__(kThreads, kPlaneSumsBlocks) pixel_sumsq_contiguous_kernel(Pixe
       A total[V] = {};
       if (base >= 0) {
         const T* from = x + base;
-        const auto add = [&](const Vector<T, V>& v) {
-          A values[V];
-          unpack(v, values);
-#pragma unroll
-          for (int j = 0; j < V; ++j)
-            total[j] += values[j] * values[j];
-        };
-        int left = (channels - lane.way + ways - 1) / ways;
 #pragma unroll 1
-        for (; left >= kPlanesAtOnce; left -= kPlanesAtOnce) {
-          Vector<T, V> loaded[kPlanesAtOnce];
+        for (int left = (channels - lane.way + ways - 1) / ways; left > 0;
+             left -= kAtOnce, from += kAtOnce * step) {
+          Vector<T, V> loaded[kAtOnce];
 #pragma unroll
-          for (int i = 0; i < kPlanesAtOnce; ++i, from += step)
-            loaded[i] = load_vector<T, V>(from);
+          for (int k = 0; k < kAtOnce; ++k) {
+            if (k < left)
+              loaded[k] = load_vector<T, V>(from + k * step);
+          }
 #pragma unroll
-          for (int i = 0; i < kPlanesAtOnce; ++i)
-            add(loaded[i]);
+          for (int k = 0; k < kAtOnce; ++k) {
+            if (k < left) {
+              A values[V];
+              unpack(loaded[k], values);
+#pragma unroll
+              for (int j = 0; j < V; ++j)
+                total[j] += values[j] * values[j];
+            }
+          }
         }
-#pragma unroll 1
-        for (; left > 0; --left, from += step)
-          add(load_vector<T, V>(from));
       }
       A* shares = partials + half * kThreads * V;
       A* own = shares + (lane.tile * ways + lane.way) * span + lane.lane * V;
@@ -203,7 +205,7 @@ void launch_pixel_sumsq(const PixelSumsqParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   const int channels = p.c / p.groups;
   const int64_t positions = p.n * p.pixels;
-  PixelSumsqArgs args{p, 1, plane_lanes(ceil_div(channels, kPlanesAtOnce)), {}};
+  PixelSumsqArgs args{p, 1, plane_lanes(ceil_div(channels, kPlanesAtOnce<V>)), {}};
   if (p.channels_last) {
     args.width = threads_per_row(channels / V);
     const int64_t rows = positions * p.groups, rows_at_once = kThreads / args.width;
