@@ -178,14 +178,9 @@ class Operands:
             "epilogue": Call(
                 "epilogue",
                 {
-                    **{"n": n, "o": o, "window": window, "op": functions, "eps": 1e-4},
+                    **{"positions": positions, "pixels": pixels, "o": o, "op": functions},
                     **{"filters": filters, "bias": None, "u": u, "y": aligned(u.size, u.dtype)},
-                    **{"map": norm if self.operator.mean else sums},
-                    **{"map_is_norm": self.operator.mean},
-                    **{
-                        "norm": None if self.operator.mean else aligned(norm.size, norm.dtype),
-                        **shared,
-                    },
+                    **{"norm": norm, **shared},
                 },
                 ("u", "y"),
             ),

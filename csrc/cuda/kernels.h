@@ -77,19 +77,15 @@ struct FilterNormParams {
 
 // u -> y = h(a, b) g(u / (a b)) + bias.
 struct EpilogueParams {
-  int64_t n;
+  int64_t positions, pixels;  // of outputs: n p q, p q
   int o, groups;
-  Window window;
   bool channels_last;
   Operator op;
-  double eps;
   FilterOperands filters;
   const void* bias;  // T [o], or null
   const void* u;     // T
   void* y;           // T; may be u
-  const void* map;   // A: b if map_is_norm, else sums of squares over input pixels
-  bool map_is_norm;
-  void* norm;  // A: b, written unless map_is_norm; or null
+  const void* norm;  // A: b
 };
 
 // Kinds of column sums, in the order of their rows in `parts`.

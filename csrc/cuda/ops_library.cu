@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
   return {a, map, mean};
 }
 
-// y over u when `y` is u; returns the norm map.
+// y over u when `y` is u; returns the norm map, or nothing where `map` is it.
 Tensor run_epilogue(
     const Tensor& u,
     Tensor y,
@@ -129,21 +129,30 @@ Tensor run_epilogue(
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
   Tensor norm = empty(u, {map_is_norm ? 0 : outputs}, compute);
   EpilogueParams p{};
-  p.n = shape.n;
+  p.positions = shape.positions();
+  p.pixels = to_int(shape.rows.output * shape.columns.output);
   p.o = to_int(shape.o);
   p.groups = to_int(groups);
-  p.window = window_of(shape);
   p.channels_last = channels_last;
   p.op = op;
-  p.eps = eps;
   p.filters = filter_operands(shape.o, a, radius, mean, k, dtype);
   p.bias = data(bias);
   // In place the writable pointer comes first: asking for it may move the data.
   p.y = y.mutable_data_ptr();
   p.u = u.const_data_ptr();
-  p.map = map.const_data_ptr();
-  p.map_is_norm = map_is_norm;
-  p.norm = map_is_norm ? nullptr : norm.mutable_data_ptr();
+  p.norm = map.const_data_ptr();
+  if (!map_is_norm) {
+    WindowNormParams w{};
+    w.n = shape.n;
+    w.groups = p.groups;
+    w.window = window_of(shape);
+    w.channels_last = channels_last;
+    w.eps = eps;
+    w.sums = map.const_data_ptr();
+    w.b = norm.mutable_data_ptr();
+    window_norm(dtype, w, device.stream());
+    p.norm = w.b;
+  }
   epilogue(dtype, p, device.stream());
   return norm;
 }

@@ -181,6 +181,47 @@ def test_launches_stay_within_the_budget(layout: str, norm: str, small_ops: str)
     assert torch.ops.dcconv_simt.launches() - between == 4
 
 
+# Functions that the compiler knows: magnitude, whether it has one radius, angular function. Linear
+# with cosine is a plain convolution.
+KNOWN = tuple(
+    (magnitude, scalar, angular)
+    for magnitude, scalar in (
+        *(("tanh", False), ("tanh", True), ("ball", True), ("segmented", True)),
+        *(("linear", False), ("sphere", False), ("log", False)),
+    )
+    for angular in ("cosine", "square_cosine")
+    if (magnitude, angular) != ("linear", "cosine")
+)
+
+# Vectors of 16 bytes in both layouts; filters that are not a power of two of vectors; in groups.
+WIDE = (
+    Case("wide", 2, 16, 4, 8, 24, (3, 3), padding=1),
+    Case("wide-groups2", 2, 32, 8, 4, 64, (1, 1), groups=2),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("kept", ["auto", "dot"])
+@pytest.mark.parametrize(("magnitude", "scalar", "angular"), KNOWN)
+def test_known_functions_agree_with_the_reference(
+    magnitude: str, scalar: bool, angular: str, kept: str, dtype: torch.dtype
+) -> None:
+    for i, (case, layout) in enumerate(itertools.product(WIDE, ("contiguous", "channels_last"))):
+        inputs = make_inputs(
+            case,
+            dtype,
+            layout,
+            magnitude=magnitude,
+            angular=angular,
+            norm=NORMS[i % 3],
+            bias=kept == "dot" and i == 3,
+            scalar=scalar,
+            alpha=(1.25, 0.5)[i % 2],
+            beta=0.75,
+        )
+        compare(f"{case.id} {layout}", inputs, keep=kept)
+
+
 # More channels than a block has threads, groups across that border, more tiles than blocks.
 LARGE = (
     Case("tiles", 2, 64, 20, 16, 128, (1, 1)),

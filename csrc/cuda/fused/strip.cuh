@@ -2,7 +2,9 @@
 // that a strip reuses from registers, and the end of the forward pass.
 #pragma once
 
-#include "cuda/passes/epilogue.cuh"
+#include "cuda/passes/elements.cuh"
+#include "cuda/support/lanes.cuh"
+#include "cuda/support/window.cuh"
 
 namespace dcconv::cuda {
 
@@ -288,13 +290,13 @@ template <class T, class A, int V>
 __device__ __forceinline__ Vector<T, V> direct_outputs(
     const FusedParams& p,
     const Constants<A>& constants,
-    const FilterValues<A, V>& filters,
+    const Filters<Each<A, V>>& filters,
     int64_t first,
     const A (&dot)[V],
     const A (&b)[V]
 ) {
   A a[V], h[V], k[V], c[V], g[V];
-  filter_values(p.filters.a, wants_a(p.op), first, 1, A(1), a);
+  filter_values<A>(p.filters.a, wants_a(p.op), first, 1, A(1), a);
   with_magnitude(p.op.magnitude, [&](auto type) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -325,7 +327,7 @@ template <class T, class A, int V>
 __device__ __forceinline__ void store_outputs(
     const FusedParams& p,
     const Constants<A>& constants,
-    const FilterValues<A, V>& filters,
+    const Filters<Each<A, V>>& filters,
     int64_t first,
     const A (&dot)[V],
     const A (&b)[V],
@@ -349,7 +351,7 @@ template <class T, class A, int V>
 __device__ __forceinline__ void finish_position(
     const FusedParams& p,
     const Constants<A>& constants,
-    const FilterValues<A, V>& filters,
+    const Filters<Each<A, V>>& filters,
     int64_t first,
     const A (&dot)[V],
     const A (&sum)[V],

@@ -75,12 +75,15 @@ GEOMETRIES = {
 }
 
 # ball x cosine with a radius per filter; tanh of a b / rho x sigmoid with everything;
-# log x square cosine times a; segmented x power with one radius.
+# log x square cosine times a; segmented x power with one radius. The last two are functions that
+# the compiler knows.
 OPERATORS = {
     "ball": Operator("ball", "cosine", "none", True, False, 1),
     "product": Operator("tanh", "sigmoid", "product", True, True, 15),
     "log": Operator("log", "square_cosine", "linear", False, False, 2),
     "segmented": Operator("segmented", "power", "none", False, False, 0),
+    "tanh": Operator("tanh", "cosine", "none", True, True, 1),
+    "one-radius": Operator("ball", "square_cosine", "none", False, False, 1),
 }
 
 # With --in-turn these alone meet every operator: accesses of 16 bytes, and of single elements. The
@@ -203,22 +206,22 @@ def run(m: Any, dtype: str, channels_last: bool, g: Geometry, op: Operator) -> d
         "k_stride": int(op.per_filter),
     }
     u, y = problem.storage(positions * g.o), problem.place(positions * g.o, "storage")
-    b = problem.place(positions * g.groups)
+    b = norm["b"]
     epilogue = {
-        "n": g.n,
+        "positions": positions,
+        "pixels": positions // g.n,
         "o": g.o,
-        "window": window,
         "op": operator,
-        "eps": 1e-4,
         "filters": filters,
+        "norm": b,
         "bias": problem.storage(g.o) if op.bias else None,
         **shared,
     }
-    m.epilogue(dtype, u=u, y=y, map=sums, map_is_norm=False, norm=b, **epilogue)
+    m.epilogue(dtype, u=u, y=y, **epilogue)
     in_place = u.copy()
-    m.epilogue(dtype, u=in_place, y=in_place, map=b, map_is_norm=True, norm=None, **epilogue)
+    m.epilogue(dtype, u=in_place, y=in_place, **epilogue)
 
-    results = {"sums": sums, "b": b, "b2": norm["b"], "a": a, "scaled": scaled, "mean": mean}
+    results = {"sums": sums, "b": b, "a": a, "scaled": scaled, "mean": mean}
     results |= {"y": y, "in_place": in_place}
     kinds = op.sums.bit_count()
     grad_y = problem.storage(positions * g.o)

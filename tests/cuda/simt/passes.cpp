@@ -169,19 +169,16 @@ void run_epilogue(const std::string& dtype, const py::kwargs& values) {
   EpilogueParams p{};
   {
     Members of(values);
-    of("n", p.n);
+    of("positions", p.positions);
+    of("pixels", p.pixels);
     of("o", p.o);
     of("groups", p.groups);
-    of("window", p.window);
     of("channels_last", p.channels_last);
     of("op", p.op);
-    of("eps", p.eps);
     of("filters", p.filters);
     of("bias", p.bias);
     of("u", p.u);
     of("y", p.y);
-    of("map", p.map);
-    of("map_is_norm", p.map_is_norm);
     of("norm", p.norm);
   }
   epilogue(dtype_of(dtype), p, nullptr);

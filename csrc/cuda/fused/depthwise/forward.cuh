@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(De
   const Constants<A> constants = constants_of<A>(p.op);
   SharedMemory shared;
   A* weights = shared.take<A>(channels * taps * width);  // [c / groups, r s, filters]
-  A* staged = shared.take<A>(3 * width);  // of FilterValues: registers are short in the loop
+  A* staged = shared.take<A>(3 * width);  // of Filters: registers are short in the loop
   for (int i = static_cast<int>(threadIdx.x); i < channels * taps * width; i += lanes.threads) {
     const int tap = i / width, o = chunk + i - tap * width, c = V > 1 ? 0 : tap / taps;
     weights[i] = o < p.o ? load(
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(De
   for (int i = static_cast<int>(threadIdx.x); i < width; i += lanes.threads) {
     if (chunk + i >= p.o)
       continue;
-    FilterValues<A, 1> one;
-    one.load(p.filters, chunk + i, 1);
+    Filters<Each<A, 1>> one;
+    load_filters<T>(p.filters, nullptr, chunk + i, one);
     staged[i] = one.inverse_a[0];
     staged[width + i] = one.rho[0];
     staged[2 * width + i] = one.inverse_rho[0];
@@ -78,10 +78,10 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_channels_last_kernel(De
           sum
       );
     }
-    FilterValues<A, V> filters;
-    load_values(staged + column * V, filters.inverse_a);
-    load_values(staged + width + column * V, filters.rho);
-    load_values(staged + 2 * width + column * V, filters.inverse_rho);
+    Filters<Each<A, V>> filters;
+    load_values(staged + column * V, filters.inverse_a.at);
+    load_values(staged + width + column * V, filters.rho.at);
+    load_values(staged + 2 * width + column * V, filters.inverse_rho.at);
     const int64_t position = (at.image * g.across.output + at.y) * g.along.output + along;
     const int count = at_most(kStrip, g.along.output - along);
 #pragma unroll 1
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, 3) depthwise_contiguous_kernel(Depth
           sum
       );
     }
-    FilterValues<A, 1> filters;
-    filters.load(p.filters, filter, 1);
+    Filters<Each<A, 1>> filters;
+    load_filters<T>(p.filters, nullptr, filter, filters);
     const int count = at_most(kStrip, g.along.output - along);
 #pragma unroll 1
     for (int q = 0; q < count; ++q) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3) depthwise_contiguous_kernel(Depth
   }
 }
 
-// Shared memory for the weights of `width` channels and for their FilterValues.
+// Shared memory for the weights of `width` channels and for their Filters.
 template <class A>
 std::size_t direct_shared(int64_t values_per_channel, int64_t width) {
   return SharedBytes().take<A>(values_per_channel * width).template take<A>(3 * width).total();

@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_dot_elementwise_kernel(GradD
     const int channel = (chunk + lane.column) * V;
     const bool active = lane.row < lanes.rows && channel < p.o;
     const int chunk_end = at_most((chunk + lanes.columns) * V, p.o);
-    FilterValues<A, V> filters{};
+    Filters<Each<A, V>> filters{};
     if (active)
-      filters.load(p.filters, channel, 1);
+      load_filters<T>(p.filters, nullptr, channel, filters);
     SumValues<A, V> sums{};
     int64_t row = int64_t(blockIdx.x) * lanes.rows + lane.row;
     Vector<T, V> dy{}, kept{};
@@ -39,21 +39,25 @@ __global__ void __launch_bounds__(kThreads, 2) grad_dot_elementwise_kernel(GradD
 #pragma unroll 1
     for (; active && row < p.positions; row += step) {
       const Vector<T, V> own_dy = dy, own_kept = kept;
-      PositionValues<A, V> position;
+      GradPositions<Each<A, V>> position;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const MagnitudeGrad<A> m = position_values(args, constants, b.at[j]);
-        position.inverse_b[j] = A(1) / b.at[j];
-        position.b_or_h[j] = m.h;
-        position.d[j] = m.d;
-        position.h_rho[j] = m.h_rho;
+        A own[4];
+        grad_position<AnyMagnitude, AnyAngular, Kept::output>(
+            p, args.per_position, constants, b.at[j], own
+        );
+        position.inverse_b.at[j] = own[0];
+        position.b_or_h.at[j] = own[1];
+        position.d.at[j] = own[2];
+        position.h_rho.at[j] = own[3];
       }
       fetch(row + step);
+      const Vector<T, V> vectors[2] = {own_dy, own_kept};
       A term[V];
       store_vector(
           static_cast<T*>(p.grad_u) + row * p.o + channel,
-          grad_vector<AnyAngular, kAllSums>(
-              args, constants, filters, channel, 1, own_dy, own_kept, position, term, sums
+          grads_of<AnyMagnitude, AnyAngular, Kept::output, kAllSums>(
+              args, constants, filters, channel, 1, position, vectors, term, sums
           )
       );
       if (p.t == nullptr)

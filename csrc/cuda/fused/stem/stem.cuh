@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kStemThreads, 4) stem_kernel(StemArgs args) {
   constexpr int kOwners = V > 1 ? kStemFilters / V : kStemFilters;
   const int own = thread % kOwners, way = thread / kOwners;
   const int steps = V > 1 ? kStemRows : kStemFilters;
-  FilterValues<A, V> filters{};
+  Filters<Each<A, V>> filters{};
   if (V > 1 && chunk + own * V < p.o)
-    filters.load(p.filters, chunk + own * V, 1);
+    load_filters<T>(p.filters, nullptr, chunk + own * V, filters);
 #pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t first = tile * kStemRows;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kStemThreads, 4) stem_kernel(StemArgs args) {
       if (position >= rows || chunk + filter >= p.o)
         continue;
       if (V == 1)
-        filters.load(p.filters, chunk + filter, 1);
+        load_filters<T>(p.filters, nullptr, chunk + filter, filters);
       A dot[V], b[V];
       load_values(dots + position * kStemPitch + filter, dot);
 #pragma unroll
