@@ -28,7 +28,7 @@ void define_passes(Library& library) {
       "conv2d_norms(Tensor x, Tensor weight, " + geometry +
       ", float eps, bool batch_mean, bool channels_last) -> (Tensor a, Tensor map, Tensor mean)"
   );
-  // input_size: rows and columns of x. norm_map: b, [0] when map already is b.
+  // input_size: rows and columns of x. map_is_norm: true on CUDA. norm_map: [0] then, for map is b.
   define("conv2d_epilogue(Tensor u, " + epilogue + ") -> (Tensor y, Tensor norm_map)");
   // y is written over u.
   define("conv2d_epilogue_(Tensor(a!) u, " + epilogue + ") -> Tensor norm_map");

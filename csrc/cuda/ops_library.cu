@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
   return {a, map, mean};
 }
 
-// y over u when `y` is u; returns the norm map, or nothing where `map` is it.
+// y over u when `y` is u; returns what the schema has for a norm map, [0]: `map` is it.
 Tensor run_epilogue(
     const Tensor& u,
     Tensor y,
@@ -106,7 +106,6 @@ Tensor run_epilogue(
     const Ints& kernel_size,
     const Geometry& geometry,
     const Operator& op,
-    double eps,
     bool map_is_norm,
     bool channels_last
 ) {
@@ -123,11 +122,12 @@ Tensor run_epilogue(
       geometry.shape(u.size(0), groups, input_size[0], input_size[1], u.size(1), kernel_size);
   check_sizes(u, {shape.n, shape.o, shape.rows.output, shape.columns.output}, "u");
   const int64_t outputs = shape.positions() * groups;
-  check_map(map, map_is_norm ? outputs : shape.n * shape.input_pixels() * groups, dtype, "map");
+  // conv2d_norms gives nothing else; a program that was exported when it did would take b for sums.
+  DCCONV_CHECK(map_is_norm, "map_is_norm must be true, for maps of conv2d_norms, got false");
+  check_map(map, outputs, dtype, "map");
   const MaybeTensor bias = dense_parameter(bias_in);
   check_bias(bias, shape.o, u.scalar_type());
   const MaybeTensor radius = dense_parameter(radius_in), k = dense_parameter(k_in);
-  Tensor norm = empty(u, {map_is_norm ? 0 : outputs}, compute);
   EpilogueParams p{};
   p.positions = shape.positions();
   p.pixels = to_int(shape.rows.output * shape.columns.output);
@@ -141,20 +141,8 @@ Tensor run_epilogue(
   p.y = y.mutable_data_ptr();
   p.u = u.const_data_ptr();
   p.norm = map.const_data_ptr();
-  if (!map_is_norm) {
-    WindowNormParams w{};
-    w.n = shape.n;
-    w.groups = p.groups;
-    w.window = window_of(shape);
-    w.channels_last = channels_last;
-    w.eps = eps;
-    w.sums = map.const_data_ptr();
-    w.b = norm.mutable_data_ptr();
-    window_norm(dtype, w, device.stream());
-    p.norm = w.b;
-  }
   epilogue(dtype, p, device.stream());
-  return norm;
+  return absent(u, compute);
 }
 
 std::tuple<Tensor, Tensor> conv2d_epilogue(
@@ -179,7 +167,7 @@ std::tuple<Tensor, Tensor> conv2d_epilogue(
     double beta,
     double power,
     double delta,
-    double eps,
+    double /* eps, of the map */,
     bool map_is_norm,
     bool channels_last
 ) {
@@ -198,7 +186,6 @@ std::tuple<Tensor, Tensor> conv2d_epilogue(
       kernel_size,
       {stride, padding, dilation, groups, padding_mode},
       operator_of(magnitude, angular, weighting, alpha, beta, power, delta),
-      eps,
       map_is_norm,
       channels_last
   );
@@ -227,7 +214,7 @@ Tensor conv2d_epilogue_(
     double beta,
     double power,
     double delta,
-    double eps,
+    double /* eps, of the map */,
     bool map_is_norm,
     bool channels_last
 ) {
@@ -244,7 +231,6 @@ Tensor conv2d_epilogue_(
       kernel_size,
       {stride, padding, dilation, groups, padding_mode},
       operator_of(magnitude, angular, weighting, alpha, beta, power, delta),
-      eps,
       map_is_norm,
       channels_last
   );

@@ -30,7 +30,7 @@ import dcconv
 from dcconv import backends, functional, native
 from dcconv.operator import reference
 from dcconv.operator.numerics import compute_dtype
-from dcconv.passes import backward, products, records
+from dcconv.passes import backward, ops, products, records
 
 NORMS = ("batch", "given", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -220,6 +220,20 @@ def test_known_functions_agree_with_the_reference(
             beta=0.75,
         )
         compare(f"{case.id} {layout}", inputs, keep=kept)
+
+
+def test_the_epilogue_refuses_sums(small_ops: str) -> None:
+    if small_ops != "emulated":
+        pytest.skip("the model takes sums")
+    inputs = make_inputs(by_id("3x3-p1"), torch.float32, angular="square_cosine")
+    seen: list[records.Epilogue] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "conv2d_epilogue_", lambda call, namespace: seen.append(call))
+        functional.decoupled_conv2d(**inputs.tensors, **inputs.options)
+    (call,) = seen
+    ops.conv2d_epilogue(call)
+    with pytest.raises(RuntimeError, match=r"dcconv: map_is_norm must be true, .* got false"):
+        ops.conv2d_epilogue(call._replace(map_is_norm=False))
 
 
 # More channels than a block has threads, groups across that border, more tiles than blocks.
