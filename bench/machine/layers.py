@@ -178,7 +178,7 @@ class Operands:
             "epilogue": Call(
                 "epilogue",
                 {
-                    **{"positions": positions, "pixels": pixels, "o": o, "op": functions},
+                    **{"positions": positions, "pixels": layer.output**2, "o": o, "op": functions},
                     **{"filters": filters, "bias": None, "u": u, "y": aligned(u.size, u.dtype)},
                     **{"norm": norm, **shared},
                 },

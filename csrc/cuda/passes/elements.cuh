@@ -118,9 +118,14 @@ __device__ __forceinline__ bool wants_a(const Operator& op) {
 }
 
 // Elements of a vector that are worked on at a time where functions are chosen at run time: fewer
-// temporaries in registers.
-template <int V>
-constexpr int kPart = V < 4 ? V : 4;
+// temporaries in registers, of which those of the sigmoid are many, and may be those of any.
+template <class G, int V>
+constexpr bool kManyTemporaries =
+    std::is_same<G, Sigmoid>::value || (std::is_same<G, AnyAngular>::value && V == 4);
+template <class G, int V>
+constexpr int kPart = V < 4                    ? V
+                      : kManyTemporaries<G, V> ? 2
+                                               : 4;
 
 // Values of filters first, first + step, ..., or `otherwise` where they are not wanted.
 template <class A, class E, int P>
@@ -195,7 +200,7 @@ __device__ __forceinline__ void chosen_output_elements(
     const A (&u)[V],
     A (&y)[V]
 ) {
-  constexpr int kP = kPart<V>;
+  constexpr int kP = kPart<G, V>;
 #pragma unroll
   for (int from = 0; from < V; from += kP) {
     const int64_t filter = first + from * step;

@@ -140,7 +140,7 @@ __device__ __forceinline__ void chosen_grad_elements(
     A (&term)[V],
     SumValues<A, N>& sums
 ) {
-  constexpr int kP = kPart<V>;
+  constexpr int kP = kPart<G, V>;
 #pragma unroll
   for (int from = 0; from < V; from += kP) {
     const int64_t filter = first + from * step;

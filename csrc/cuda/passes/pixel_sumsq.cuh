@@ -15,7 +15,7 @@ struct PixelSumsqArgs {
 };
 
 // Blocks of a multiprocessor: what the registers are bounded to, and what is launched.
-constexpr int kRowSumsBlocks = 4, kPlaneSumsBlocks = 3;
+constexpr int kRowSumsBlocks = 3, kPlaneSumsBlocks = 3;
 
 // Rows whose vectors a thread loads side by side; 1 where these are less than two blocks of a
 // multiprocessor.
