@@ -59,14 +59,23 @@ template <class T, class M, class G, Kept kKept, int kSums, int V>
 void launch_grad_dot_contiguous(const GradDotParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
   GradDotArgs args = grad_dot_args(p, V);
-  const int64_t tiles = args.plane_lanes.tiles;
-  SharedBytes bytes;
-  bytes.take<unsigned char>(VectorRing<T, V, 2, kGradSlots>::kBytes);
-  FilterTable<A>::take(bytes);
-  bytes.take<A>(2 * 4 * int64_t(kWarp) * V * tiles).template take<A>(2 * kThreads * V);
-  SharedBytes with_sums = bytes;
-  with_sums.take<A>(tiles * sum_kinds(p.sums) * (p.o / p.groups));
-  args.shared_sums = kSums != 0 && with_sums.total() <= kGradShared;
+  const auto shared = [&](bool with_sums) {
+    const int64_t tiles = args.plane_lanes.tiles;
+    SharedBytes bytes;
+    bytes.take<unsigned char>(VectorRing<T, V, 2, kGradSlots>::kBytes);
+    FilterTable<A>::take(bytes);
+    bytes.take<A>(2 * 4 * int64_t(kWarp) * V * tiles).template take<A>(2 * kThreads * V);
+    if (with_sums)
+      bytes.take<A>(tiles * sum_kinds(p.sums) * (p.o / p.groups));
+    return bytes.total();
+  };
+  // Fewer tiles side by side, though some warps have no channel then. Sums that grow in the block's
+  // row of parts take one tile: those of several would meet there.
+  while (args.plane_lanes.tiles > 1 && shared(kSums != 0) > kGradShared) {
+    args.plane_lanes.ways *= 2;
+    args.plane_lanes.tiles /= 2;
+  }
+  args.shared_sums = kSums != 0 && shared(true) <= kGradShared;
   launch(
       "grad_dot_contiguous",
       grad_dot_contiguous_kernel<T, M, G, kKept, kSums, V>,
@@ -76,7 +85,7 @@ void launch_grad_dot_contiguous(const GradDotParams& p, Stream stream) {
           std::min<int64_t>(p.groups, kMaxGridY)
       },
       kThreads,
-      args.shared_sums ? with_sums.total() : bytes.total(),
+      shared(args.shared_sums),
       stream,
       args
   );

@@ -23,8 +23,8 @@ struct GradDotArgs {
 template <class M>
 constexpr int kGradBlocks = std::is_same<M, AnyMagnitude>::value ? 1 : 2;
 
-// Shared memory that lets two blocks of a pass reside, on the smallest multiprocessor.
-constexpr std::size_t kGradShared = 80 << 10;
+// Shared memory of a block, at most: every GPU from sm_80 on gives a block 99 KiB.
+constexpr std::size_t kGradShared = 96 << 10;
 
 // Vectors of each tensor on their way: three of four slots.
 constexpr int kGradSlots = 4;

@@ -90,7 +90,7 @@ def test_a_changed_instruction_is_found(
     emulator: Emulator, library: Library, sums: dict[str, Any]
 ) -> None:
     (good,) = Comparison(emulator, library, ARCH).compare("pixel_sumsq", "float32", sums)
-    assert good.agrees and good.kernel == "pixel_sumsq_channels_last<float, 4>"
+    assert good.agrees and good.kernel == "pixel_sumsq_channels_last<float, 4, 1>"
     expected = (sums["x"].reshape(20, 64).astype(np.float64) ** 2).sum(1)
     assert sums["sums"] == pytest.approx(expected, rel=1e-5)
     changed = Changed(library, "FADD", "FMUL")
@@ -136,7 +136,8 @@ def test_a_pass_is_predicted(emulator: Emulator, library: Library) -> None:
         # A vector is loaded and nothing but a sum of 64 channels is stored.
         assert found.slots == pytest.approx(GPUS["H200"].slots(512))
         assert 20 < found.instructions < 200, dtype
-        assert 0.1 < found.bandwidth[1400] < found.bandwidth[700] < 1.01
-        assert found.launched == 8 and 1 <= found.resident <= 8
+        # Bound by DRAM at either latency, on a grid of what fits.
+        assert all(0.95 < found.bandwidth[latency] < 1.02 for latency in (700, 1400))
+        assert 1 <= found.launched <= found.resident
         assert found.needed == pytest.approx(GPUS["H200"].bytes_per_cycle * 700)
     assert made["float32"].row()["over_slots"] == made["float32"].over_slots

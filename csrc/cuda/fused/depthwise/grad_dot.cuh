@@ -14,6 +14,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_dot_elementwise_kernel(GradD
   const RowLanes& lanes = args.row_lanes;
   const RowLane lane(lanes);
   const Constants<A> constants = constants_of<A>(p.op);
+  const Constants<typename EvaluationType<T>::type> own_constants =
+      constants_of<typename EvaluationType<T>::type>(p.op);
   SharedMemory shared;
   A* columns = shared.take<A>(lanes.rows * lanes.columns * V);
   const int64_t step = int64_t(gridDim.x) * lanes.rows;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_dot_elementwise_kernel(GradD
       store_vector(
           static_cast<T*>(p.grad_u) + row * p.o + channel,
           grads_of<AnyMagnitude, AnyAngular, Kept::output, kAllSums>(
-              args, constants, filters, channel, 1, position, vectors, term, sums
+              args, own_constants, filters, channel, 1, position, vectors, term, sums
           )
       );
       if (p.t == nullptr)
