@@ -204,14 +204,15 @@ __launch_bounds__(kThreads, kEpilogueBlocks<M>) epilogue_contiguous_kernel(Epilo
   }
 }
 
-inline EpilogueArgs epilogue_args(const EpilogueParams& p, int width) {
+template <class A>
+EpilogueArgs epilogue_args(const EpilogueParams& p, int width) {
   const RowLanes lanes = p.channels_last ? row_lanes(p.o, p.groups, width) : RowLanes{};
   return {
       p,
       lanes,
       plane_lanes(p.o / p.groups),
       PixelOf(p.positions / p.pixels, static_cast<int>(p.pixels), 1),
-      p.channels_last ? tile_turns(lanes, kEpilogueTurns) : 0,
+      p.channels_last ? tile_turns<A>(lanes, kEpilogueTurns) : 0,
       h_per_position(Magnitudes{}, p.op, p.filters)
   };
 }
@@ -219,7 +220,7 @@ inline EpilogueArgs epilogue_args(const EpilogueParams& p, int width) {
 template <class T, class M, class G, int V>
 void launch_epilogue_channels_last(const EpilogueParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
-  const EpilogueArgs args = epilogue_args(p, V);
+  const EpilogueArgs args = epilogue_args<A>(p, V);
   const RowLanes& lanes = args.row_lanes;
   launch(
       "epilogue_channels_last",
@@ -240,7 +241,7 @@ void launch_epilogue_channels_last(const EpilogueParams& p, Stream stream) {
 template <class T, class M, class G, int V>
 void launch_epilogue_contiguous(const EpilogueParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
-  const EpilogueArgs args = epilogue_args(p, V);
+  const EpilogueArgs args = epilogue_args<A>(p, V);
   const int64_t tile_positions = int64_t(kWarp) * V * args.plane_lanes.tiles;
   SharedBytes bytes;
   bytes.take<unsigned char>(VectorRing<T, V, 1, kEpilogueSlots>::kBytes);

@@ -12,7 +12,8 @@ namespace dcconv::cuda {
 // Vectors of a thread in a tile, at most: its terms of t lie in shared memory.
 constexpr int kGradTurns = 8;
 
-inline GradDotArgs grad_dot_args(const GradDotParams& p, int width) {
+template <class A>
+GradDotArgs grad_dot_args(const GradDotParams& p, int width) {
   const int per_group = p.o / p.groups;
   const RowLanes lanes = p.channels_last ? row_lanes(p.o, p.groups, width) : RowLanes{};
   // Threads that have eight terms each to add.
@@ -23,7 +24,7 @@ inline GradDotArgs grad_dot_args(const GradDotParams& p, int width) {
       // 16 vectors of a warp in a tile, where there are so many: a tile's beginning is costly.
       plane_lanes(static_cast<int>(ceil_div(per_group, 16))),
       PixelOf(p.positions / p.pixels, static_cast<int>(p.pixels), 1),
-      p.channels_last ? tile_turns(lanes, kGradTurns) : 0,
+      p.channels_last ? tile_turns<A>(lanes, kGradTurns) : 0,
       power_of_two_at_least(own, kWarp),
       h_per_position(Magnitudes{}, p.op, p.filters),
       false
@@ -38,7 +39,7 @@ int64_t grad_dot_blocks(const GradDotParams& p, int threads) {
 template <class T, class M, class G, Kept kKept, int kSums, int V>
 void launch_grad_dot_channels_last(const GradDotParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
-  const GradDotArgs args = grad_dot_args(p, V);
+  const GradDotArgs args = grad_dot_args<A>(p, V);
   const RowLanes& lanes = args.row_lanes;
   launch(
       "grad_dot_channels_last",
@@ -58,7 +59,7 @@ void launch_grad_dot_channels_last(const GradDotParams& p, Stream stream) {
 template <class T, class M, class G, Kept kKept, int kSums, int V>
 void launch_grad_dot_contiguous(const GradDotParams& p, Stream stream) {
   using A = typename ComputeType<T>::type;
-  GradDotArgs args = grad_dot_args(p, V);
+  GradDotArgs args = grad_dot_args<A>(p, V);
   const auto shared = [&](bool with_sums) {
     const int64_t tiles = args.plane_lanes.tiles;
     SharedBytes bytes;

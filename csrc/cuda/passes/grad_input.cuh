@@ -1,6 +1,5 @@
-// dx = fold(library gradient of the padded input) + x * t, with t the
-// transposed window sum of what the output positions say about the norms of
-// their windows, taken once per pixel and group.
+// dx = fold(library gradient of the padded input) + x * t, with t the transposed window sum of what
+// the output positions say about the norms of their windows, taken once per pixel and group.
 #pragma once
 
 #include "cuda/passes/epilogue.cuh"
@@ -17,20 +16,21 @@ struct GradInputArgs {
   int turns;  // channels last: of a tile
 };
 
-// Blocks of a multiprocessor: what the registers are bounded to, and what is
-// launched. Folding takes more of them.
+// Blocks of a multiprocessor: what the registers are bounded to, and what is launched. Folding
+// takes more of them.
 template <bool kPlain>
 constexpr int kGradInputBlocks = kPlain ? 3 : 2;
+
+// Vectors of a thread in a tile, at most.
+constexpr int kGradInputTurns = 16;
 
 // Vectors of each tensor on their way: three of four slots.
 constexpr int kGradInputSlots = 4;
 
-// Vectors of less than 16 bytes, which nothing copies ahead, are loaded so many
-// at a time.
+// Vectors of less than 16 bytes, which nothing copies ahead, are loaded so many at a time.
 constexpr int kGradInputAtOnce = 4;
 
-// f(vectors, i) for 0 <= i < count, vectors from `from` on, `step` elements
-// apart.
+// f(vectors, i, place) for 0 <= i < count: vectors at `offset` of the bases, `step` elements apart.
 template <class T, int V, int N, class F>
 __device__ __forceinline__ void
 each_vector(const T* const (&bases)[N], int64_t offset, int64_t step, int count, F&& f) {
@@ -53,12 +53,10 @@ each_vector(const T* const (&bases)[N], int64_t offset, int64_t step, int count,
   }
 }
 
-// Channels of a tile that a warp has at least, where there are so many: a
-// barrier is rare then.
+// Channels of a tile that a warp has at least, where there are so many: a barrier is rare then.
 constexpr int kGradInputChannels = 4;
 
-// Tensors that are copied ahead: x and, where its elements are those of x, the
-// library's gradient.
+// Tensors that are copied ahead: x and, where its elements are those of x, the library's gradient.
 template <bool kPlain>
 constexpr int kGradInputStreams = kPlain ? 2 : 1;
 
@@ -89,9 +87,8 @@ __host__ __device__ __forceinline__ int64_t padded_size(const Window& w) {
          (w.columns.input + w.columns.before + w.columns.after);
 }
 
-// Sum of the library's gradient over the padded pixels that show a pixel: V
-// elements, `stride` elements apart in memory between pixels; zeros where there
-// is no such gradient.
+// Sum of the library's gradient over the padded pixels that show a pixel: V elements, `stride`
+// elements apart in memory between pixels; zeros where there is no such gradient.
 template <class T, class A, int V>
 __device__ __forceinline__ void
 folded(const GradInputParams& p, const Pixel& at, const T* image, int64_t stride, A (&sum)[V]) {
@@ -286,7 +283,7 @@ void launch_grad_input(const GradInputParams& p, Stream stream) {
       lanes,
       plane_lanes(ceil_div(p.c / p.groups, kGradInputChannels)),
       PixelOf(p.n, p.window.rows.input, p.window.columns.input),
-      p.channels_last ? tile_turns(lanes, 16) : 0
+      p.channels_last ? tile_turns<A>(lanes, kGradInputTurns) : 0
   };
   const int64_t positions = p.n * int64_t(p.window.rows.input) * p.window.columns.input;
   if (positions == 0)

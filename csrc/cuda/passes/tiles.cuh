@@ -18,12 +18,13 @@ struct Share {
       : begin(units * blockIdx.x / gridDim.x), end(units * (blockIdx.x + 1) / gridDim.x) {}
 };
 
-// Vectors of a thread in a tile: at most `most`, and so many that shared memory holds what is known
-// of a tile's positions and groups; at least one.
-constexpr int kTileValues = 512;
+// Vectors of a thread in a tile: at most `most`, and so many that a number of each of a tile's
+// positions and groups takes kTileBytes of shared memory; at least one.
+constexpr int kTileBytes = 2048;
 
-inline int tile_turns(const RowLanes& lanes, int most) {
-  const int fitting = kTileValues / (lanes.rows * lanes.chunk_groups);
+template <class A>
+int tile_turns(const RowLanes& lanes, int most) {
+  const int fitting = kTileBytes / static_cast<int>(sizeof(A)) / (lanes.rows * lanes.chunk_groups);
   return fitting < 1 ? 1 : fitting < most ? fitting : most;
 }
 

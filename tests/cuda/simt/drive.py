@@ -10,6 +10,7 @@ every padding mode, filters in more than one chunk, more tiles than blocks.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -344,6 +345,17 @@ def load(path: Path) -> Any:
     return module
 
 
+# Shared memory of a block that every GPU from sm_80 on gives.
+MOST_SHARED = 99 << 10
+
+OBSERVER = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    *(ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t),
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("extension", type=Path)
@@ -360,11 +372,21 @@ def main() -> None:
     if options.blocks is not None:
         m.set_concurrent_blocks(options.blocks)
     found = {}
+    too_much: list[str] = []
+
+    def observe(name: bytes, x: int, y: int, threads: int, shared: int, *_: int) -> int:
+        if shared > MOST_SHARED:
+            too_much.append(f"{name.decode()} takes {shared} bytes of shared memory")
+        return 1
+
+    observer = OBSERVER(observe)
+    m.set_observer(ctypes.cast(observer, ctypes.c_void_p).value)
     for dtype, geometry, operator, channels_last in problems(options):
         case = f"{dtype} {geometry} {operator} {'last' if channels_last else 'first'}"
         print(case, flush=True)
         results = run(m, dtype, channels_last, GEOMETRIES[geometry], OPERATORS[operator])
         found |= {f"{case}: {name}": array for name, array in results.items()}
+        assert not too_much, f"{case}: {too_much[0]}, some GPUs have {MOST_SHARED}"
     np.savez(options.results, **found)
 
 

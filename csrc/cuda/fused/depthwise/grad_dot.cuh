@@ -106,7 +106,7 @@ bool grad_dot_elementwise_typed(const GradDotParams& p, Stream stream) {
     if (empty || !p.channels_last ||
         !takes_channel_vectors(p.o, p.o, p.groups, {p.grad_y, p.kept, p.norm, p.grad_u, p.t}))
       return false;
-    const GradDotArgs args = grad_dot_args(p, kV);
+    const GradDotArgs args = grad_dot_args<A>(p, kV);
     launch(
         "grad_dot_elementwise",
         grad_dot_elementwise_kernel<T, kV>,
