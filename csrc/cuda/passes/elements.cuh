@@ -29,6 +29,25 @@ struct PerPosition {};
 // Any magnitude and weighting, of position and filter.
 struct AnyMagnitude {};
 
+// Runs f(magnitude, angular) if the operator's functions are among those that kernels know when
+// they are compiled, the ones that networks are made of; says whether it did. One list for all
+// kernels.
+template <class F>
+bool with_known_functions(const Operator& op, bool per_position, F&& f) {
+  const auto by_angular = [&](auto magnitude) {
+    if (op.angular == index_in<Cosine>(Angulars{}))
+      return f(magnitude, Cosine{}), true;
+    if (op.angular == index_in<SquareCosine>(Angulars{}))
+      return f(magnitude, SquareCosine{}), true;
+    return false;
+  };
+  if (op.times_a)
+    return false;
+  if (per_position)
+    return by_angular(PerPosition{});
+  return op.magnitude == index_in<Tanh>(Magnitudes{}) && by_angular(Tanh{});
+}
+
 // Numbers of filters; `bias` is zero where there is none.
 template <class N>
 struct Filters {

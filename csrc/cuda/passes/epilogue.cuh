@@ -274,24 +274,6 @@ bool takes_wide_vectors(
   return wide;
 }
 
-// Runs f(magnitude, angular), types known to the compiler, where speed matters: functions that
-// networks are made of, in 16-byte vectors. Says whether it did.
-template <class F>
-bool with_known_functions(const Operator& op, bool per_position, F&& f) {
-  const auto by_angular = [&](auto magnitude) {
-    if (op.angular == index_in<Cosine>(Angulars{}))
-      return f(magnitude, Cosine{}), true;
-    if (op.angular == index_in<SquareCosine>(Angulars{}))
-      return f(magnitude, SquareCosine{}), true;
-    return false;
-  };
-  if (op.times_a)
-    return false;
-  if (per_position)
-    return by_angular(PerPosition{});
-  return op.magnitude == index_in<Tanh>(Magnitudes{}) && by_angular(Tanh{});
-}
-
 // Channels last, other functions: an instantiation per angular function.
 template <class T, class... G>
 void epilogue_by_angular(TypeList<G...>, const EpilogueParams& p, Stream stream) {

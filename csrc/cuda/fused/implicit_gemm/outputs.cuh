@@ -22,13 +22,15 @@ struct GemmForwardArgs {
 };
 
 inline LastStep last_step_of(const Operator& op, bool per_position) {
-  const bool square = op.angular == index_in<SquareCosine>(Angulars{});
-  const bool known = !op.times_a && (square || op.angular == index_in<Cosine>(Angulars{}));
-  if (known && per_position)
-    return square ? LastStep::position_square : LastStep::position_cosine;
-  if (known && op.magnitude == index_in<Tanh>(Magnitudes{}))
-    return square ? LastStep::tanh_square : LastStep::tanh_cosine;
-  return LastStep::chosen;
+  LastStep step = LastStep::chosen;
+  with_known_functions(op, per_position, [&](auto magnitude, auto angular) {
+    constexpr bool kSquare = std::is_same<decltype(angular), SquareCosine>::value;
+    if constexpr (std::is_same<decltype(magnitude), PerPosition>::value)
+      step = kSquare ? LastStep::position_square : LastStep::position_cosine;
+    else
+      step = kSquare ? LastStep::tanh_square : LastStep::tanh_cosine;
+  });
+  return step;
 }
 
 // alpha goes into 1 / a where y is linear in both h and c: a product less for each element.
