@@ -157,13 +157,7 @@ inline ConvShape conv_shape(
   DCCONV_CHECK(stride.size() == 2, "stride must be 2 numbers, got ", list_of(stride));
   DCCONV_CHECK(padding.size() == 4, "padding must be 4 numbers, got ", list_of(padding));
   DCCONV_CHECK(dilation.size() == 2, "dilation must be 2 numbers, got ", list_of(dilation));
-  DCCONV_CHECK(
-      groups > 0 && c > 0 && c % groups == 0,
-      "groups must divide the ",
-      c,
-      " channels of x, got ",
-      groups
-  );
+  check_groups(groups, c);
   DCCONV_CHECK(
       o > 0 && o % groups == 0, "groups must divide the ", o, " filters of weight, got ", groups
   );

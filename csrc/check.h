@@ -59,3 +59,18 @@ inline bool is_countable(std::initializer_list<int64_t> sizes) {
     if (!(holds))                                                                                  \
       ::dcconv::fail(__VA_ARGS__);                                                                 \
   } while (false)
+
+namespace dcconv {
+
+// A number of groups that divides the channels of x, of which there are some.
+inline void check_groups(int64_t groups, int64_t channels) {
+  DCCONV_CHECK(
+      groups > 0 && channels > 0 && channels % groups == 0,
+      "groups must divide the ",
+      channels,
+      " channels of x, got ",
+      groups
+  );
+}
+
+}  // namespace dcconv

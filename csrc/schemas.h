@@ -65,6 +65,12 @@ void define_passes(Library& library) {
       "filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, float alpha, bool divide) "
       "-> Tensor grad_weight"
   );
+  // y = max(0, x scale[c] + shift[c]), in storage dtype; scale, shift: [c]. sums: of the squares of
+  // y per pixel and group, a map. On the CPU as well.
+  define(
+      "affine_relu(Tensor x, Tensor scale, Tensor shift, SymInt groups, bool channels_last) "
+      "-> (Tensor y, Tensor sums)"
+  );
   define("window_norm(Tensor x, SymInt[] kernel_size, " + geometry + ", float eps) -> Tensor b");
   define(
       "window_norm_grad(Tensor grad_b, Tensor x, Tensor b, SymInt[] kernel_size, " + geometry +

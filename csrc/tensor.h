@@ -215,13 +215,7 @@ inline void check_weight(const Tensor& x, const Tensor& weight, int64_t groups) 
   check_dimensions(weight, 4, "weight");
   check_dtype(weight, x.scalar_type(), "weight");
   const int64_t channels = x.size(1);
-  DCCONV_CHECK(
-      groups > 0 && channels > 0 && channels % groups == 0,
-      "groups must divide the ",
-      channels,
-      " channels of x, got ",
-      groups
-  );
+  check_groups(groups, channels);
   DCCONV_CHECK(
       weight.size(1) == channels / groups,
       "weight.size(1) must be in_channels / groups = ",
@@ -256,6 +250,21 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
     expected *= t.size(axis);
   }
   return true;
+}
+
+inline void check_dense(const Tensor& t, const Tensor& like, bool channels_last, const char* name) {
+  check_dimensions(t, 4, name);
+  check_dtype(t, like.scalar_type(), name);
+  DCCONV_CHECK(
+      is_dense(t, channels_last),
+      name,
+      " must be dense in the layout of the call, ",
+      channels_last ? "channels_last" : "contiguous",
+      ", got shape ",
+      list_of(t.sizes()),
+      " with strides ",
+      list_of(t.strides())
+  );
 }
 
 // Dense in the layout: t itself where it is, without PyTorch's dispatcher, which takes a

@@ -237,6 +237,20 @@ def filter_scale_grad(call: records.FilterScaleGrad) -> Tensor:
     return _own_layout(call.weight)
 
 
+@op("y", "sums")
+def affine_relu(call: records.AffineRelu) -> Two:
+    x, compute = call.x, compute_dtype(call.x.dtype)
+    guards.dimensions("x", x, 4)
+    n, channels, h, w = x.shape
+    guards.groups(call.groups, channels, channels)
+    guards.countable("x", x.shape)
+    for name, t in (("scale", call.scale), ("shift", call.shift)):
+        guards.values(name, t, channels)
+        guards.dtype(name, t, compute)
+    y = empty_like(x, call.channels_last)
+    return y, x.new_empty(n * call.groups * h * w, dtype=compute)
+
+
 @op(
     *("y", "norm_map", "dot"),
     flops=lambda call, y: conv_flop_count(call.x, call.weight, y[0]),

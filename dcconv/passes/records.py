@@ -239,6 +239,16 @@ class FilterNorm(NamedTuple):
     eps: float
 
 
+class AffineRelu(NamedTuple):
+    """The affine map of channels with a ReLU behind it, and the sums of squares of its result."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    groups: int
+    channels_last: bool
+
+
 class OnePass(NamedTuple):
     """The operator in one pass."""
 

@@ -1,6 +1,7 @@
 // Assembles the kernel tables of one instruction set; included once by each isa_*.cpp through the
 // file that defines DCCONV_ISA and, where needed, switches the target on.
 
+#include "cpu/kernels/affine_relu.h"
 #include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/filter.h"
 #include "cpu/kernels/gemm.h"
@@ -85,6 +86,7 @@ constexpr Kernels make_table() {
       DCCONV_STRING(DCCONV_ISA),
       sizeof(A),
       pixel_sumsq<T, A>,
+      affine_relu<T, A>,
       window_norm<A>,
       window_transposed<A>,
       epilogue<T, U, A>,

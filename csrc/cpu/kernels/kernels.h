@@ -121,6 +121,19 @@ struct PixelSumsqParams {
   }
 };
 
+// y = max(0, x scale[c] + shift[c]), and the sums of squares of y as stored.
+struct AffineReluParams {
+  int64_t n, pixels, c, groups;
+  bool channels_last;
+  const void* x;      // storage dtype
+  const void* scale;  // [c], compute dtype
+  const void* shift;  // [c], compute dtype
+  void* y;            // storage dtype
+  void* sums;         // as in PixelSumsqParams
+
+  PixelSumsqParams squares() const { return {n, pixels, c, groups, channels_last, y, sums}; }
+};
+
 // dx = fold(library gradient of the padded input) + x * t.
 struct GradInputParams {
   int64_t n, c, groups;
@@ -208,6 +221,8 @@ struct Kernels {
   const char* isa;
   std::size_t compute_size;  // bytes of a compute value
   void (*pixel_sumsq)(const PixelSumsqParams&, int64_t begin, int64_t end);
+  // The same tasks: those of `squares`.
+  void (*affine_relu)(const AffineReluParams&, int64_t begin, int64_t end);
   // sums -> b = sqrt(window sum + eps); row_sums [planes * output rows] in double, or null.
   void (*window_norm)(
       const WindowParams&, const void* sums, void* b, double* row_sums, int64_t begin, int64_t end

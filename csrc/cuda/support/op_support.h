@@ -66,21 +66,6 @@ inline Tensor absent(const Tensor& like, ScalarType dtype) {
   return empty(like, {0}, dtype);
 }
 
-inline void check_dense(const Tensor& t, const Tensor& like, bool channels_last, const char* name) {
-  check_dimensions(t, 4, name);
-  check_dtype(t, like.scalar_type(), name);
-  DCCONV_CHECK(
-      is_dense(t, channels_last),
-      name,
-      " must be dense in the layout of the call, ",
-      channels_last ? "channels_last" : "contiguous",
-      ", got shape ",
-      list_of(t.sizes()),
-      " with strides ",
-      list_of(t.strides())
-  );
-}
-
 // A tensor that is read in the order of its memory, whichever layout that is.
 inline void check_dense_either(const Tensor& t, const char* name) {
   check_dense(t, t, t.dim() == 4 && is_dense(t, true), name);
