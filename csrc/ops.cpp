@@ -33,13 +33,14 @@ std::vector<std::string> angulars() {
 
 STABLE_TORCH_LIBRARY(dcconv, m) {
   // What the arguments mean: dcconv/operator/records.py. norm_map is 1-d, in the kernels' own
-  // order.
+  // order. sums: of the squares of x per pixel and group, laid out as norm_map and in compute
+  // dtype, from whoever wrote x; absent where the op finds them itself.
   m.def(
       "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? radius, Tensor? norm_mean, "
       "Tensor? k, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
       "str padding_mode, str magnitude, str angular, str weighting, float alpha, float beta, "
-      "float power, float eps, float delta, str norm, bool keep_dot, bool keep_map=True) "
-      "-> (Tensor y, Tensor norm_map, Tensor mean, Tensor dot)"
+      "float power, float eps, float delta, str norm, bool keep_dot, bool keep_map=True, "
+      "Tensor? sums=None) -> (Tensor y, Tensor norm_map, Tensor mean, Tensor dot)"
   );
   m.def(
       "conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor kept, Tensor norm_map, "

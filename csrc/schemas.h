@@ -23,10 +23,12 @@ void define_passes(Library& library) {
       "Tensor x, Tensor t, Tensor norm_map, Tensor? sigma, SymInt[] kernel_size, " + geometry;
   const auto define = [&](const std::string& schema) { library.def(schema.c_str()); };
 
-  // map: b. mean: the mean of b with batch_mean, else [0].
+  // map: b. mean: the mean of b with batch_mean, else [0]. sums: a map, the sums of the squares of
+  // x per pixel and group; absent where the op finds them itself.
   define(
       "conv2d_norms(Tensor x, Tensor weight, " + geometry +
-      ", float eps, bool batch_mean, bool channels_last) -> (Tensor a, Tensor map, Tensor mean)"
+      ", float eps, bool batch_mean, bool channels_last, Tensor? sums=None) "
+      "-> (Tensor a, Tensor map, Tensor mean)"
   );
   // input_size: rows and columns of x. map_is_norm: true on CUDA. norm_map: [0] then, for map is b.
   define("conv2d_epilogue(Tensor u, " + epilogue + ") -> (Tensor y, Tensor norm_map)");

@@ -4,6 +4,7 @@ import sys
 
 from dcconv import backends, functional
 from dcconv.backends import use_backend
+from dcconv.batch_norm import BatchNormAct2d
 from dcconv.calibration import calibrate
 from dcconv.convert import convert
 from dcconv.functional import decoupled_conv2d, patch_norm
@@ -23,6 +24,7 @@ for _module in (functions, reference):
     sys.modules[f"dcconv.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
+    "BatchNormAct2d",
     "DecoupledConv2d",
     "Operator",
     "backends",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dcconv import backends, folding, settings, tracing
+from dcconv import backends, folding, pixel_sums, settings, tracing
 from dcconv.averages import KeptAverage, needs_digits
 from dcconv.call import run
 from dcconv.casts import Cast
@@ -125,7 +125,7 @@ def _is_plain_on_cpu(mean: Tensor, average: Tensor, steps: Tensor) -> bool:
     )
 
 
-class DecoupledConv2d(nn.Module):
+class DecoupledConv2d(tracing.Leaf):
     """Decoupled convolution with the arguments of ``nn.Conv2d``.
 
     y = h(||w||, ||x||) g(angle between w and x) for every filter w and patch x; the formula and
@@ -393,19 +393,6 @@ class DecoupledConv2d(nn.Module):
         # Not abs, which has no slope at 0: a layer that starts at the smallest k would stay there.
         return torch.where(raw < 0.0, -raw, raw) + offset
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Call forward and hooks; ``torch.fx`` records the call of a leaf, hooks and all."""
-        if not arguments or type(arguments[0]) is not Tensor:
-            proxy = tracing.proxy_in(arguments, options)
-            if proxy is not None:
-                return tracing.leaf(self, proxy, arguments, options)
-        return super().__call__(*arguments, **options)
-
-    @property
-    def itself(self) -> DecoupledConv2d:
-        """The layer, for graphs of ``torch.fx`` whose root it is."""
-        return self
-
     def _own(self, name: str) -> Any:
         """Return a parameter or buffer; PyTorch's look-up takes three times as long."""
         if name in self._parameters:
@@ -441,7 +428,7 @@ class DecoupledConv2d(nn.Module):
         k = self.initial_k if self._own("k_raw") is None else self.k
         tensors = (x, weight, self._own("bias"), radius, norm_mean, k)
         options = (self.operator, self.geometry, self.keep, self.backend, self.norm_mean_grad)
-        y, mean = run.conv2d(run.Arguments(*tensors, *options))
+        y, mean = run.conv2d(run.Arguments(*tensors, *options, pixel_sums.of(x)))
         if training and self.uses_norm_mean and settings.norm_updates.own() is not False:
             if isinstance(norm_mean, Tensor):
                 # Also with an empty batch here: the ranks' averages stay equal.

@@ -47,6 +47,23 @@ def leaf(layer: nn.Module, x: fx.Proxy, arguments: tuple[Any, ...], options: dic
     return tracer.call_module(layer, record, arguments, options)
 
 
+class Leaf(nn.Module):
+    """A layer that tracers of ``torch.fx`` record as one call, hooks and all."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call forward and hooks, or have the call recorded."""
+        if not arguments or type(arguments[0]) is not torch.Tensor:
+            proxy = proxy_in(arguments, options)
+            if proxy is not None:
+                return leaf(self, proxy, arguments, options)
+        return super().__call__(*arguments, **options)
+
+    @property
+    def itself(self) -> nn.Module:
+        """The layer, for graphs of ``torch.fx`` whose root it is."""
+        return self
+
+
 def recording() -> bool:
     """Return whether ``torch.jit.trace`` records what runs."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()

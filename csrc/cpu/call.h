@@ -34,6 +34,7 @@ struct Call {
 
   int64_t output_elements() const { return shape.positions() * shape.o; }
   int64_t map_elements() const { return shape.positions() * shape.groups; }
+  int64_t sums_elements() const { return shape.n * shape.input_pixels() * shape.groups; }
 };
 
 inline Call make_call(

@@ -45,7 +45,8 @@ ForwardResults conv2d_forward(
     double delta,
     std::string norm,
     bool keep_dot,
-    bool keep_map
+    bool keep_map,
+    std::optional<Tensor> sums
 ) {
   const Call call = make_call(
       x,
@@ -66,8 +67,13 @@ ForwardResults conv2d_forward(
   );
   check_bias(bias, call.shape.o, call.storage);
   check_norm(norm);
+  if (sums.has_value()) {
+    check_sizes(*sums, {call.sums_elements()}, "sums");
+    check_dtype(*sums, call.compute, "sums");
+    sums = contiguous(*sums, false);
+  }
   const ForwardInputs in{
-      x, weight, bias, radius, norm_mean, k, eps, norm == "batch", keep_dot, keep_map
+      x, weight, bias, radius, norm_mean, k, sums, eps, norm == "batch", keep_dot, keep_map
   };
   const Strategy strategy = strategy_for(call, false);
   taken_strategy() = strategy;

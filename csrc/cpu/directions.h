@@ -13,8 +13,20 @@ namespace dcconv::cpu {
 struct ForwardInputs {
   Tensor x, weight;
   std::optional<Tensor> bias, radius, norm_mean, k;
+  // Sums of squares per pixel and group of x, as PatchNorm takes them. Depthwise kernels find them
+  // on their way and leave these alone.
+  std::optional<Tensor> sums;
   double eps;
   bool batch_mean, keep_dot, keep_map;
+
+  // Those from image `first` on; null where there are none.
+  const void* sums_from(const ConvShape& shape, int64_t first) const {
+    if (!sums.has_value())
+      return nullptr;
+    const int64_t offset = first * shape.input_pixels() * shape.groups;
+    return static_cast<const char*>(sums->const_data_ptr()) +
+           offset * static_cast<int64_t>(sums->element_size());
+  }
 };
 
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;

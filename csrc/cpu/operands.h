@@ -184,14 +184,25 @@ double scalar_of(const Tensor& t, ScalarType compute) {
 // The norms of the whole batch and their mean, which is also returned.
 template <class A>
 double batch_norms(
-    const Call& call, const PatchNorm& patch_norm, const Tensor& x, Tensor& norm_map, Tensor& mean
+    const Call& call,
+    const PatchNorm& patch_norm,
+    const Tensor& x,
+    const void* sums,
+    Tensor& norm_map,
+    Tensor& mean
 ) {
   const ConvShape& shape = call.shape;
   std::vector<double> row_sums(
       static_cast<std::size_t>(patch_norm.planes(shape, shape.n) * shape.rows.output)
   );
   patch_norm.norms(
-      call.table, shape, shape.n, x.const_data_ptr(), norm_map.mutable_data_ptr(), row_sums.data()
+      call.table,
+      shape,
+      shape.n,
+      x.const_data_ptr(),
+      sums,
+      norm_map.mutable_data_ptr(),
+      row_sums.data()
   );
   double sum = 0;
   for (double v : row_sums)

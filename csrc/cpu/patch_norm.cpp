@@ -29,22 +29,26 @@ void PatchNorm::norms(
     const ConvShape& shape,
     int64_t count,
     const void* x,
+    const void* sums,
     void* b,
     double* row_sums
 ) const {
   const WindowParams window = params(shape, count);
-  const std::size_t size = kernels.compute_size;
-  std::vector<char> sums(
-      static_cast<std::size_t>(count * shape.groups * shape.input_pixels()) * size
-  );
-  const PixelSumsqParams sumsq{
-      count, shape.input_pixels(), shape.c, shape.groups, shape.channels_last, x, sums.data()
-  };
-  run_tasks(sumsq.tasks(), [&](int64_t begin, int64_t end) {
-    kernels.pixel_sumsq(sumsq, begin, end);
-  });
+  std::vector<char> found;
+  if (sums == nullptr) {
+    found.resize(
+        static_cast<std::size_t>(count * shape.groups * shape.input_pixels()) * kernels.compute_size
+    );
+    const PixelSumsqParams sumsq{
+        count, shape.input_pixels(), shape.c, shape.groups, shape.channels_last, x, found.data()
+    };
+    run_tasks(sumsq.tasks(), [&](int64_t begin, int64_t end) {
+      kernels.pixel_sumsq(sumsq, begin, end);
+    });
+    sums = found.data();
+  }
   run_tasks(window.planes * shape.rows.output, [&](int64_t begin, int64_t end) {
-    kernels.window_norm(window, sums.data(), b, row_sums, begin, end);
+    kernels.window_norm(window, sums, b, row_sums, begin, end);
   });
 }
 
@@ -96,7 +100,9 @@ Tensor patch_norm_forward(
       {shape.n, groups, shape.rows.output, shape.columns.output}, compute_type(dtype), channels_last
   );
   PatchNorm(shape, eps)
-      .norms(kernels(dtype), shape, shape.n, x.const_data_ptr(), b.mutable_data_ptr(), nullptr);
+      .norms(
+          kernels(dtype), shape, shape.n, x.const_data_ptr(), nullptr, b.mutable_data_ptr(), nullptr
+      );
   return b;
 }
 

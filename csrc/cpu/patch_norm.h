@@ -15,12 +15,14 @@ public:
   PatchNorm(const ConvShape& shape, double eps);
 
   // b = sqrt(window sums of x^2 + eps) of `count` images; adds one sum per output row of every
-  // plane to row_sums unless it is null. The output has n * groups * p * q elements.
+  // plane to row_sums unless it is null. The output has n * groups * p * q elements. sums: of the
+  // squares per pixel and group, null where they are to be found from x.
   void norms(
       const Kernels& kernels,
       const ConvShape& shape,
       int64_t count,
       const void* x,
+      const void* sums,
       void* b,
       double* row_sums
   ) const;

@@ -32,10 +32,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
     std::string padding_mode,
     double eps,
     bool batch_mean,
-    bool channels_last
+    bool channels_last,
+    MaybeTensor given
 ) {
   const OnDevice device(x);
-  check_devices(x, {weight});
+  check_devices(x, {weight, given});
   const Dtype dtype = dtype_of(x);
   const ScalarType compute = compute_type(dtype);
   check_dense(x, x, channels_last, "x");
@@ -46,17 +47,24 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
       x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), {weight.size(2), weight.size(3)}
   );
   const int64_t outputs = shape.positions() * groups;
+  const int64_t pixels = shape.n * shape.input_pixels() * groups;
 
-  Tensor sums = empty(x, {shape.n * shape.input_pixels() * groups}, compute);
-  PixelSumsqParams s{};
-  s.n = shape.n;
-  s.pixels = to_int(shape.input_pixels());
-  s.c = to_int(shape.c);
-  s.groups = to_int(groups);
-  s.channels_last = channels_last;
-  s.x = x.const_data_ptr();
-  s.sums = sums.mutable_data_ptr();
-  pixel_sumsq(dtype, s, device.stream());
+  Tensor sums;
+  if (given.has_value()) {
+    check_map(*given, pixels, dtype, "sums");
+    sums = *given;
+  } else {
+    sums = empty(x, {pixels}, compute);
+    PixelSumsqParams s{};
+    s.n = shape.n;
+    s.pixels = to_int(shape.input_pixels());
+    s.c = to_int(shape.c);
+    s.groups = to_int(groups);
+    s.channels_last = channels_last;
+    s.x = x.const_data_ptr();
+    s.sums = sums.mutable_data_ptr();
+    pixel_sumsq(dtype, s, device.stream());
+  }
 
   // The norms of windows have a pass of their own, though it is one launch more than to take the
   // sums where a norm is needed: maps are 1 / channels of a tensor's size, and a sum costs its
@@ -64,11 +72,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
   Tensor map = empty(x, {outputs}, compute), mean = absent(x, compute), block_sums;
   WindowNormParams w{};
   w.n = shape.n;
-  w.groups = s.groups;
+  w.groups = to_int(groups);
   w.window = window_of(shape);
   w.channels_last = channels_last;
   w.eps = eps;
-  w.sums = s.sums;
+  w.sums = sums.const_data_ptr();
   w.b = map.mutable_data_ptr();
   FilterNormParams f{};
   if (batch_mean) {

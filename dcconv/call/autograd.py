@@ -18,7 +18,7 @@ from dcconv.passes import backward
 from dcconv.passes.backward import InputGradient, WeightGradient
 from dcconv.passes.records import COMPILED
 
-Forward: TypeAlias = Callable[[Operands, Problem, str], tuple[Tensor, ...]]
+Forward: TypeAlias = Callable[[Operands, Problem, str, Tensor | None], tuple[Tensor, ...]]
 # As ``one_op_backward``.
 Backward: TypeAlias = Callable[..., Sequence[Tensor | None]]
 
@@ -51,11 +51,13 @@ class PatchNorm(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, tuple[int, int], Problem], Tensor]
 
 
-def one_op_forward(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
+def one_op_forward(
+    operands: Operands, problem: Problem, kept: str, sums: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Return y, norm map, mean norm and dot product from the compiled op."""
     arguments = native.conv2d_arguments(operands, problem)
     op = torch.ops.dcconv.conv2d_forward.default
-    results: tuple[Tensor, ...] = op(*arguments, kept == DOT, kept != NOTHING)
+    results: tuple[Tensor, ...] = op(*arguments, kept == DOT, kept != NOTHING, sums)
     return results
 
 
@@ -81,8 +83,9 @@ def one_op_backward(
 class DecoupledConv2dFunction(torch.autograd.Function):
     """y and the batch's mean norm from the compiled ops, with hand-written backward.
 
-    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, and ``Chosen``
-    or None for the compiled ops. Results: those of ``Chosen.forward``; all but y are not
+    Inputs are the six tensors of ``Operands``, the ``Problem``, what backward keeps, ``Chosen`` or
+    None for the compiled ops, and the sums of the squares of x per pixel where they are known: the
+    gradient through them is part of x's. Results: those of ``Chosen.forward``; all but y are not
     differentiable and only there so that backward can save them.
 
     forward takes the context itself: a separate setup_context makes every call inspect the
@@ -101,6 +104,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
         problem: Problem,
         kept: str,
         chosen: Chosen | None,
+        sums: Tensor | None,
     ) -> tuple[Tensor, ...]:
         raw: Tensor | None = None
         if problem.learned:
@@ -111,11 +115,11 @@ class DecoupledConv2dFunction(torch.autograd.Function):
             ctx.learned, radius = radius, raw.square().add_(RADIUS_OFFSET)
         operands = Operands(x, weight, bias, radius, norm_mean, k)
         if chosen is not None:
-            results = chosen.forward(operands, problem, kept)
+            results = chosen.forward(operands, problem, kept, sums)
         else:  # one_op_forward, a call nearer
             arguments = native.conv2d_arguments(operands, problem)
             op = torch.ops.dcconv.conv2d_forward.default
-            results = op(*arguments, kept == DOT, kept != NOTHING)
+            results = op(*arguments, kept == DOT, kept != NOTHING, sums)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         y, norm_map, mean, dot, *more = results
@@ -129,7 +133,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
         if grad_y is None:
-            return (None,) * 9
+            return (None,) * 10
         x, weight, raw, radius, norm_mean, k, *saved = ctx.saved_tensors
         kept_tensor, norm_map, mean, *more = saved
         problem, kept, chosen = ctx.call
@@ -142,7 +146,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                 radius = raw.square() + RADIUS_OFFSET
             operands = Operands(x, weight, bias, radius, norm_mean, k)
             exact = reference_gradients(operands, problem, grad_y, wanted[:6])
-            return (*_of_raw(exact, raw, ctx), None, None, None)
+            return (*_of_raw(exact, raw, ctx), None, None, None, None)
         operands = Operands(x, weight, None, radius, norm_mean, k)
         try:
             needs = 0
@@ -168,7 +172,7 @@ class DecoupledConv2dFunction(torch.autograd.Function):
                     chosen.weight_gradient,
                 )
             own = _in_layout(found, x, weight)
-            return (*_of_raw(own, raw, ctx), None, None, None)
+            return (*_of_raw(own, raw, ctx), None, None, None, None)
         except RuntimeError as error:
             known = native.as_pytorch(error)
             raise known from None

@@ -61,9 +61,11 @@ def why_not_fused(operands: Operands, problem: Problem, direction: str) -> str |
 def forward(strategy: str) -> autograd.Forward:
     """Return the forward op under a strategy."""
 
-    def run(operands: Operands, problem: Problem, kept: str) -> tuple[Tensor, ...]:
+    def run(
+        operands: Operands, problem: Problem, kept: str, sums: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         with forced(strategy):
-            return autograd.one_op_forward(operands, problem, kept)
+            return autograd.one_op_forward(operands, problem, kept, sums)
 
     return run
 

@@ -62,7 +62,7 @@ class Implementation(NamedTuple):
         backend, direction, strategy: what it is.
         why_not: None if it computes the direction of a call that the backend runs, else one
             sentence.
-        run: forward is ``forward(operands, problem, kept)``; gradients are those of
+        run: forward is ``forward(operands, problem, kept, sums)``; gradients are those of
             ``backward.backward`` where passes are composed, and the whole backward op on cpu.
         tuned: the same where benchmark mode counts, with kernels as they were tuned; None if that
             changes nothing.

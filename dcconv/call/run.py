@@ -32,6 +32,7 @@ from dcconv.operator.records import (
     knows_autocast,
     without_autocast,
 )
+from dcconv.pixel_sums import PixelSums
 from dcconv.tracing import quietly, recording
 
 
@@ -49,6 +50,7 @@ class Arguments(NamedTuple):
     keep: str = "auto"
     backend: str | None = None
     norm_grad: bool = True
+    sums: PixelSums | None = None  # of x, where whoever wrote x has found them
 
 
 class Prepared(NamedTuple):
@@ -112,7 +114,9 @@ def _autocast(call: Arguments) -> Arguments:
         wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if wanted else t
 
-    return call._replace(x=cast(x), weight=cast(call.weight), bias=cast(call.bias))
+    as_cast = cast(x)
+    sums = call.sums if as_cast is x else None
+    return call._replace(x=as_cast, weight=cast(call.weight), bias=cast(call.bias), sums=sums)
 
 
 _tracing = torch._C._is_tracing
@@ -156,7 +160,7 @@ def _facts(call: Arguments) -> tuple[Any, ...] | None:
     except RuntimeError:
         return None
     tf32 = x.is_cuda and tf32_convolutions()
-    return facts, call[6:], backends.setting(), tf32
+    return facts, call[6:-1], backends.setting(), tf32
 
 
 def conv2d(call: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -171,26 +175,28 @@ def conv2d(call: Arguments) -> tuple[Tensor, Tensor | None]:
         known = None if facts is None else _prepared.get(facts)
         if known is not None and known.holds(call.operator):
             operands, problem = _operands(call, known)
-            y, mean = known.backend.conv2d(operands, problem, known.mode)
+            sums = None if call.sums is None else call.sums.fitting(operands, problem)
+            y, mean = known.backend.conv2d(operands, problem, known.mode, sums)
             if mean is not None and mean.requires_grad:
                 mean = mean.detach()
             return y.squeeze(0) if known.image else y, mean
     with quietly() if recording() else nullcontext():
         call = _autocast(call)
-        x, weight, bias, radius, norm_mean, k, operator, geometry, keep, backend, norm_grad = call
+        x, weight, bias, radius, norm_mean, k, operator, geometry, keep, backend, *_ = call
         if isinstance(radius, Learned):
             radius = radius.value(compute_dtype(x.dtype))
         checks.functions(operator.magnitude, operator.angular, operator.weighting)
         operands, problem = arguments.convolution(
-            x, weight, bias, radius, norm_mean, k, operator, geometry, norm_grad
+            x, weight, bias, radius, norm_mean, k, operator, geometry, call.norm_grad
         )
         checks.choice("keep", keep, checks.KEEPS)
         if backend is not None:
             backends.check_name("backend", backend)
         chosen = backends.choose(operands.x, backend, operator)
         mode = kept(problem, operands.x.dtype, bias is not None, keep)
+        sums = None if call.sums is None else call.sums.fitting(operands, problem)
     with without_autocast(operands.x):
-        y, mean = chosen.conv2d(operands, problem, mode)
+        y, mean = chosen.conv2d(operands, problem, mode, sums)
     if facts is not None:
         _remember(facts, call._replace(radius=radius), operands, problem, chosen, mode)
     return y if x.dim() == 4 else y.squeeze(0), mean if mean is None else mean.detach()

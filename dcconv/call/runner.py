@@ -19,8 +19,9 @@ from dcconv.operator import reference
 from dcconv.operator.records import Operands, Problem
 from dcconv.passes import records
 
-# y, and the batch's mean norm or an empty tensor; the text says what backward keeps.
-Conv2d: TypeAlias = Callable[[Operands, Problem, str], tuple[Tensor, Tensor | None]]
+# y, and the batch's mean norm or an empty tensor; the text says what backward keeps, the last
+# tensor are the sums of the squares of x per pixel and group, where they are known.
+Conv2d: TypeAlias = Callable[[Operands, Problem, str, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class Runner(NamedTuple):
@@ -60,17 +61,20 @@ def _needs(operands: Operands) -> int:
     return needs | records.NEEDS_WEIGHT if operands.weight.requires_grad else needs
 
 
-def _one_op(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Tensor | None]:
+def _one_op(
+    operands: Operands, problem: Problem, mode: str, sums: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     differentiated = _differentiated(operands)
     chosen: autograd.Chosen | None = None
     if not torch.compiler.is_compiling() and strategy.is_bound():
         chosen = strategy.force(operands, problem, _needs(operands) if differentiated else None)
     try:
         if differentiated:
-            results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
+            how = (problem, mode, chosen, sums)
+            results = autograd.DecoupledConv2dFunction.apply(*operands, *how)
         else:
             forward = autograd.one_op_forward if chosen is None else chosen.forward
-            results = forward(operands, problem, NOTHING)
+            results = forward(operands, problem, NOTHING, sums)
     except RuntimeError as error:
         known = native.as_pytorch(error)
         raise known from None
@@ -78,15 +82,18 @@ def _one_op(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Te
 
 
 def _composed_by(backend: str, benchmarks: Callable[[], bool]) -> Conv2d:
-    def conv2d(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Tensor | None]:
+    def conv2d(
+        operands: Operands, problem: Problem, mode: str, sums: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         differentiated = _differentiated(operands)
         kept, needs = (mode, _needs(operands)) if differentiated else (NOTHING, 0)
         chosen = strategy.choose(backend, operands, problem, kept, needs, benchmarks())
         try:
             if differentiated:
-                results = autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)
+                how = (problem, mode, chosen, sums)
+                results = autograd.DecoupledConv2dFunction.apply(*operands, *how)
             else:
-                results = chosen.forward(operands, problem, NOTHING)
+                results = chosen.forward(operands, problem, NOTHING, sums)
         except RuntimeError as error:
             known = native.as_pytorch(error)
             raise known from None
@@ -96,7 +103,10 @@ def _composed_by(backend: str, benchmarks: Callable[[], bool]) -> Conv2d:
 
 
 def _plain_by(backend: str) -> Conv2d:
-    def conv2d(operands: Operands, problem: Problem, mode: str) -> tuple[Tensor, Tensor | None]:
+    def conv2d(
+        operands: Operands, problem: Problem, mode: str, sums: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        # What autograd differentiates has to see the squares.
         y, mean = implementations.rows[backend, FORWARD][LIBRARY].run(operands, problem, mode)
         return y, mean
 

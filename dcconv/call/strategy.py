@@ -346,7 +346,7 @@ def _runs(question: Question, direction: str, willing: Sequence[str]) -> dict[st
         # Of the right shapes, layouts and magnitudes.
         namespace = implementations.backends[backend].namespace
         assert namespace is not None
-        _, norm_map, _, grad_u, _ = library.forward(operands, problem, DOT, namespace)
+        _, norm_map, _, grad_u, _ = library.forward(operands, problem, DOT, namespace=namespace)
         barrier = problem.norm == NORM_BATCH and problem.norm_grad
         sigma = norm_map.new_ones(()) if barrier else None
         side = InputSide(grad_u, x, weight, Taps(norm_map, norm_map, sigma))

@@ -65,7 +65,7 @@ def why_not(operands: Operands, problem: Problem, direction: str = records.FORWA
 
 
 def forward(
-    operands: Operands, problem: Problem, kept: str
+    operands: Operands, problem: Problem, kept: str, sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate an operator that :func:`why_not` accepts.
 
@@ -77,7 +77,8 @@ def forward(
     weight = weight.contiguous(memory_format=torch.channels_last)
     eps = problem.operator.eps
     batch_mean, window = problem.norm == NORM_BATCH, problem.window
-    a, norms, mean = ops.conv2d_norms(records.Norms(x, weight, window, eps, batch_mean, True))
+    norms_of = records.Norms(x, weight, window, eps, batch_mean, True, sums)
+    a, norms, mean = ops.conv2d_norms(norms_of)
     parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)
     formula = (records.functions(problem), problem.delta, eps)
     tensors = (x, weight, a, norms, bias, parameters)

@@ -52,6 +52,14 @@ def window_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
     return torch.sqrt(sums + problem.operator.eps)
 
 
+def pixel_sums(x: Tensor, groups: int, channels_last: bool) -> Tensor:
+    """Return the sums of x^2 per pixel and group in compute dtype, 1-d, as passes have maps."""
+    squares = x.to(compute_dtype(x.dtype)).square()
+    per_pixel = squares.unflatten(1, (groups, -1)).sum(dim=2)
+    in_order: Tensor = per_pixel.permute(0, 2, 3, 1) if channels_last else per_pixel
+    return in_order.flatten()
+
+
 def filter_norm(weight: Tensor, eps: float) -> Tensor:
     """Return a = sqrt(sum of w^2 over each filter + eps), [o] in compute dtype."""
     return torch.sqrt(weight.to(compute_dtype(weight.dtype)).square().sum(dim=(1, 2, 3)) + eps)

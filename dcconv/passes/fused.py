@@ -119,7 +119,7 @@ def why_not(operands: Operands, problem: Problem, direction: str = records.FORWA
 
 
 def forward(
-    operands: Operands, problem: Problem, kept: str
+    operands: Operands, problem: Problem, kept: str, sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator; results as of ``library.forward``.
 
@@ -129,7 +129,7 @@ def forward(
     # Where windows overlap the implicit GEMM would take each square once per window and column
     # tile, and is given the norms instead.
     finds_norms = kernel != records.IMPLICIT_GEMM or single_pixels(operands.weight, problem.window)
-    return compose(operands, problem, kept, kernel, finds_norms)
+    return compose(operands, problem, kept, kernel, finds_norms, sums)
 
 
 def single_pixels(weight: Tensor, window: Window) -> bool:
@@ -143,12 +143,14 @@ def compose(
     kept: str,
     kernel: str,
     finds_norms: bool,
+    sums: Tensor | None,
     tile: int = records.OWN_RULE,
     namespace: str = COMPILED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator by a kernel and tile of a namespace's ops.
 
-    ``finds_norms``: on the way; the mean of the norms must be there before the first h.
+    ``finds_norms``: on the way; the mean of the norms must be there before the first h. ``sums``,
+    as of ``library.forward``, are left alone where norms are found on the way.
     """
     x, weight, bias, radius, norm_mean, k = operands
     layout = memory_format(x, weight)
@@ -157,7 +159,7 @@ def compose(
     batch_mean, eps, window = problem.norm == NORM_BATCH, problem.operator.eps, problem.window
     norms: Tensor | None = None
     if batch_mean or not finds_norms:
-        norms_of = records.Norms(x, weight, window, eps, batch_mean, last)
+        norms_of = records.Norms(x, weight, window, eps, batch_mean, last, sums)
         a, norms, mean = ops.conv2d_norms(norms_of, namespace)
     else:
         a = ops.filter_norm(records.FilterNorm(weight, eps), namespace)

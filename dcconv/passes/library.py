@@ -33,9 +33,18 @@ def scaled_filters(weight: Tensor, problem: Problem, namespace: str) -> tuple[Te
 
 
 def forward(
-    operands: Operands, problem: Problem, kept: str, namespace: str = COMPILED
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    sums: Tensor | None = None,
+    namespace: str = COMPILED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator.
+
+    Args:
+        operands, problem, kept: the call.
+        sums: of the squares of x per pixel and group, a map; None where they are not known.
+        namespace: of the passes.
 
     Returns:
         y, the norm map, the mean norm, u and the filter norms a, [o]. What is not there is [0]:
@@ -57,7 +66,7 @@ def forward(
         return y, norm_map, mean, x.new_empty(0), a
 
     batch_mean, eps = problem.norm == NORM_BATCH, problem.operator.eps
-    norms_of = records.Norms(x, weight, problem.window, eps, batch_mean, last)
+    norms_of = records.Norms(x, weight, problem.window, eps, batch_mean, last, sums)
     a, norms, mean = ops.conv2d_norms(norms_of, namespace)
     u = products.forward(x, weight, None, problem, layout)
     parameters = records.Parameters(radius, mean if batch_mean else norm_mean, k)

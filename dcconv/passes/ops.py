@@ -52,6 +52,13 @@ def images(
     return torch.empty(sizes, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
 
 
+def check_sums(sums: Tensor | None, x: Tensor, groups: Any) -> None:
+    """Require one value per pixel and group of x in compute dtype, or none at all."""
+    if sums is not None:
+        guards.values("sums", sums, x.shape[0] * groups * x.shape[2] * x.shape[3])
+    guards.dtype("sums", sums, compute_dtype(x.dtype))
+
+
 # Of the library convolution only, as PyTorch counts fused attention and convolution.
 @op(
     *("y", "norm_map", "mean", "dot"),
@@ -60,6 +67,7 @@ def images(
 def conv2d_forward(call: records.ConvForward) -> Four:
     x, weight = call.operands.x, call.operands.weight
     n, _, p, q = sizes = result_sizes(x, weight, call.window)
+    check_sums(call.sums, x, call.window.groups)
     y = images(x, sizes, memory_format(x, weight))
     compute = compute_dtype(x.dtype)
     norm_free = is_norm_free(*call.functions[:3])
@@ -133,6 +141,7 @@ def conv2d_norms(call: records.Norms) -> Three:
     x, weight = call.x, call.weight
     compute = compute_dtype(x.dtype)
     n, filters, p, q = result_sizes(x, weight, call.window)
+    check_sums(call.sums, x, call.window.groups)
     return (
         x.new_empty(filters, dtype=compute),
         x.new_empty(n * call.window.groups * p * q, dtype=compute),

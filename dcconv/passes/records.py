@@ -97,6 +97,7 @@ class ConvForward(NamedTuple):
     norm: str
     keep_dot: bool
     keep_map: bool = True
+    sums: Tensor | None = None
 
 
 class ConvBackward(NamedTuple):
@@ -141,7 +142,10 @@ class WindowNormGrad(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """The norms of filters and of windows, and the mean of the latter with ``batch_mean``."""
+    """The norms of filters and of windows, and the mean of the latter with ``batch_mean``.
+
+    ``sums`` are those of the squares of x per pixel and group, where they are known.
+    """
 
     x: Tensor
     weight: Tensor
@@ -149,6 +153,7 @@ class Norms(NamedTuple):
     eps: float
     batch_mean: bool
     channels_last: bool
+    sums: Tensor | None = None
 
 
 class Epilogue(NamedTuple):

@@ -59,12 +59,16 @@ def _finds_norms(weight: Tensor, problem: Problem) -> bool:
 
 
 def forward(
-    operands: Operands, problem: Problem, kept: str, tile: int = records.OWN_RULE
+    operands: Operands,
+    problem: Problem,
+    kept: str,
+    sums: Tensor | None = None,
+    tile: int = records.OWN_RULE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the operator; results as of ``fused.forward``."""
     weight = operands.weight
     kernel, finds_norms = kernel_of(weight, problem), _finds_norms(weight, problem)
-    return fused.compose(operands, problem, kept, kernel, finds_norms, tile, NAMESPACE)
+    return fused.compose(operands, problem, kept, kernel, finds_norms, sums, tile, NAMESPACE)
 
 
 def input_gradient(side: InputSide, problem: Problem, tile: int = records.OWN_RULE) -> Tensor:

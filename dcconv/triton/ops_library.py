@@ -106,7 +106,9 @@ def conv2d_norms(call: records.Norms) -> ops.Three:
     b = x.new_empty(n * window.groups * p * q, dtype=COMPUTE)
     mean = x.new_empty(() if call.batch_mean else (0,), dtype=COMPUTE)
     windows = records.WindowNorm(x, size_of(weight), window, call.eps)
-    sums = _pixel_sumsq(x, window.groups, last)
+    sums = call.sums
+    ops.check_sums(sums, x, window.groups)
+    sums = _pixel_sumsq(x, window.groups, last) if sums is None else sums.contiguous()
     partial = _window_norm(windows, sums, b, last, call.batch_mean)
     finished = Mean(mean, partial, torch.sym_max(b.numel(), 1)) if call.batch_mean else None
     filter_norms(records.FilterScale(weight, 1.0, call.eps, False), a, mean=finished)

@@ -80,7 +80,7 @@ def test_a_gpu_has_a_class_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     composed = runner.runner(implementations.backends["triton"], lambda: False)
     for image in (x, learned):
         with out_of_memory:
-            composed.conv2d(Operands(image, weight, *[None] * 4), Problem(), "nothing")
+            composed.conv2d(Operands(image, weight, *[None] * 4), Problem(), "nothing", None)
     if not native.missing:
         y = decoupled_conv2d(learned, weight, backend="cpu")
         monkeypatch.setattr(native, "conv2d_arguments", full)

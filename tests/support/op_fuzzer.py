@@ -101,6 +101,20 @@ def _work(function: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> None
                 y.sum().backward()
 
 
+def with_sums(calls: list[Call]) -> list[Call]:
+    """Add to the calls that may have the sums of squares of x the same calls with them."""
+    from dcconv.operator import reference
+
+    more = []
+    for op, arguments in calls:
+        if op._schema.arguments[-1].name == "sums":
+            last = arguments.get("channels_last", True)
+            sums = reference.pixel_sums(arguments["x"].detach(), arguments["groups"], last)
+            whole = {"keep_map": arguments.get("keep_map", True)} if "keep_dot" in arguments else {}
+            more.append(Call(op, {**arguments, **whole, "sums": sums}))
+    return calls + more
+
+
 def _norms() -> None:
     from dcconv.functional import patch_norm
 
@@ -116,7 +130,7 @@ def cpu_calls() -> list[Call]:
     with backends.use_backend("cpu"), _Recorder("dcconv") as recorder:
         _work(decoupled_conv2d, (torch.float32, torch.bfloat16, torch.float64))
         _norms()
-    return list(recorder.calls.values())
+    return with_sums(list(recorder.calls.values()))
 
 
 def cuda_calls() -> list[Call]:
@@ -134,7 +148,7 @@ def cuda_calls() -> list[Call]:
         with backends.strategies("library"):
             _work(decoupled_conv2d, (torch.float32,))
         _norms()
-    return list(recorder.calls.values())
+    return with_sums(list(recorder.calls.values()))
 
 
 def emulated_calls() -> list[Call]:
@@ -169,7 +183,7 @@ def triton_calls() -> list[Call]:
             with backends.strategies(strategies):
                 _work(decoupled_conv2d, (torch.float32,))
         _norms()
-    return list(recorder.calls.values())
+    return with_sums(list(recorder.calls.values()))
 
 
 PROVIDERS: dict[str, Callable[[], list[Call]]] = {

@@ -218,10 +218,17 @@ ForwardResults fused_forward(const Call& call, const ForwardInputs& in) {
   Tensor y = empty(sizes, call.storage, last);
   Tensor dot = in.keep_dot ? empty(sizes, call.storage, last) : empty({0}, call.storage);
   double factor = 1.0;
+  const PatchNorm patch_norm(shape, in.eps);
+  const void* sums = in.sums_from(shape, 0);
   if (in.batch_mean) {
-    factor = batch_norms<float>(call, PatchNorm(shape, in.eps), x, norm_map, mean);
-  } else if (in.norm_mean.has_value()) {
-    factor = scalar_of<float>(*in.norm_mean, call.compute);
+    factor = batch_norms<float>(call, patch_norm, x, sums, norm_map, mean);
+  } else {
+    if (sums != nullptr)
+      patch_norm.norms(
+          call.table, shape, shape.n, x.const_data_ptr(), sums, norm_map.mutable_data_ptr(), nullptr
+      );
+    if (in.norm_mean.has_value())
+      factor = scalar_of<float>(*in.norm_mean, call.compute);
   }
   std::optional<Tensor> bias;
   if (in.bias.has_value())
@@ -246,7 +253,7 @@ ForwardResults fused_forward(const Call& call, const ForwardInputs& in) {
       static_cast<float*>(y.mutable_data_ptr()),
       in.keep_dot ? static_cast<float*>(dot.mutable_data_ptr()) : nullptr,
       in.eps,
-      !in.batch_mean
+      !in.batch_mean && sums == nullptr
   };
   if (!last) {
     planar_pointwise(pass, static_cast<const float*>(weight.stored.const_data_ptr()));

@@ -35,7 +35,7 @@ ForwardResults library_forward(const Call& call, const ForwardInputs& in) {
   const PatchNorm patch_norm(shape, in.eps);
   double factor = 1.0;
   if (!call.norm_free && in.batch_mean) {
-    factor = batch_norms<A>(call, patch_norm, x, norm_map, mean);
+    factor = batch_norms<A>(call, patch_norm, x, in.sums_from(shape, 0), norm_map, mean);
   } else if (in.norm_mean.has_value()) {
     factor = scalar_of<A>(*in.norm_mean, call.compute);
   }
@@ -66,6 +66,7 @@ ForwardResults library_forward(const Call& call, const ForwardInputs& in) {
           shape,
           count,
           x_chunk.const_data_ptr(),
+          in.sums_from(shape, first),
           at(norm_map, first * image_map),
           nullptr
       );

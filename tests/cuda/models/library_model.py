@@ -168,11 +168,16 @@ def conv2d_norms(
     eps: float,
     batch_mean: bool,
     channels_last: bool,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_dense(layout_of(channels_last), x)
     need_dense(memory_format(weight), weight)
     compute = compute_dtype(x.dtype)
     squares, kernel = pixel_squares(x, groups), list(weight.shape[2:])
+    if sums is not None:
+        n, _, h, w = x.shape
+        assert sums.dtype == compute and sums.shape == (n * groups * h * w,)
+        squares = square_map(sums, n, groups, h, w, channels_last)
     b = norms_of(squares, kernel, stride, padding, dilation, groups, padding_mode, eps)
     mean = torch.empty(0, dtype=compute)
     if batch_mean:

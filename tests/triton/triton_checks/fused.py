@@ -35,4 +35,4 @@ def fused_conv2d(
         triton_fused.weight_gradient if takes_weight else None,
     )
     mode = kept(problem, x.dtype, bias is not None, keep)
-    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen)[0]
+    return autograd.DecoupledConv2dFunction.apply(*operands, problem, mode, chosen, None)[0]

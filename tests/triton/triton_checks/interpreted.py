@@ -497,7 +497,8 @@ def refusals() -> list[str]:
     arguments = (InputSide(grad_u, x, weight, Taps(t, t, None)), problem)
 
     def forward(kernel: str, tile: int) -> None:
-        fused.compose(operands, problem, "nothing", kernel, True, tile, triton_fused.NAMESPACE)
+        how = ("nothing", kernel, True, None, tile, triton_fused.NAMESPACE)
+        fused.compose(operands, problem, *how)
 
     def backward(kernel: str, tile: int) -> None:
         fused.input_gradient(*arguments, kernel, tile, triton_fused.NAMESPACE)
