@@ -2,7 +2,7 @@
 
 import sys
 
-from dcconv import backends, functional
+from dcconv import backends, functional, fusion
 from dcconv.backends import use_backend
 from dcconv.batch_norm import BatchNormAct2d
 from dcconv.calibration import calibrate
@@ -33,6 +33,7 @@ __all__ = [
     "decoupled_conv2d",
     "functional",
     "functions",
+    "fusion",
     "norm_updates",
     "orthogonality_penalty",
     "patch_norm",

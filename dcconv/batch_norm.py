@@ -161,7 +161,8 @@ class BatchNormAct2d(tracing.Leaf, nn.BatchNorm2d):
     def num_features(self, number: int) -> None:
         self.__dict__["num_features"] = number
 
-    # Whether a ReLU that the network has behind the layer is still there (dcconv.fusion).
+    # Whether the network has its ReLU still behind the layer (dcconv.fusion): where the output
+    # cannot say that it is rectified, this is nn.BatchNorm2d alone.
     before_relu = False
 
     def __init__(
@@ -201,23 +202,24 @@ class BatchNormAct2d(tracing.Leaf, nn.BatchNorm2d):
         self.groups = groups
         self.backend = backend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise, rectify and, where the output can carry them, find its sums of squares."""
+        x = input
         proxy = None if type(x) is Tensor else tracing.proxy_in((x,), {})
         if proxy is not None:
             recorded: Tensor = tracing.leaf(self, proxy, (x,), {})
             return recorded
         self._check_input_dim(x)
         runner = None if tracing.recording() else backends.choose(x, self.backend)
-        plain = runner is None or runner.name == "reference"
         if pixel_sums.is_watched() or not self._is_fusible(x):
-            return F.relu(super().forward(x))
+            y: Tensor = super().forward(x)
+            return y if self.before_relu else F.relu(y)
+        assert runner is not None
         last = memory_format(x) == torch.channels_last
-        if plain:
+        if runner.name == "reference":
             y = F.relu(super().forward(x))
             sums = reference.pixel_sums(y.detach(), self.groups, last)
         else:
-            assert runner is not None
             how = self._update(runner.backend.namespace or COMPILED)
             x = x.contiguous(memory_format=memory_format(x))
             tensors = (x, self.weight, self.bias)
@@ -239,12 +241,14 @@ class BatchNormAct2d(tracing.Leaf, nn.BatchNorm2d):
             raise checks.type_error("x", f"have dtype {checks.DTYPE_RULE[3:]}", input.dtype)
 
     def _is_fusible(self, x: Tensor) -> bool:
-        """Whether x and the layer's tensors are what the kernels read; PyTorch has the errors."""
+        """Whether kernels read x and the layer's tensors, for a gain; PyTorch has the errors."""
         own = (self.weight, self.bias, self.running_mean, self.running_var)
         dtypes = {t.dtype for t in own if t is not None}
         return (
             type(x) is Tensor
             and x.numel() > x.shape[1]
+            # Its ReLU could not be told, and would run.
+            and not (self.before_relu and torch.is_inference_mode_enabled())
             and len(dtypes) <= 1
             and dtypes <= {x.dtype, compute_dtype(x.dtype)}
             and all(t is None or (type(t) in PLAIN and t.device == x.device) for t in own)

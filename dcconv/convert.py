@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from dcconv import fusion, weights
 from dcconv import heads as special
-from dcconv import weights
 from dcconv.folding import guard
 from dcconv.modules import DecoupledConv2d
 from dcconv.operator import checks
@@ -58,6 +58,7 @@ def convert(
     *,
     select: Callable[[str, nn.Conv2d], object] | None = None,
     heads: str = "warn",
+    fuse_norms: bool = False,
     **operator: Any,
 ) -> nn.Module:
     """Replace every ``nn.Conv2d`` of a network by a :class:`dcconv.DecoupledConv2d`.
@@ -88,6 +89,14 @@ def convert(
     computed from other parameters (weight norm, spectral norm, pruning) is refused, and so is a
     lazy layer that has not seen an input; ``select`` can leave either plain.
 
+    **Fused batch normalisation.** With ``fuse_norms=True`` an ``nn.BatchNorm2d`` that is followed
+    by an ``nn.ReLU`` alone, and whose result reaches a decoupled layer, becomes a
+    :class:`dcconv.BatchNormAct2d`, which finds the layer's norms on its way; the ReLU returns such
+    an input as it is. Both stay the same module objects, with their parameters, buffers and hooks.
+    Which they are is read from ``torch.fx`` graphs in both modes of the network, of its parts where
+    the whole cannot be traced: forward methods are run on symbols, in which attributes that they
+    set are set back. :func:`dcconv.fusion.why_not` has the reason for every layer that stays.
+
     An in-place activation straight after a convolution overwrites the output, which backward
     needs in most cases (``keep="auto"``): PyTorch raises its error about a variable "modified by
     an inplace operation". ``keep="dot"`` permits it. Batch normalisation in between does too.
@@ -98,6 +107,7 @@ def convert(
             returns a false value stay plain. A shared layer has the name of its first place.
         heads: what becomes of last layers, gates and heads among the selected layers: ``warn``
             converts and names them, ``convert`` is silent about it, ``plain`` leaves them.
+        fuse_norms: whether to fuse batch normalisations; a warning says if none could be.
         operator: the keyword arguments of :class:`dcconv.DecoupledConv2d`: ``magnitude``,
             ``angular``, ``radius``, ``keep``, ``backend``, ...
 
@@ -126,6 +136,7 @@ def convert(
             "select", "be a function of a name and a layer", type(select).__name__
         )
     checks.choice("heads", heads, HEADS)
+    fuse_norms = checks.boolean("fuse_norms", fuse_norms)
     for name in operator:
         if name not in _ARGUMENTS:
             rule = f"be among {', '.join(_ARGUMENTS)}"
@@ -162,12 +173,22 @@ def convert(
             if isinstance(child, nn.Conv2d) and child in layers:
                 parent.register_module(name, layers[child])
     guard(module)
+    if fuse_norms:
+        _fuse(module, operator.get("backend"))
     _warn_of_statistics(module, next(iter(layers.values())))
     if heads == "warn" and found:
         _warn_of_heads(found, next(iter(layers.values())))
     if others := _others(module):
         warn_user(f"convert left convolutions of other classes plain: {_listed(others)}")
     return module
+
+
+def _fuse(module: nn.Module, backend: str | None) -> None:
+    said = fusion.fuse(module, backend)
+    reasons = [reason for reason in said.values() if reason is not None]
+    if len(reasons) == len(said):
+        left = name_some(list(said), reasons) if said else "there is no nn.BatchNorm2d"
+        warn_user(f"convert(fuse_norms=True) fused no batch normalisation: {left}")
 
 
 def _others(module: nn.Module) -> dict[str, nn.Module]:

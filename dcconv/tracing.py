@@ -25,7 +25,7 @@ ITSELF = "itself"
 
 def proxy_in(arguments: tuple[Any, ...], options: dict[str, Any]) -> fx.Proxy | None:
     """Return the value that a tracer of ``torch.fx`` gives in the place of x, if it does."""
-    x = arguments[0] if arguments else options.get("x")
+    x = arguments[0] if arguments else options.get("x", options.get("input"))
     return x if isinstance(x, fx.Proxy) else None
 
 
