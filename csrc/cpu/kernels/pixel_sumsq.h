@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/pixels.h"
 #include "cpu/kernels/vector.h"
 #include "storage.h"
 
@@ -62,13 +63,12 @@ int64_t grouped_sumsq(const T* x, float* sums, int64_t count, int64_t channels) 
     for (int64_t pixel = 0; pixel < kLanes; ++pixel) {
       const T* v = x + (i + pixel) * channels;
       Vector sum{};
+      // Whole vectors, not by way of an array: a load that two narrower stores fill waits for both
+      // to reach the cache (3.6 times slower at 64 channels of float with AVX2).
       for (int64_t c = 0; c < channels; c += kLanes) {
-        float values[kLanes];
-#pragma omp simd
-        for (int64_t j = 0; j < kLanes; ++j)
-          values[j] = load(v[c + j]);
-        const Vector squared = load_vector(values);
-        sum += squared * squared;
+        Vector values;
+        load_pixels<float>(values, v + c);
+        sum += values * values;
       }
       lanes[pixel] = sum;
     }

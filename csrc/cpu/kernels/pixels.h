@@ -23,6 +23,20 @@ DC_HD void load_pixels(typename Lanes<A>::Vector& v, const BFloat16* p) {
   v = (typename Lanes<A>::Vector)(__builtin_convertvector(halves, Words) << 16);
 }
 
+// As load of Half.
+template <class A>
+DC_HD void load_pixels(typename Lanes<A>::Vector& v, const Half* p) {
+  static_assert(sizeof(A) == sizeof(float));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef int32_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef typename Lanes<A>::Vector Floats;
+  Halves halves;
+  std::memcpy(&halves, p, sizeof(halves));
+  const Words bits = __builtin_convertvector(halves, Words), size = (bits & 0x7fff) << 13;
+  const Words finite = (Words)((Floats)size * 0x1.0p112f), special = finite | 0x7f800000;
+  v = (Floats)((size >= 0x0f800000 ? special : finite) | (bits & 0x8000) << 16);
+}
+
 DC_HD void store_pixels(float* p, const Lanes<float>::Vector& v) {
   store_vector<float>(p, v);
 }
