@@ -21,6 +21,10 @@ void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { pixel_sumsq_typed<decltype(t)>(p, stream); });
 }
 
+void affine_relu(Dtype dtype, const AffineReluParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { affine_relu_typed<decltype(t)>(p, stream); });
+}
+
 void window_norm(Dtype dtype, const WindowNormParams& p, Stream stream) {
   with_compute(dtype, [&](auto a) { window_norm_typed<decltype(a)>(p, stream); });
 }

@@ -49,6 +49,18 @@ struct PixelSumsqParams {
   void* sums;     // A, map over input pixels
 };
 
+// x -> y = max(0, x scale[c] + shift[c]) and the sums of squares of y as stored.
+struct AffineReluParams {
+  int64_t n, pixels;
+  int c, groups;
+  bool channels_last;
+  const void* x;      // T
+  const void* scale;  // A [c]
+  const void* shift;  // A [c]
+  void* y;            // T
+  void* sums;         // A, map over pixels
+};
+
 // Sums of squares -> b = sqrt(window sum + eps).
 struct WindowNormParams {
   int64_t n;
@@ -217,6 +229,7 @@ struct DepthwiseGradWeightParams {
 };
 
 void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream);
+void affine_relu(Dtype dtype, const AffineReluParams& p, Stream stream);
 int64_t window_norm_blocks(const WindowNormParams& p);
 void window_norm(Dtype dtype, const WindowNormParams& p, Stream stream);
 void filter_norm(Dtype dtype, const FilterNormParams& p, Stream stream);

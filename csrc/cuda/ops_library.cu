@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "affine_relu.h"
 #include "cuda/support/op_support.h"
 #include "schemas.h"
 
@@ -585,6 +586,30 @@ Tensor filter_scale_grad(Tensor library_grad, Tensor weight, Tensor a, double al
   return grad_weight;
 }
 
+std::tuple<Tensor, Tensor>
+affine_relu_op(Tensor x, Tensor scale_in, Tensor shift_in, int64_t groups, bool channels_last) {
+  const OnDevice device(x);
+  check_devices(x, {scale_in, shift_in});
+  check_affine_relu(x, scale_in, shift_in, groups, channels_last);
+  const Tensor scale = contiguous(scale_in, false), shift = contiguous(shift_in, false);
+  const int64_t pixels = x.size(2) * x.size(3);
+  Tensor y = empty(x, sizes_of(x), x.scalar_type(), channels_last);
+  Tensor sums = empty(x, {x.size(0) * pixels * groups}, compute_type(dtype_of(x)));
+  AffineReluParams p{};
+  p.n = x.size(0);
+  p.pixels = to_int(pixels);
+  p.c = to_int(x.size(1));
+  p.groups = to_int(groups);
+  p.channels_last = channels_last;
+  p.x = x.const_data_ptr();
+  p.scale = scale.const_data_ptr();
+  p.shift = shift.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.sums = sums.mutable_data_ptr();
+  affine_relu(dtype_of(x), p, device.stream());
+  return {y, sums};
+}
+
 Tensor window_norm_op(
     Tensor x,
     Ints kernel_size,
@@ -690,6 +715,7 @@ STABLE_TORCH_LIBRARY_IMPL(dcconv, CUDA, m) {
   m.impl("conv2d_grad_input_", TORCH_BOX(&dcconv::cuda::conv2d_grad_input_));
   m.impl("filter_scale", TORCH_BOX(&dcconv::cuda::filter_scale));
   m.impl("filter_scale_grad", TORCH_BOX(&dcconv::cuda::filter_scale_grad));
+  m.impl("affine_relu", TORCH_BOX(&dcconv::cuda::affine_relu_op));
   m.impl("window_norm", TORCH_BOX(&dcconv::cuda::window_norm_op));
   m.impl("window_norm_grad", TORCH_BOX(&dcconv::cuda::window_norm_grad));
 }

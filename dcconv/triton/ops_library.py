@@ -13,6 +13,7 @@ from dcconv.operator.numerics import RHO_FLOOR
 from dcconv.passes import guards, ops, records
 from dcconv.passes.products import size_of
 from dcconv.triton import operands
+from dcconv.triton.kernels.affine_relu import affine_relu_kernel
 from dcconv.triton.kernels.epilogue import epilogue_kernel
 from dcconv.triton.kernels.filters import filter_grad_kernel, parameter_grads_kernel
 from dcconv.triton.kernels.grad_dot import column_sums_kernel, grad_dot_kernel
@@ -303,6 +304,22 @@ def filter_scale_grad(call: records.FilterScaleGrad) -> Tensor:
     grad_weight = ops.filter_scale_grad.fake(call)
     _filter_grad(call, grad_weight, call.divide, None)
     return grad_weight
+
+
+@op(ops.affine_relu)
+def affine_relu(call: records.AffineRelu) -> ops.Two:
+    y, sums = ops.affine_relu.fake(call)
+    x = call.x
+    guards.dtype("scale", call.scale, COMPUTE)
+    n, c, h, w = x.shape
+    tiles = tiling(n, h * w, c, call.groups, call.channels_last)
+    if x.numel() > 0:
+        tensors = (x, call.scale.contiguous(), call.shift.contiguous(), y, sums)
+        launch(affine_relu_kernel, tiles.tiles * tiles.group_chunks)(
+            *(*tensors, *tiles.sizes[:-1], tiles.group_chunks),
+            **tiles.constants,
+        )
+    return y, sums
 
 
 @op(ops.window_norm)

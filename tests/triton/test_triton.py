@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import affine
 import pytest
 import torch
 from calls import problem_with
@@ -319,7 +321,24 @@ def test_offsets_beyond_int32(interpreter: Worker) -> None:
 
 
 def test_opcheck_of_every_op(interpreter: Worker) -> None:
-    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 15
+    assert len(interpreter.ask("opcheck")) == len(interpreter.ask("importable")) == 16
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_affine_relu(interpreter: Worker, dtype: str, last: bool) -> None:
+    interpreter.ask("affine_relu", dtype=dtype, last=last)
+
+
+def test_refusals_of_affine_relu(interpreter: Worker) -> None:
+    found = interpreter.ask("affine_refusals")
+    known = affine.REFUSALS.keys() - set(affine.NOT_OF_FAKES)
+    expected = {name: affine.REFUSALS[name][1] for name in known}
+    expected["float64"] = "scale must have dtype float32, got float64"
+    assert found.keys() == expected.keys()
+    for name, words in expected.items():
+        # Python's name of a dtype.
+        assert re.fullmatch(f"dcconv: {words}", found[name].replace("torch.", "")), found[name]
 
 
 def test_schemas_are_those_of_the_compiled_library(interpreter: Worker) -> None:
@@ -391,6 +410,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 
 KERNELS = (
+    "affine_relu_kernel",
     "column_sums_kernel",
     "depthwise_grad_input_kernel",
     "depthwise_grad_weight_kernel",
@@ -409,6 +429,7 @@ KERNELS = (
 
 # Those that read and write activations: 16 bytes per access.
 WIDE = (
+    "affine_relu_kernel",
     "depthwise_kernel",
     "epilogue_kernel",
     "grad_dot_kernel",
@@ -496,6 +517,8 @@ def test_kernel_compiles_where_sizes_are_one(compiler: Worker, kernel: str) -> N
         ("grad_dot_kernel", "float32", False, ("mix", "linear", "linear")),
         ("grad_input_kernel", "bfloat16", False, ("tanh", "none", "cosine")),
         ("pixel_sumsq_kernel", "float32", False, ("tanh", "none", "cosine")),
+        ("affine_relu_kernel", "bfloat16", True, ("tanh", "none", "cosine")),
+        ("affine_relu_kernel", "float32", False, ("tanh", "none", "cosine")),
     ],
 )
 def test_kernel_compiles_for_other_operands(

@@ -52,31 +52,64 @@ __device__ __forceinline__ A sums_of_four(const A (&values)[4], int member, int 
   return total;
 }
 
-// Channels last: x is [n pixels groups, c / groups]. A sub-warp of `width` threads takes R rows at
-// a time, every thread some vectors of each.
+// Sub-warps of `width` threads that take R rows at a time, every thread some vectors of each.
+template <int R>
+struct SubWarps {
+  int width, slots, slot, member;
+  int64_t rows, first, step;
+
+  __device__ __forceinline__ SubWarps(int width, int64_t rows)
+      : width(width), slots(kWarp / width), rows(rows) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) - warp * kWarp;
+    slot = lane / width;
+    member = lane - slot * width;
+    first = (int64_t(blockIdx.x) * (kThreads / kWarp) + warp) * R * slots;
+    step = int64_t(gridDim.x) * (kThreads / kWarp) * R * slots;
+  }
+
+  __device__ __forceinline__ int64_t row(int r) const { return first + r * slots + slot; }
+
+  // Rows that are not there read the last one, and are not written.
+  __device__ __forceinline__ int64_t read(int r) const { return at_most(row(r), rows - 1); }
+
+  template <class A>
+  __device__ __forceinline__ void store_sums(const A (&totals)[R], A* sums) const {
+    if constexpr (R == 4) {
+      if (width >= R) {
+        const A total = sums_of_four(totals, member, width);
+        const int64_t own = first + (2 * (member & 1) + (member >> 1)) * slots + slot;
+        if (member < R && own < rows)
+          sums[own] = total;
+        return;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const A total = sub_warp_sum(totals[r], width);
+      if (member == 0 && row(r) < rows)
+        sums[row(r)] = total;
+    }
+  }
+};
+
+// Channels last: x is [n pixels groups, c / groups].
 template <class T, int V, int R>
 __global__ void
 __launch_bounds__(kThreads, kRowSumsBlocks) pixel_sumsq_channels_last_kernel(PixelSumsqArgs args) {
   using A = typename ComputeType<T>::type;
   const PixelSumsqParams& p = args.p;
   const int channels = p.c / p.groups, vectors = channels / V, width = args.width;
-  const int64_t rows = p.n * p.pixels * p.groups;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) - warp * kWarp;
-  const int slot = lane / width, member = lane - slot * width, slots = kWarp / width;
-  const T* x = static_cast<const T*>(p.x) + member * V;
-  A* sums = static_cast<A*>(p.sums);
-  const int64_t step = int64_t(gridDim.x) * (kThreads / kWarp) * R * slots;
-  for (int64_t first = (int64_t(blockIdx.x) * (kThreads / kWarp) + warp) * R * slots; first < rows;
-       first += step) {
-    // Rows that are not there read the last one, and are not written.
+  SubWarps<R> at(width, p.n * p.pixels * p.groups);
+  const T* x = static_cast<const T*>(p.x) + at.member * V;
+  for (; at.first < at.rows; at.first += at.step) {
     const T* from[R];
 #pragma unroll
     for (int r = 0; r < R; ++r)
-      from[r] = x + at_most(first + r * slots + slot, rows - 1) * channels;
+      from[r] = x + at.read(r) * channels;
     A totals[R] = {};
 #pragma unroll 1
-    for (int i = member; i < vectors; i += width) {
+    for (int i = at.member; i < vectors; i += width) {
       Vector<T, V> loaded[R];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -87,28 +120,43 @@ __launch_bounds__(kThreads, kRowSumsBlocks) pixel_sumsq_channels_last_kernel(Pix
       for (int r = 0; r < R; ++r)
         totals[r] = add_squares(totals[r], loaded[r]);
     }
-    if constexpr (R == 4) {
-      if (width >= R) {
-        const A total = sums_of_four(totals, member, width);
-        const int64_t row = first + (2 * (member & 1) + (member >> 1)) * slots + slot;
-        if (member < R && row < rows)
-          sums[row] = total;
-        continue;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const A total = sub_warp_sum(totals[r], width);
-      const int64_t row = first + r * slots + slot;
-      if (member == 0 && row < rows)
-        sums[row] = total;
-    }
+    at.store_sums(totals, static_cast<A*>(p.sums));
   }
 }
 
-// Contiguous: every thread sums V neighbouring pixels over its share of the channels, then the
-// shares of one pixel. Shares lie in shared memory in two halves that are written in turn: one
-// barrier a tile.
+// The sums of the threads that share the channels of V neighbouring pixels of a tile, added up by
+// way of shared memory. Shares lie there in two halves that are written in turn: one barrier a
+// tile.
+template <class A, int V>
+struct PlaneShares {
+  A* partials;  // [halves, tiles, ways, span]
+  PlaneLanes lanes;
+
+  static constexpr int kSpan = kWarp * V, kCount = 2 * kThreads * V;
+
+  // Sum i of `count` goes to store(i, sum).
+  template <class Store>
+  __device__ __forceinline__ void add_up(
+      int half, const PlaneLane& lane, const A (&total)[V], int count, const Store& store
+  ) const {
+    const int ways = lanes.ways;
+    A* shares = partials + half * kThreads * V;
+    A* own = shares + (lane.tile * ways + lane.way) * kSpan + lane.lane * V;
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      own[j] = total[j];
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      const A* share = shares + (i / kSpan * ways) * kSpan + i % kSpan;
+      A sum = share[0];
+      for (int way = 1; way < ways; ++way)
+        sum += share[way * kSpan];
+      store(i, sum);
+    }
+  }
+};
+
+// Contiguous: every thread sums V neighbouring pixels over its share of the channels.
 template <class T, int V>
 __global__ void
 __launch_bounds__(kThreads, kPlaneSumsBlocks) pixel_sumsq_contiguous_kernel(PixelSumsqArgs args) {
@@ -117,11 +165,12 @@ __launch_bounds__(kThreads, kPlaneSumsBlocks) pixel_sumsq_contiguous_kernel(Pixe
   const PlaneLane lane(args.lanes);
   const int channels = p.c / p.groups, ways = args.lanes.ways;
   const int64_t positions = p.n * p.pixels;
-  const int span = kWarp * V, tile_positions = span * args.lanes.tiles;
+  using Shares = PlaneShares<A, V>;
+  const int tile_positions = Shares::kSpan * args.lanes.tiles;
   SharedMemory shared;
-  A* partials = shared.take<A>(2 * kThreads * V);  // [halves, tiles, ways, span]
+  const Shares shares{shared.take<A>(Shares::kCount), args.lanes};
   const PlanePlace place{
-      p.pixels, p.c, positions, tile_positions, lane.tile * span + lane.lane * V
+      p.pixels, p.c, positions, tile_positions, lane.tile * Shares::kSpan + lane.lane * V
   };
   const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
   const int64_t step = ways * p.pixels;
@@ -156,21 +205,11 @@ __launch_bounds__(kThreads, kPlaneSumsBlocks) pixel_sumsq_contiguous_kernel(Pixe
           }
         }
       }
-      A* shares = partials + half * kThreads * V;
-      A* own = shares + (lane.tile * ways + lane.way) * span + lane.lane * V;
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        own[j] = total[j];
-      __syncthreads();
       const int count = static_cast<int>(at_most(int64_t(tile_positions), positions - first));
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-        const A* share = shares + (i / span * ways) * span + i % span;
-        A sum = share[0];
-        for (int way = 1; way < ways; ++way)
-          sum += share[way * span];
+      shares.add_up(half, lane, total, count, [&](int i, A sum) {
         A* out = static_cast<A*>(p.sums);
         out[map_offset(args.pixel_of, first + i, p.pixels, group, p.groups)] = sum;
-      }
+      });
     }
   }
 }
@@ -226,7 +265,7 @@ void launch_pixel_sumsq(const PixelSumsqParams& p, Stream stream) {
           std::min<int64_t>(p.groups, kMaxGridY)
       },
       kThreads,
-      SharedBytes().take<A>(2 * kThreads * V).total(),
+      SharedBytes().take<A>(PlaneShares<A, V>::kCount).total(),
       stream,
       args
   );

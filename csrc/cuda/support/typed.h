@@ -26,6 +26,8 @@ void with_storage(Dtype dtype, F&& f) {
 template <class T>
 void pixel_sumsq_typed(const PixelSumsqParams& p, Stream stream);
 template <class T>
+void affine_relu_typed(const AffineReluParams& p, Stream stream);
+template <class T>
 void filter_norm_typed(const FilterNormParams& p, Stream stream);
 template <class T>
 void epilogue_typed(const EpilogueParams& p, Stream stream);

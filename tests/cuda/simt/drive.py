@@ -159,6 +159,13 @@ def run(m: Any, dtype: str, channels_last: bool, g: Geometry, op: Operator) -> d
     sums = problem.place(inputs * g.groups)
     m.pixel_sumsq(dtype, n=g.n, pixels=g.h * g.w, c=g.c, x=x, sums=sums, **shared)
 
+    affine = problem.place(inputs * g.c, "storage")
+    affine_sums, squares = (problem.place(inputs * g.groups) for _ in range(2))
+    pixels_of_x = {"n": g.n, "pixels": g.h * g.w, "c": g.c, **shared}
+    constants = {"scale": problem.positive(g.c), "shift": problem.positive(g.c) - 1}
+    m.affine_relu(dtype, x=x, y=affine, sums=affine_sums, **constants, **pixels_of_x)
+    m.pixel_sumsq(dtype, x=affine, sums=squares, **pixels_of_x)
+
     norm = {
         "n": g.n,
         "window": window,
@@ -223,6 +230,7 @@ def run(m: Any, dtype: str, channels_last: bool, g: Geometry, op: Operator) -> d
     m.epilogue(dtype, u=in_place, y=in_place, **epilogue)
 
     results = {"sums": sums, "b": b, "a": a, "scaled": scaled, "mean": mean}
+    results |= {"affine": affine, "affine_sums": affine_sums, "squares": squares}
     results |= {"y": y, "in_place": in_place}
     kinds = op.sums.bit_count()
     grad_y = problem.storage(positions * g.o)

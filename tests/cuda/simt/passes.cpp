@@ -131,6 +131,24 @@ void run_pixel_sumsq(const std::string& dtype, const py::kwargs& values) {
   pixel_sumsq(dtype_of(dtype), p, nullptr);
 }
 
+void run_affine_relu(const std::string& dtype, const py::kwargs& values) {
+  AffineReluParams p{};
+  {
+    Members of(values);
+    of("n", p.n);
+    of("pixels", p.pixels);
+    of("c", p.c);
+    of("groups", p.groups);
+    of("channels_last", p.channels_last);
+    of("x", p.x);
+    of("scale", p.scale);
+    of("shift", p.shift);
+    of("y", p.y);
+    of("sums", p.sums);
+  }
+  affine_relu(dtype_of(dtype), p, nullptr);
+}
+
 WindowNormParams window_norm_params(const py::kwargs& values) {
   WindowNormParams p{};
   Members of(values);
@@ -372,6 +390,7 @@ PYBIND11_MODULE(dcconv_passes, m) {
     simt::set_observer(reinterpret_cast<simt::Observer>(observer));
   });
   m.def("pixel_sumsq", &run_pixel_sumsq);
+  m.def("affine_relu", &run_affine_relu);
   m.def("window_norm_blocks", [](const py::kwargs& values) {
     return window_norm_blocks(window_norm_params(values));
   });

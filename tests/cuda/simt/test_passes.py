@@ -71,6 +71,15 @@ def test_every_element_is_written(expected: Results) -> None:
     assert {name.split()[0] for name in expected} == set(STORAGE)
 
 
+def test_sums_of_affine_relu_are_those_of_its_result(expected: Results) -> None:
+    """Bit for bit: they are added up in the order of the pass that reads a tensor for them."""
+    names = [name for name in expected if name.endswith(": affine_sums")]
+    assert len(names) > 0
+    for name in names:
+        squares = expected[name.replace("affine_sums", "squares")]
+        assert expected[name].tobytes() == squares.tobytes(), name
+
+
 def test_results_do_not_depend_on_the_schedule(expected: Results, tmp_path: Path) -> None:
     extension = extension_of(FAST, every_dtype=True)
     options = ("--dtypes", "float32", "bfloat16")
@@ -173,6 +182,27 @@ FAULTS = {
         "true) {",
         ADDRESS,
         "Sanitizer",
+    ),
+    "no barrier before squares are added up": (
+        "passes/pixel_sumsq.cuh",
+        "    __syncthreads();\n",
+        "",
+        THREAD,
+        "data race",
+    ),
+    "no tail of rows of squares": (
+        "passes/affine_relu.cuh",
+        "at_most(at.rows - row, int64_t(R) * at.slots)",
+        "int64_t(R) * at.slots",
+        ADDRESS,
+        "Sanitizer",
+    ),
+    "another group's scale": (
+        "passes/affine_relu.cuh",
+        "position * p.groups) * channels",
+        "position * p.groups)",
+        FAST,
+        "differs",
     ),
     "a shifted index": (
         "passes/tiles.cuh",

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "cuda/passes/affine_relu.cuh"
 #include "cuda/passes/column_sums.cuh"
 #include "cuda/passes/epilogue.cuh"
 #include "cuda/passes/filter.cuh"
@@ -29,6 +30,10 @@ void with_storage(Dtype dtype, F&& f) {
 
 void pixel_sumsq(Dtype dtype, const PixelSumsqParams& p, Stream stream) {
   with_storage(dtype, [&](auto t) { pixel_sumsq_typed<decltype(t)>(p, stream); });
+}
+
+void affine_relu(Dtype dtype, const AffineReluParams& p, Stream stream) {
+  with_storage(dtype, [&](auto t) { affine_relu_typed<decltype(t)>(p, stream); });
 }
 
 int64_t window_norm_blocks(const WindowNormParams& p) {

@@ -132,6 +132,7 @@ def launches_of(
     k = compute(o) if angular == "sigmoid" else None
     with recorded() as launches:
         a, _, mean = call(ops_library, "conv2d_norms", x, weight, *geometry, EPS, True, last)
+        call(ops_library, "affine_relu", x, compute(c), compute(c), 1, last)
         norm = compute(n * h * h)
         call(
             ops_library,

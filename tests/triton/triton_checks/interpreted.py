@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import affine
 import new_functions
 import torch
 import torch._dynamo.testing
@@ -585,6 +586,8 @@ def opcheck() -> list[str]:
             y.sum().backward()
             x = inputs.tensors["x"].detach().requires_grad_()
             functional.patch_norm(x, case.kernel, **case.geometry).sum().backward()
+            last = options.get("layout") == LAYOUTS[1]
+            affine_op(affine.operands((2, 6, 3, 4), 2, torch.float16, last))
         for func, arguments in recorder.calls:
             torch.library.opcheck(
                 func,
@@ -593,6 +596,46 @@ def opcheck() -> list[str]:
             )
         seen |= set(recorder.names())
     return sorted(seen)
+
+
+def affine_op(call: affine.AffineRelu) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = torch.ops.dcconv_triton.affine_relu.default(*call)
+    return found
+
+
+def affine_relu(dtype: str, last: bool) -> None:
+    """Values, special values and views, with tiles as they are and with small ones."""
+    kind = getattr(torch, dtype)
+    for tiles in (nullcontext(), small_tiles()):
+        with tiles:
+            for sizes, groups in affine.PROBLEMS:
+                call = affine.operands(sizes, groups, kind, last)
+                affine.check_values(f"{sizes} {groups}", call, affine_op(call))
+            affine.check_special_values(affine_op, kind, last)
+    call = affine.operands((2, 6, 3, 4), 2, kind, last)
+    moved = affine.moved(call)
+    assert not moved.scale.is_contiguous()
+    for one, two in zip(affine_op(call), affine_op(moved), strict=True):
+        assert torch.equal(one, two)
+
+
+def affine_refusals() -> dict[str, str]:
+    """Return what a call hears that is to be refused, by what is wrong with it."""
+    found = {}
+    for name in affine.REFUSALS:
+        if name in affine.NOT_OF_FAKES:
+            continue
+        call, _ = affine.refused(name)
+        try:
+            affine_op(call)
+        except RuntimeError as refused:
+            found[name] = str(refused)
+    double = affine.operands((2, 6, 3, 4), 2, torch.float64, False)
+    try:
+        affine_op(double)
+    except RuntimeError as refused:
+        found["float64"] = str(refused)
+    return found
 
 
 def schemas() -> list[list[str]] | None:
