@@ -30,9 +30,13 @@ from dcconv.operator.checks import choice, value_error
 #: Where predictions are kept.
 PREDICTIONS = RESULTS / "machine" / "predictions.jsonl"
 
-#: Passes that no function of the operator reaches: the sums of squares, and the gradient of x, to
-#: which the mean norm of the batch adds a term.
-OF_ANY = {"pixel_sumsq": ("default",), "grad_input": ("default", "tanh, one radius")}
+#: Passes that no function of the operator reaches: the sums of squares, the affine map, and the
+#: gradient of x, to which the mean norm of the batch adds a term.
+OF_ANY = {
+    "pixel_sumsq": ("default",),
+    "affine_relu": ("default",),
+    "grad_input": ("default", "tanh, one radius"),
+}
 
 
 def check(options: argparse.Namespace, console: Console) -> int:
@@ -81,7 +85,7 @@ def _rows(options: argparse.Namespace) -> Iterator[tuple[str, str, str, str, str
 
 
 def _shown(function: str, operator: str) -> str:
-    return "any" if function == "pixel_sumsq" else operator
+    return "any" if len(OF_ANY.get(function, ())) == 1 else operator
 
 
 def predictions(options: argparse.Namespace, console: Console) -> int:

@@ -175,6 +175,15 @@ class Operands:
                 },
                 ("x",),
             ),
+            "affine_relu": Call(
+                "affine_relu",
+                {
+                    **{"n": n, "pixels": layer.size**2, "c": layer.c, "x": x},
+                    **{"scale": self.positive(layer.c), "shift": self.positive(layer.c, -0.5)},
+                    **{"y": aligned(x.size, x.dtype), "sums": placed(sums), **shared},
+                },
+                ("x", "y"),
+            ),
             "epilogue": Call(
                 "epilogue",
                 {

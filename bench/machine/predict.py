@@ -169,7 +169,7 @@ def predict(
         gpu: which.
         dtype, channels_last: of the tensors.
         operator: its functions.
-        function: pixel_sumsq, epilogue, grad_dot or grad_input.
+        function: pixel_sumsq, affine_relu, epilogue, grad_dot or grad_input.
         layer: its sizes; its n does not count.
         sizes: the two numbers of images.
         latencies: of DRAM, in cycles.

@@ -11,8 +11,8 @@ from bench.records import Record
 
 KIND, NETWORK_KIND = "machine", "machine_network"
 
-#: The passes in order of a training step.
-PASSES = ("pixel_sumsq", "epilogue", "grad_dot", "grad_input")
+#: The passes in order of a training step, and the one between layers.
+PASSES = ("pixel_sumsq", "epilogue", "grad_dot", "grad_input", "affine_relu")
 
 LAYOUT_TITLES = {"channels_last": "channels_last", "contiguous": "contiguous (NCHW)"}
 

@@ -123,6 +123,12 @@ def _norms() -> None:
         patch_norm(x, 3, stride=2, padding=1, groups=groups).sum().backward()
 
 
+def _affine(namespace: str) -> None:
+    for groups in (1, 2):
+        x, shift = torch.randn(2, 6, 3, 4), torch.zeros(6)
+        getattr(torch.ops, namespace).affine_relu(x, torch.ones(6), shift, groups, False)
+
+
 def cpu_calls() -> list[Call]:
     from dcconv import backends
     from dcconv.functional import decoupled_conv2d
@@ -130,6 +136,7 @@ def cpu_calls() -> list[Call]:
     with backends.use_backend("cpu"), _Recorder("dcconv") as recorder:
         _work(decoupled_conv2d, (torch.float32, torch.bfloat16, torch.float64))
         _norms()
+        _affine("dcconv")
     return with_sums(list(recorder.calls.values()))
 
 
@@ -148,15 +155,17 @@ def cuda_calls() -> list[Call]:
         with backends.strategies("library"):
             _work(decoupled_conv2d, (torch.float32,))
         _norms()
+        _affine("dcconv")
     return with_sums(list(recorder.calls.values()))
 
 
 def emulated_calls() -> list[Call]:
     from stand_ins import emulated
 
-    implementations = emulated()
+    emulated()
+    ops: Any = torch.ops.dcconv_simt
     return [
-        Call(implementations[call.op._schema.name.partition("::")[2]], call.arguments)
+        Call(getattr(ops, call.op._schema.name.partition("::")[2]).default, call.arguments)
         for call in cuda_calls()
     ]
 
@@ -183,6 +192,7 @@ def triton_calls() -> list[Call]:
             with backends.strategies(strategies):
                 _work(decoupled_conv2d, (torch.float32,))
         _norms()
+        _affine("dcconv_triton")
     return with_sums(list(recorder.calls.values()))
 
 

@@ -24,7 +24,7 @@ MODULE = SimpleNamespace(
 def test_operands_of_the_passes(dtype: str, operator: str) -> None:
     layer = Layer(2, 16, 6, 24, 3)
     calls = Operands(MODULE, layer, dtype, True, OPERATORS[operator]).calls(rows=4)
-    assert set(calls) == {"pixel_sumsq", "epilogue", "grad_dot", "grad_input"}
+    assert set(calls) == {"pixel_sumsq", "affine_relu", "epilogue", "grad_dot", "grad_input"}
     for call in calls.values():
         streams = [call.members[name] for name in call.streams]
         assert {a.dtype for a in streams} == {np.dtype(STORAGE[dtype])}
