@@ -146,6 +146,12 @@ def check_all(
         )
 
 
+def same_numbers(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors have the same numbers, infinity too, and NaN in the same places."""
+    numbers = ~two.isnan()
+    return torch.equal(~one.isnan(), numbers) and torch.equal(one[numbers], two[numbers])
+
+
 def check_equal(name: str, got: Tensor, want: Tensor) -> None:
     """Accept two ways of computing one thing in one dtype: the rule with an exact peer."""
     check(name, got, want.double(), want, want.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.machine.execute.floating import comparison
+from bench.machine.execute.floating import bfloat16_bits, comparison
 from bench.machine.execute.grid import Array
 from bench.machine.execute.operands import _NUMBER, F64, U64, Action, Operands, Value
 
@@ -76,9 +76,11 @@ def compare(o: Operands) -> Action:
 def convert(o: Operands) -> Action:
     if o.modifiers[:2] == ("F32", "F64"):
         return o.write_f32(o.texts[0], f64(o, o.texts[1]))
-    if o.modifiers[:2] != ("F64", "F32"):
+    if o.modifiers[:2] not in (("F64", "F32"), ("BF16", "F32")):
         o.refuse()
     a = o.f32(o.texts[1])
+    if o.modifiers[0] == "BF16":
+        return o.write(o.texts[0], lambda: bfloat16_bits(a()))
     return o.write_pair(o.texts[0], lambda: np.asarray(a()).astype(F64).view(U64))
 
 

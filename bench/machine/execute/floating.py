@@ -162,7 +162,13 @@ def pack(o: Operands) -> Action:
         o.refuse()
     bits = bfloat16_bits if "BF16" in o.modifiers else float16_bits
     high, low = o.f32(o.texts[1]), o.f32(o.texts[2])
-    return o.write(o.texts[0], lambda: bits(high()) << U32(16) | bits(low()))
+    positive = "RELU" in o.modifiers
+
+    def half(x: Array) -> Array:
+        # NaN stays.
+        return bits(np.maximum(x, F32(0)) if positive else x)
+
+    return o.write(o.texts[0], lambda: half(high()) << U32(16) | half(low()))
 
 
 def unpack(o: Operands) -> Action:
