@@ -22,6 +22,15 @@ enum class Channels { kept, shared, grouped };
 // eight have more addresses than there are registers. Sums keep the order of pixel_sumsq.
 constexpr int kAffinePlanesAtOnce = 4;
 
+// Product and sum are rounded once whatever a compiler contracts: y is rounded again, and where
+// that goes the other way the sums show it.
+__device__ __forceinline__ float affine_relu_of(float x, float scale, float shift) {
+  return at_least(::fmaf(x, scale, shift), 0.0f);
+}
+__device__ __forceinline__ double affine_relu_of(double x, double scale, double shift) {
+  return at_least(::fma(x, scale, shift), 0.0);
+}
+
 // Scale and shift of V neighbouring channels.
 template <class A, int V>
 struct ChannelMap {
@@ -38,7 +47,7 @@ struct ChannelMap {
     unpack(x, values);
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      values[j] = at_least(values[j] * scale[j] + shift[j], A(0));
+      values[j] = affine_relu_of(values[j], scale[j], shift[j]);
     return pack<T, V>(values);
   }
 };
@@ -149,7 +158,7 @@ __launch_bounds__(kThreads, kPlaneSumsBlocks) affine_relu_contiguous_kernel(Affi
               unpack(loaded[k], values);
 #pragma unroll
               for (int j = 0; j < V; ++j)
-                values[j] = at_least(values[j] * factor[k] + addend[k], A(0));
+                values[j] = affine_relu_of(values[j], factor[k], addend[k]);
               const Vector<T, V> value = pack<T, V>(values);
               store_vector(y + offset + k * step, value);
               unpack(value, values);
