@@ -112,14 +112,14 @@ __launch_bounds__(kThreads, kGradBlocks<M>) grad_dot_contiguous_kernel(GradDotAr
         load_neighbours(values + 2 * tile_positions + place.own, own.d.at);
         load_neighbours(values + 3 * tile_positions + place.own, own.h_rho.at);
         A row_sum[V] = {};
-        int64_t offset =
-            first_plane + place.base(args.pixel_of, tile) + (begin + lane.way) * p.pixels;
+        int64_t offset = place.base(args.pixel_of, tile) + (begin + lane.way) * p.pixels;
+        T* grad_u = static_cast<T*>(p.grad_u) + first_plane + offset;
 #pragma unroll 1
         for (int c = begin + lane.way; c < end; c += ways) {
           // What a lane past the last position takes from the ring is nobody's, and goes nowhere.
           Vector<T, V> vectors[2];
           if (inside || VectorRing<T, V, 2, kGradSlots>::kAsync)
-            stream.take(offset - first_plane, vectors);
+            stream.take(offset, vectors);
           A term[V];
           SumValues<A, 1> sums{};
           const Filters<Uniform<A>> filters = table.of(c - begin);
@@ -127,7 +127,7 @@ __launch_bounds__(kThreads, kGradBlocks<M>) grad_dot_contiguous_kernel(GradDotAr
               args, own_constants, filters, first_filter + c, 0, own, vectors, term, sums
           );
           if (inside)
-            store_vector(static_cast<T*>(p.grad_u) + offset, du);
+            store_vector(grad_u, du);
 #pragma unroll
           for (int j = 0; j < V; ++j)
             row_sum[j] += term[j];
@@ -143,6 +143,7 @@ __launch_bounds__(kThreads, kGradBlocks<M>) grad_dot_contiguous_kernel(GradDotAr
           }
           stream.advance();
           offset += step;
+          grad_u += step;
         }
         A* slot = partial + (lane.tile * ways + lane.way) * span + lane.lane * V;
 #pragma unroll

@@ -184,13 +184,11 @@ public:
   }
 
   __device__ __forceinline__ void advance() {
-    const T* from[N];
+    ring_.ahead(ahead_, valid_);
+    channel_ += ways_;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      from[n] = bases_[n] + offset_;
-    ring_.ahead(from, valid_);
-    channel_ += ways_;
-    offset_ += step_;
+      ahead_[n] += step_;
     if (channel_ >= end_) {
       ++tile_;
       begin_tile();
@@ -201,15 +199,18 @@ private:
   __device__ __forceinline__ void begin_tile() {
     channel_ = first_;
     const int64_t base = tile_ < tiles_ ? place_.base(pixel_of_, tile_) : -1;
-    offset_ = base + first_ * place_.pixels;
     valid_ = base >= 0 && first_ < end_;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      ahead_[n] = bases_[n] + (base + first_ * place_.pixels);
   }
 
   Ring& ring_;
   const PlanePlace& place_;
   const PixelOf& pixel_of_;
   const T* bases_[N];
-  int64_t tile_, tiles_, offset_;
+  const T* ahead_[N];
+  int64_t tile_, tiles_;
   int first_, end_, ways_, channel_;
   int64_t step_;
   bool valid_;

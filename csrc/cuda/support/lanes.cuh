@@ -58,8 +58,9 @@ struct PlaneLane {
   int lane, way, tile;
 
   __device__ __forceinline__ explicit PlaneLane(const PlaneLanes& lanes) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    lane = static_cast<int>(threadIdx.x) % kWarp;
+    // Unsigned: one instruction each, where kernels find them again for want of registers.
+    const int warp = static_cast<int>(threadIdx.x / unsigned(kWarp));
+    lane = static_cast<int>(threadIdx.x % unsigned(kWarp));
     tile = warp / lanes.ways;
     way = warp - tile * lanes.ways;
   }
