@@ -5,7 +5,7 @@
 //   implicit_gemm_test fits SIDE CHANNELS FILTERS KERNEL    prints whether 32-bit offsets do
 //
 // Every array ends where a page begins that nobody may touch; outputs are NaN before they are
-// written. With SIMT_ONE_TILE there is tile 2 alone, for builds that are many.
+// written. With SIMT_ONE_TILE there is the tile of that number alone, for builds that are many.
 
 #include <cmath>
 #include <cstdio>
@@ -75,6 +75,8 @@ constexpr Case kCases[] = {
     {"taps", 1, 40, 7, 8, 72, 3, 1, 1, 1, 1, 1, Norms::sums},
     {"groups", 1, 16, 9, 9, 48, 3, 2, 2, 1, 2, 2, Norms::given},
     {"wide", 3, 8, 3, 5, 136, 2, 1, 0, 1, 1, 1, Norms::sums},
+    // Three halos, the last of them with a tail of channels, under two tiles of 128 rows.
+    {"halo", 3, 72, 7, 8, 72, 3, 1, 1, 1, 1, 1, Norms::given},
 };
 
 // What y is made of, for each way of the last step; a times h is chosen at run time.
@@ -139,8 +141,8 @@ bool agree(const char* what, const Array<T>& got, const Numbers& want, double al
 template <class F>
 void with_tile(int tile, F&& f) {
 #if defined(SIMT_ONE_TILE)
-  if (tile == 2)
-    f(SmallTile{});
+  if (tile == SIMT_ONE_TILE)
+    f(std::conditional_t<SIMT_ONE_TILE == 1, TallTile, SmallTile>{});
 #else
   with_gemm_tile(tile, f);
 #endif

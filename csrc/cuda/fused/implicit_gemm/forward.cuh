@@ -47,56 +47,67 @@ mapped_norm(const GemmForwardArgs& args, const GemmPlace<Tile>& place, int row) 
   return sqrt_of(sum + float(p.eps));
 }
 
-// Bytes of the stages, or of what takes their place.
-template <class Tile>
+// Bytes of the operands, or of the product, which takes their place.
+template <class Tile, class Operands>
 constexpr int kForwardBytes =
-    Tile::kProductBytes + kColumnArrays * Tile::kColumns * 4 > Tile::kBytes
-        ? Tile::kProductBytes + kColumnArrays * Tile::kColumns * 4
-        : Tile::kBytes;
+    Tile::kProductBytes > Operands::kBytes ? Tile::kProductBytes : Operands::kBytes;
 
-template <class T, class Tile, bool Squares>
+template <class T, class Tile, bool Squares, bool Halo>
 __global__ void
 __launch_bounds__(Tile::kThreads, Tile::kBlocks) implicit_gemm_kernel(GemmForwardArgs args) {
   using E = typename EvaluationType<T>::type;
+  using Operands = OperandsOf<T, Tile, false, Squares, Halo>;
   const FusedParams& p = args.p;
   SharedMemory shared;
-  unsigned char* stages = shared.take<unsigned char>(kForwardBytes<Tile>);
+  unsigned char* stages = shared.take<unsigned char>(kForwardBytes<Tile, Operands>);
+  float* columns = shared.take<float>(kColumnArrays * Tile::kColumns);
   float* inverse_b = shared.take<float>(Tile::kRows);
   float* b_or_h = shared.take<float>(Tile::kRows);
   const GemmPlace<Tile> place(args.problem, args.grid);
   const int thread = static_cast<int>(threadIdx.x);
-  MainLoop<T, Tile, false, Squares> loop;
-  const auto store_rows = [&] {
+  // What the last step needs of filters and positions, while the first copies are on their way.
+  const auto store_sides = [&] {
+    const int column = place.first_column + thread;
+    const bool owns = thread < Tile::kColumns && column < args.problem.columns;
+    const ColumnOperands<T> operands(p, int64_t(place.group) * args.problem.columns + column, owns);
     if constexpr (!Squares) {
-#pragma unroll 1
-      for (int row = thread; row < place.rows; row += Tile::kThreads)
-        store_row_operands<E>(args, place, row, mapped_norm(args, place, row), inverse_b, b_or_h);
+      constexpr int kOwn = (Tile::kRows + Tile::kThreads - 1) / Tile::kThreads;
+      float b[kOwn];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int row = thread + i * Tile::kThreads;
+        b[i] = row < place.rows ? mapped_norm(args, place, row) : 1;
+      }
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int row = thread + i * Tile::kThreads;
+        if (row < place.rows)
+          store_row_operands<E>(args, place, row, b[i], inverse_b, b_or_h);
+      }
     }
+    if (owns)
+      operands.template store<Tile::kColumns>(columns, thread, cosine_factor(args));
   };
-  loop.run(args.problem, place, stages, store_rows, [](int, unsigned char*) {});
-  if constexpr (Squares)
-    loop.store_squares(inverse_b);
-  const int column = place.first_column + thread;
-  const bool owns = thread < Tile::kColumns && column < args.problem.columns;
-  const ColumnOperands<T> operands(p, int64_t(place.group) * args.problem.columns + column, owns);
-  // The product and the operands of columns take the place of the stages.
-  __syncthreads();
-  float* product = reinterpret_cast<float*>(stages);
-  float* columns = product + Tile::kRows * Tile::kColumns;
-  if (args.last_step == LastStep::chosen)
-    loop.store_product(product);
+  MainLoop<T, Tile, Squares> loop;
+  Operands of_steps(args.problem, place, stages);
+  loop.run(args.problem, place, of_steps, store_sides, [](int, unsigned char*) {});
   if constexpr (Squares) {
+    loop.store_squares(inverse_b);
+    __syncthreads();
 #pragma unroll 1
     for (int row = thread; row < place.rows; row += Tile::kThreads)
       store_row_operands<E>(
           args, place, row, sqrt_of(inverse_b[row] + float(p.eps)), inverse_b, b_or_h
       );
   }
-  if (owns)
-    operands.template store<Tile::kColumns>(columns, thread, cosine_factor(args));
+  // The tile takes the place of the operands.
   __syncthreads();
-  if (args.last_step == LastStep::chosen)
+  if (args.last_step == LastStep::chosen) {
+    float* product = reinterpret_cast<float*>(stages);
+    loop.store_product(product);
+    __syncthreads();
     return store_chosen_outputs<T>(args, place, product, columns, inverse_b, b_or_h);
+  }
   with_known_functions(args.last_step, [&](auto magnitude, auto angular) {
     store_known_outputs<decltype(magnitude), decltype(angular), T>(
         args, place, loop, stages, columns, inverse_b, b_or_h
@@ -111,19 +122,34 @@ void launch_implicit_gemm(const FusedParams& p, Stream stream) {
   const GemmForwardArgs args{
       problem, gemm_grid<Tile>(problem), p, per_position, last_step_of(p.op, per_position)
   };
-  launch(
-      "implicit_gemm",
-      p.map == nullptr ? implicit_gemm_kernel<T, Tile, true> : implicit_gemm_kernel<T, Tile, false>,
-      Grid{args.grid.blocks},
-      Tile::kThreads,
-      SharedBytes()
-          .take<unsigned char>(kForwardBytes<Tile>)
-          .template take<float>(Tile::kRows)
-          .template take<float>(Tile::kRows)
-          .total(),
-      stream,
-      args
-  );
+  const auto start = [&](auto kernel, int bytes) {
+    launch(
+        "implicit_gemm",
+        kernel,
+        Grid{args.grid.blocks},
+        Tile::kThreads,
+        SharedBytes()
+            .take<unsigned char>(bytes)
+            .template take<float>(kColumnArrays * Tile::kColumns)
+            .template take<float>(Tile::kRows)
+            .template take<float>(Tile::kRows)
+            .total(),
+        stream,
+        args
+    );
+  };
+  if (p.map == nullptr)
+    return start(
+        implicit_gemm_kernel<T, Tile, true, false>,
+        kForwardBytes<Tile, OperandsOf<T, Tile, false, true, false>>
+    );
+  with_halo<Tile>(problem, [&](auto halo) {
+    constexpr bool kHalo = decltype(halo)::value;
+    start(
+        implicit_gemm_kernel<T, Tile, false, kHalo>,
+        kForwardBytes<Tile, OperandsOf<T, Tile, false, false, kHalo>>
+    );
+  });
 }
 
 template <class T>

@@ -13,17 +13,19 @@ struct GemmStep {
   int tap = 0, column = 0, channel = 0;
   int y = 0, x = 0;  // from a row's origin to the pixel that the tap reads
 
-  __device__ __forceinline__ void advance(const GemmProblem& p) {
+  // Channels inside, taps outside; whether another tap begins.
+  __device__ __forceinline__ bool advance(const GemmProblem& p) {
     channel += Depth;
     if (channel < p.depth)
-      return;
+      return false;
     channel = 0;
     ++tap;
     x += p.horizontal.step;
     if (++column < p.horizontal.taps)
-      return;
+      return true;
     column = x = 0;
     y += p.vertical.step;
+    return true;
   }
 };
 
@@ -31,8 +33,8 @@ struct GemmStep {
 constexpr int kNowhere = -(1 << 30);
 
 // Pixels as [rows, depth]: the same piece of every kStride-th row per thread. Offsets are in pieces
-// from the tile's first image on; offsets_fit bounds them. OneTap: a 1x1 window without
-// padding.
+// from the tile's first image on; offsets_fit bounds them. What a tap sees is found once per tap:
+// copies of a step are three instructions each. OneTap: a 1x1 window without padding.
 template <class T, class Tile, bool OneTap>
 class PixelLoader {
 public:
@@ -40,6 +42,7 @@ public:
   static constexpr int kStride = Tile::kThreads / kPieces;
   static constexpr int kCount = Tile::kRows / kStride;
   static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kRows, "one swizzle per thread");
+  static_assert(kCount <= 32, "a bit for each row");
 
   __device__ __forceinline__ PixelLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
       : piece_(static_cast<int>(threadIdx.x) % kPieces) {
@@ -53,7 +56,7 @@ public:
     for (int i = 0; i < kCount; ++i) {
       const int row = first + i * kStride;
       y_[i] = x_[i] = kNowhere;
-      offset_[i] = -1;
+      offset_[i] = 0;
       if (row < place.rows) {
         const Pixel at = p.pixel_of(place.first_row + row);
         const int image = static_cast<int>(at.image - first_image);
@@ -63,26 +66,32 @@ public:
         offset_[i] = pixel * width + place.group * (p.depth / kPiece) + piece_;
       }
     }
+    see(p, GemmStep<Tile::kDepth>());
+  }
+
+  // Another tap than before.
+  __device__ __forceinline__ void see(const GemmProblem& p, const GemmStep<Tile::kDepth>& step) {
+    tap_ = (step.y * p.horizontal.size + step.x) * (p.groups * p.depth / kPiece);
+    valid_ = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool valid =
+          OneTap ? y_[i] >= 0
+                 : inside(p.vertical, y_[i] + step.y) && inside(p.horizontal, x_[i] + step.x);
+      valid_ |= static_cast<uint32_t>(valid) << i;
+    }
   }
 
   __device__ __forceinline__ void
   load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
-    const bool in_depth = step.channel + piece_ * kPiece < p.depth;
-    const int width = p.groups * p.depth / kPiece;
-    const int offset = (step.y * p.horizontal.size + step.x) * width + step.channel / kPiece;
+    const uint32_t valid = step.channel + piece_ * kPiece < p.depth ? valid_ : 0;
+    const int offset = tap_ + step.channel / kPiece;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      bool valid = in_depth;
-      if constexpr (OneTap)
-        valid = valid && offset_[i] >= 0;
-      else
-        valid = valid &&
-                static_cast<unsigned>(y_[i] + step.y) < static_cast<unsigned>(p.vertical.size) &&
-                static_cast<unsigned>(x_[i] + step.x) < static_cast<unsigned>(p.horizontal.size);
       copy_async(
           stage + place_ + i * (kStride * kPieces * 16),
-          image_ + (valid ? int64_t(offset_[i] + offset) * kPiece : 0),
-          valid
+          image_ + int64_t(offset_[i] + offset) * kPiece,
+          (valid >> i & 1) != 0
       );
     }
   }
@@ -91,6 +100,8 @@ private:
   const T* image_;
   int piece_, place_;
   int y_[kCount], x_[kCount], offset_[kCount];
+  int tap_;
+  uint32_t valid_;  // by row, under the present tap
 };
 
 // Forward: the weight as [columns, depth], each a filter's channels.
@@ -103,32 +114,35 @@ public:
   static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kColumns, "one swizzle per thread");
 
   __device__ __forceinline__ FilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
-      : piece_(static_cast<int>(threadIdx.x) % kPieces),
-        column_(place.first_column + static_cast<int>(threadIdx.x) / kPieces) {
-    place_ = swizzled<kPieces>(static_cast<int>(threadIdx.x) / kPieces, piece_) * 16;
+      : piece_(static_cast<int>(threadIdx.x) % kPieces), valid_(0) {
+    const int first = static_cast<int>(threadIdx.x) / kPieces;
+    place_ = swizzled<kPieces>(first, piece_) * 16;
     filter_ = p.vertical.taps * p.horizontal.taps * (p.depth / kPiece);
-    offset_ = (place.group * p.columns + column_) * filter_ + piece_;
+    offset_ = (place.group * p.columns + place.first_column + first) * filter_ + piece_;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      valid_ |= static_cast<uint32_t>(place.first_column + first + i * kStride < p.columns) << i;
   }
 
   __device__ __forceinline__ void
-  load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
+  load(const GemmProblem& p, int tap, int channel, unsigned char* stage) const {
     const T* weight = static_cast<const T*>(p.weight);
-    const bool in_depth = step.channel + piece_ * kPiece < p.depth;
-    const int offset = offset_ + (step.tap * p.depth + step.channel) / kPiece;
+    const uint32_t valid = channel + piece_ * kPiece < p.depth ? valid_ : 0;
+    const int offset = offset_ + tap * (p.depth / kPiece) + channel / kPiece;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const bool valid = in_depth && column_ + i * kStride < p.columns;
       copy_async(
           stage + place_ + i * (kStride * kPieces * 16),
-          weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
-          valid
+          weight + int64_t(offset + i * kStride * filter_) * kPiece,
+          (valid >> i & 1) != 0
       );
     }
   }
 
 private:
-  int piece_, column_, place_;
+  int piece_, place_;
   int filter_, offset_;  // pieces of a filter; pieces before the thread's first
+  uint32_t valid_;       // by column
 };
 
 // Gradient: the weight as [depth, columns], each a filter's channels. The fragments are transposed
@@ -142,34 +156,34 @@ public:
   static_assert(kStride % 8 == 0 && kCount * kStride == Tile::kDepth, "one swizzle per thread");
 
   __device__ __forceinline__
-  TransposedFilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place)
-      : row_(static_cast<int>(threadIdx.x) / kPieces) {
+  TransposedFilterLoader(const GemmProblem& p, const GemmPlace<Tile>& place) {
     const int piece = static_cast<int>(threadIdx.x) % kPieces;
-    place_ = swizzled<kPieces>(row_, piece) * 16;
-    in_columns_ = place.first_column + piece * kPiece < p.columns;
+    const int row = static_cast<int>(threadIdx.x) / kPieces;
+    place_ = swizzled<kPieces>(row, piece) * 16;
+    rows_ = place.first_column + piece * kPiece < p.columns ? p.depth - row : 0;
     filter_ = p.vertical.taps * p.horizontal.taps * (p.columns / kPiece);
-    offset_ = (place.group * p.depth + row_) * filter_ + place.first_column / kPiece + piece;
+    offset_ = (place.group * p.depth + row) * filter_ + place.first_column / kPiece + piece;
   }
 
   __device__ __forceinline__ void
-  load(const GemmProblem& p, const GemmStep<Tile::kDepth>& step, unsigned char* stage) const {
+  load(const GemmProblem& p, int tap, int channel, unsigned char* stage) const {
     const T* weight = static_cast<const T*>(p.weight);
-    const int offset = offset_ + step.channel * filter_ + step.tap * (p.columns / kPiece);
+    const int offset = offset_ + channel * filter_ + tap * (p.columns / kPiece);
+    const int rows = rows_ - channel;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const bool valid = in_columns_ && step.channel + row_ + i * kStride < p.depth;
       copy_async(
           stage + place_ + i * (kStride * kPieces * 16),
-          weight + (valid ? int64_t(offset + i * kStride * filter_) * kPiece : 0),
-          valid
+          weight + int64_t(offset + i * kStride * filter_) * kPiece,
+          i * kStride < rows
       );
     }
   }
 
 private:
-  int row_, place_;
+  int place_;
   int filter_, offset_;  // pieces of a filter; pieces before the thread's first
-  bool in_columns_;
+  int rows_;             // from the thread's first on, 0 outside of the columns
 };
 
 }  // namespace dcconv::cuda

@@ -2,64 +2,77 @@
 // float32 accumulators, which then change places with the stages in shared memory.
 #pragma once
 
-#include <type_traits>
-
-#include "cuda/fused/implicit_gemm/fragments.cuh"
-#include "cuda/fused/implicit_gemm/loaders.cuh"
-#include "cuda/support/tensor_core.cuh"
+#include "cuda/fused/implicit_gemm/halo.cuh"
 
 namespace dcconv::cuda {
 
-// Transposed: the weight lies in shared memory as [depth, columns]. Squares: sums of the squares of
-// every row are made beside the product, which is the patch norm of a 1x1 window.
-template <class T, class Tile, bool Transposed, bool Squares>
+// Operands: what one step after the other reads, GatheredOperands or HaloOperands. begin() and
+// fetch() issue the copies of the first and of each further step, prepare() runs while the first
+// are on their way and start() behind the barrier after it, next() lets the next step's be read.
+// Steps come in turns of kTurn, whose number within a turn is known when compiled; fetch() is at
+// those of kStages - 1 steps later. Squares: sums of the squares of every row are made beside the
+// product, which is the patch norm of a 1x1 window.
+template <class T, class Tile, bool Squares>
 class MainLoop {
 public:
-  // f() runs while the first copies are on their way. after(i, stage) may issue copies into a stage
-  // that no step needs any more: for i = 0, 1, ... the one that follows the last step's, in turn;
-  // they have landed after wait_async<0> and a barrier. Returns the first of these stages.
-  template <class F, class After>
-  __device__ __forceinline__ int
-  run(const GemmProblem& p,
-      const GemmPlace<Tile>& place,
-      unsigned char* stages,
-      F&& f,
-      After&& after) {
-    using Weight =
-        std::conditional_t<Transposed, TransposedFilterLoader<T, Tile>, FilterLoader<T, Tile>>;
-    const PixelLoader<T, Tile, Squares> pixels(p, place);
-    const Weight weight(p, place);
-    const int taps = p.vertical.taps * p.horizontal.taps;
-    const int steps = taps * ((p.depth + Tile::kDepth - 1) / Tile::kDepth);
-    GemmStep<Tile::kDepth> next;
-    const auto fetch = [&](int step, int slot) {
-      unsigned char* stage = stages + slot * Tile::kStageBytes;
-      if (step < steps) {
-        pixels.load(p, next, stage);
-        weight.load(p, next, stage + Tile::kPixelBytes);
-        next.advance(p);
-      } else {
-        after(step - steps, stage);
-      }
-      // Groups at the end, empty or not, keep the count of those that may be pending.
-      commit_async();
-    };
+  // f() runs while the first copies are on their way. after(i, place) may issue copies of quarter i
+  // of a tile of 16-bit elements into a place that no step needs any more, which
+  // operands.quarter(i) finds; they have landed after wait_async<0> and a barrier.
+  template <class Operands, class F, class After>
+  __device__ __forceinline__ void run(
+      const GemmProblem& p, const GemmPlace<Tile>& place, Operands& operands, F&& f, After&& after
+  ) {
+    static_assert(kParts % 2 == 0, "two sets of fragments take turns");
+    constexpr int kTurn = Operands::kTurn, kAhead = Operands::kStages - 1;
+    const int steps = Operands::steps(p);
+    operands.begin();
 #pragma unroll
-    for (int i = 0; i < Tile::kStages - 1; ++i)
-      fetch(i, i);
-    f();
-    int slot = 0, free_slot = Tile::kStages - 1;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      wait_async<Tile::kStages - 2>();
-      // Every thread's copies of this step have landed, and nobody reads the step before it.
-      __syncthreads();
-      fetch(step + Tile::kStages - 1, free_slot);
-      multiply(stages + slot * Tile::kStageBytes);
-      free_slot = slot;
-      slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+    for (int i = 0; i < kAhead; ++i) {
+      operands.fetch(p, i - kAhead, after);
+      commit_async();
     }
-    return slot;
+    operands.prepare(p, place);
+    f();
+    wait_async<kAhead - 1>();
+    __syncthreads();
+    operands.start(p);
+    Fragments fragments[2];
+#pragma unroll
+    for (int m = 0; m < Tile::kRowFragments; ++m)
+      read(operands, 0, 0, m, fragments[0]);
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kTurn) {
+#pragma unroll
+      for (int turn = 0; turn < kTurn; ++turn) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          const Fragments& now = fragments[part % 2];
+          Fragments& then = fragments[(part + 1) % 2];
+          const bool last = part + 1 == kParts;
+          if constexpr (Squares)
+            add_squares(now.pixels);
+          // What the next products need is read between those of this part, which wait for none of
+          // it.
+#pragma unroll
+          for (int m = 0; m < Tile::kRowFragments; ++m) {
+            multiply(m, now);
+            if (m == 0 && part == 0) {
+              operands.fetch(p, turn, after);
+              // Groups at the end, empty or not, keep the count of those that may be pending.
+              commit_async();
+            }
+            if (m == 0 && last) {
+              wait_async<kAhead - 1>();
+              // Every thread's copies of the next step have landed, and nobody reads this one's
+              // stage any more. What is read after the last step, nobody multiplies.
+              __syncthreads();
+              operands.next(p, turn);
+            }
+            read(operands, last ? (turn + 1) % kTurn : turn, last ? 0 : part + 1, m, then);
+          }
+        }
+      }
+    }
   }
 
   // Sums of squares of the tile's rows: each row by one warp.
@@ -117,57 +130,33 @@ private:
   __device__ __forceinline__ static int warp_row() { return FragmentPlace<Tile>::warp_row(); }
   __device__ __forceinline__ static int warp_column() { return FragmentPlace<Tile>::warp_column(); }
 
-  __device__ __forceinline__ void multiply(const unsigned char* stage) {
-    const unsigned char* weight = stage + Tile::kPixelBytes;
+  // Operands of a warp for 16 of a step's depth.
+  struct Fragments {
+    uint32_t pixels[Tile::kRowFragments][4], weight[Tile::kColumnFragments][2];
+  };
+  static constexpr int kParts = Tile::kDepth / 16;
+
+  __device__ __forceinline__ void multiply(int m, const Fragments& fragments) {
 #pragma unroll
-    for (int depth = 0; depth < Tile::kDepth / kPiece; depth += 2) {
-      uint32_t a[Tile::kRowFragments][4], b[Tile::kColumnFragments][2];
-      load_weight(weight, depth, b);
-      load_pixels(stage, depth, a);
-      if constexpr (Squares)
-        add_squares(a);
-#pragma unroll
-      for (int m = 0; m < Tile::kRowFragments; ++m)
-#pragma unroll
-        for (int n = 0; n < Tile::kColumnFragments; ++n)
-          mma(sums_[m][n], a[m], b[n], T{});
-    }
+    for (int n = 0; n < Tile::kColumnFragments; ++n)
+      mma(sums_[m][n], fragments.pixels[m], fragments.weight[n], T{});
   }
 
-  // Fragments of 16 channels from piece `depth` on.
+  // Portion m of the fragments.
+  template <class Operands>
   __device__ __forceinline__ void
-  load_pixels(const unsigned char* pixels, int depth, uint32_t (&a)[Tile::kRowFragments][4]) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  read(const Operands& operands, int turn, int part, int m, Fragments& fragments) const {
+    constexpr int kPairs = Tile::kColumnFragments / 2;
+    operands.read_pixels(turn, part, m, fragments.pixels[m]);
 #pragma unroll
-    for (int m = 0; m < Tile::kRowFragments; ++m) {
-      const int row = (warp_row() * Tile::kRowFragments + m) * 16 + lane % 16;
-      load_matrix_x4(a[m], pixels + swizzled<Tile::kDepth / kPiece>(row, depth + lane / 16) * 16);
-    }
-  }
-
-  __device__ __forceinline__ void load_weight(
-      const unsigned char* weight, int depth, uint32_t (&b)[Tile::kColumnFragments][2]
-  ) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int first = warp_column() * Tile::kColumnFragments;
-#pragma unroll
-    for (int n = 0; n < Tile::kColumnFragments; n += 2) {
+    for (int i = m * kPairs / Tile::kRowFragments; i < (m + 1) * kPairs / Tile::kRowFragments;
+         ++i) {
       uint32_t pair[4];
-      if constexpr (Transposed) {
-        const int row = depth * kPiece + lane % 16, piece = first + n + lane / 16;
-        load_matrix_x4_transposed(
-            pair, weight + swizzled<Tile::kColumns / kPiece>(row, piece) * 16
-        );
-      } else {
-        const int row = (first + n + lane / 16) * 8 + lane % 8;
-        load_matrix_x4(
-            pair, weight + swizzled<Tile::kDepth / kPiece>(row, depth + lane / 8 % 2) * 16
-        );
-      }
-      b[n][0] = pair[0];
-      b[n][1] = pair[1];
-      b[n + 1][0] = pair[2];
-      b[n + 1][1] = pair[3];
+      operands.read_weight_pair(part, i * 2, pair);
+      fragments.weight[2 * i][0] = pair[0];
+      fragments.weight[2 * i][1] = pair[1];
+      fragments.weight[2 * i + 1][0] = pair[2];
+      fragments.weight[2 * i + 1][1] = pair[3];
     }
   }
 

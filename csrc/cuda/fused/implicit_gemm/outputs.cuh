@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_known_outputs(
       *at.pair(shared, m, n, half) = pack_word<T>(u[0], u[1]);
     });
     __syncthreads();
-    tile.copy(shared, shared + tile.kHalfBytes, static_cast<T*>(p.dot));
+    tile.copy(shared, static_cast<T*>(p.dot));
     __syncthreads();
   }
   Constants<E> constants = constants_of<E>(p.op);
@@ -89,8 +89,7 @@ __device__ __forceinline__ void store_known_outputs(
       row_value[m][half] = b_or_h[at.row(m, half)];
     }
   }
-#pragma unroll
-  for (int n = 0; n < Tile::kColumnFragments; ++n) {
+  const auto filters_of = [&](int n) {
     Filters<Each<float, 2>> filters;
     const auto read = [&](ColumnArray array, Each<float, 2>& out) {
       const Vector<float, 2> pair =
@@ -102,6 +101,14 @@ __device__ __forceinline__ void store_known_outputs(
     read(kRho, filters.rho);
     read(kInverseRho, filters.inverse_rho);
     read(kBias, filters.bias);
+    return filters;
+  };
+  Filters<Each<float, 2>> next = filters_of(0);
+#pragma unroll
+  for (int n = 0; n < Tile::kColumnFragments; ++n) {
+    const Filters<Each<float, 2>> filters = next;
+    if (n + 1 < Tile::kColumnFragments)
+      next = filters_of(n + 1);
 #pragma unroll
     for (int m = 0; m < Tile::kRowFragments; ++m) {
 #pragma unroll
@@ -117,7 +124,7 @@ __device__ __forceinline__ void store_known_outputs(
     }
   }
   __syncthreads();
-  tile.copy(shared, shared + tile.kHalfBytes, static_cast<T*>(p.y));
+  tile.copy(shared, static_cast<T*>(p.y));
 }
 
 // y of eight columns of a row, by functions chosen at run time.

@@ -15,6 +15,35 @@ struct GatherAxis {
   int stride, origin, step;
 };
 
+// Whether there is a pixel.
+__device__ __forceinline__ bool inside(const GatherAxis& axis, int i) {
+  return static_cast<unsigned>(i) < static_cast<unsigned>(axis.size);
+}
+
+// A tile's windows see pixels from this many before its first row on; reach: how many more than it
+// has rows, or more than a halo holds.
+struct HaloReach {
+  int low = 0, reach = 0;
+};
+
+// Pixels of a halo, and taps that share it: halo.cuh.
+constexpr int kHaloRows = 256, kHaloTaps = 9;
+
+inline HaloReach halo_reach(const GatherAxis& vertical, const GatherAxis& horizontal) {
+  const auto low = [](const GatherAxis& axis) {
+    return int64_t(axis.origin) + (axis.step < 0 ? int64_t(axis.step) * (axis.taps - 1) : 0);
+  };
+  const auto reach = [](const GatherAxis& axis) {
+    return (axis.step < 0 ? -int64_t(axis.step) : axis.step) * (axis.taps - 1);
+  };
+  const int64_t size = horizontal.size, limit = kHaloRows;
+  const int64_t first = low(vertical) * size + low(horizontal);
+  const int64_t more = reach(vertical) * size + reach(horizontal);
+  const bool near = more < limit && -limit < first && first < limit;
+  return near ? HaloReach{static_cast<int>(first), static_cast<int>(more)}
+              : HaloReach{0, kHaloRows};
+}
+
 struct GemmProblem {
   const void* pixels;  // T [images, vertical.size, horizontal.size, groups * depth]
   // T [o, taps, c / groups]: filters are the columns and channels the depth forward; the other way
@@ -24,6 +53,32 @@ struct GemmProblem {
   int columns, depth, groups;  // of one group: columns and depth, multiples of 8
   GatherAxis vertical, horizontal;
   PixelOf pixel_of;  // of a row
+  bool same_size;    // of the result and what is read
+  HaloReach halo;
+
+  // Whether a tile of so many rows can read its windows from a halo.
+  bool takes_halo(int tile_rows) const {
+    return vertical.taps == 3 && horizontal.taps == 3 && vertical.stride == 1 &&
+           horizontal.stride == 1 && same_size && tile_rows + halo.reach <= kHaloRows;
+  }
+  // Of those: pixels from a row's own to the one that a tap reads.
+  __device__ __forceinline__ int halo_offset(int tap) const {
+    const int y = vertical.origin + tap / 3 * vertical.step;
+    return y * horizontal.size + horizontal.origin + tap % 3 * horizontal.step;
+  }
+  // A bit for each tap that finds its pixel inside of the image.
+  __device__ __forceinline__ uint32_t taps_seen(int64_t row) const {
+    const Pixel at = pixel_of(row);
+    uint32_t columns = 0, taps = 0;
+    int x = at.x + horizontal.origin, y = at.y + vertical.origin;
+#pragma unroll
+    for (int s = 0; s < 3; ++s, x += horizontal.step)
+      columns |= static_cast<uint32_t>(inside(horizontal, x)) << s;
+#pragma unroll
+    for (int r = 0; r < 3; ++r, y += vertical.step)
+      taps |= inside(vertical, y) ? columns << 3 * r : 0;
+    return taps;
+  }
 };
 
 inline GemmProblem forward_problem(const FusedParams& p) {
@@ -41,7 +96,9 @@ inline GemmProblem forward_problem(const FusedParams& p) {
       p.groups,
       axis(rows),
       axis(columns),
-      PixelOf(p.n, rows.output, columns.output)
+      PixelOf(p.n, rows.output, columns.output),
+      rows.output == rows.input && columns.output == columns.input,
+      halo_reach(axis(rows), axis(columns))
   };
 }
 
@@ -61,7 +118,9 @@ inline GemmProblem gradient_problem(const FusedGradInputParams& p) {
       p.groups,
       axis(rows),
       axis(columns),
-      PixelOf(p.n, rows.input, columns.input)
+      PixelOf(p.n, rows.input, columns.input),
+      rows.output == rows.input && columns.output == columns.input,
+      halo_reach(axis(rows), axis(columns))
   };
 }
 

@@ -25,9 +25,7 @@ gathered_sum(const GemmProblem& p, int64_t row, int group, F&& value) {
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int y = top + r * p.vertical.step, x = left + s * p.horizontal.step;
-      const bool valid = r < p.vertical.taps &&
-                         static_cast<unsigned>(y) < static_cast<unsigned>(p.vertical.size) &&
-                         static_cast<unsigned>(x) < static_cast<unsigned>(p.horizontal.size);
+      const bool valid = r < p.vertical.taps && inside(p.vertical, y) && inside(p.horizontal, x);
       part[i] = valid ? value(((image + y) * p.horizontal.size + x) * p.groups + group) : 0.0f;
       if (++s == p.horizontal.taps) {
         s = 0;
@@ -38,6 +36,24 @@ gathered_sum(const GemmProblem& p, int64_t row, int group, F&& value) {
     for (int i = 0; i < kTogether; ++i)
       total += part[i];
   }
+  return total;
+}
+
+// The same for nine taps at stride 1 between sizes that agree, given which of them find a pixel:
+// all loads are on their way together.
+template <class F>
+__device__ __forceinline__ float
+halo_sum(const GemmProblem& p, int64_t row, int group, uint32_t seen, F&& value) {
+  float part[kHaloTaps];
+#pragma unroll
+  for (int tap = 0; tap < kHaloTaps; ++tap) {
+    const int64_t pixel = row + p.halo_offset(tap);
+    part[tap] = (seen >> tap & 1) != 0 ? value(pixel * p.groups + group) : 0.0f;
+  }
+  float total = 0;
+#pragma unroll
+  for (int tap = 0; tap < kHaloTaps; ++tap)
+    total += part[tap];
   return total;
 }
 
