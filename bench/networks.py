@@ -15,6 +15,10 @@ decoupled filters, are compared with the same network in float64, on the first i
 training, kinks such as ReLU are replaced by smooth functions, since at a kink rounding decides). A
 wrong one gets its error printed in place of a time, and the exit status is 1. Peak memory is what
 the step takes beyond the network, its images and the optimiser's state.
+
+With --fuse-norms every backend has a second provider, converted with fuse_norms=True. Its ReLUs
+belong to fused layers, which have no smooth stand-in: for both passes its logits in evaluation mode
+are compared. Sums are handed on outside of inference mode, so its inference is under no_grad.
 """
 
 from __future__ import annotations
@@ -54,6 +58,8 @@ QUICK_NETWORKS = ("resnet18", "resnet32", "convnext")
 
 TRAIN, INFERENCE = PASSES = ("train", "inference")
 PLAIN, REFERENCE, OURS = "plain", "reference", "dcconv-"
+# Behind a backend's name: with the batch normalisations fused that can be.
+FUSED = "+fuse_norms"
 
 # A step that leaves the weights where they are, but for rounding.
 LEARNING_RATE = 1e-6
@@ -218,7 +224,7 @@ class Case:
         placed: nn.Module = network.to(device=self.device, dtype=dtype, **layout)
         return placed
 
-    def convert(self, network: nn.Module, backend: str) -> nn.Module:
+    def convert(self, network: nn.Module, backend: str, fuse_norms: bool = False) -> nn.Module:
         """Convert a copy of a network to the case's operator."""
         with warnings.catch_warnings():
             # The caller estimates them, or loads estimated ones.
@@ -230,6 +236,7 @@ class Case:
                 magnitude=self.operator.magnitude,
                 angular=self.operator.angular,
                 backend=backend,
+                fuse_norms=fuse_norms,
             )
 
     def data(self) -> tuple[Tensor, Tensor]:
@@ -280,7 +287,8 @@ class Step:
 
     def inference(self) -> Tensor:
         """Return the logits, without anything kept for backward."""
-        with torch.inference_mode():
+        fused = any(isinstance(part, dcconv.BatchNormAct2d) for part in self.network.modules())
+        with torch.no_grad() if fused else torch.inference_mode():
             return self.forward()
 
     def of(self, which: str) -> Callable[[], object]:
@@ -357,6 +365,11 @@ def make_gate(case: Case, network: nn.Module, images: Tensor, labels: Tensor, wh
     return Gate(truth, allowed, peer)
 
 
+def backend_of(provider: str) -> str:
+    """Return the backend of one of our providers."""
+    return provider.removeprefix(OURS).removesuffix(FUSED)
+
+
 class Networks(NamedTuple):
     """The networks of one case, with the same weights and, converted, the same statistics."""
 
@@ -369,7 +382,7 @@ class Networks(NamedTuple):
             return copy.deepcopy(self.plain)
         if provider == REFERENCE:
             return copy.deepcopy(self.converted)
-        network = case.convert(self.plain, provider.removeprefix(OURS))
+        network = case.convert(self.plain, backend_of(provider), provider.endswith(FUSED))
         network.load_state_dict(self.converted.state_dict())
         return network
 
@@ -398,7 +411,8 @@ def prepare(
         result["errors"] = gate.peer
     elif provider != PLAIN:
         some = step.images[:GATE_BATCH], step.labels[:GATE_BATCH]
-        found = observe(case, networks.of(provider, case), *some, which)
+        compared = INFERENCE if provider.endswith(FUSED) else which
+        found = observe(case, networks.of(provider, case), *some, compared)
         errors = result["errors"] = gate.errors(found)
         result["note"] = gate.refusal(errors)
         if result["note"] is not None:
@@ -421,18 +435,22 @@ def measure(
     some = images[:GATE_BATCH], labels[:GATE_BATCH]
     for which in passes:
         gate = make_gate(case, networks.converted, *some, which)
+        gate_of_fused = gate
+        if which == TRAIN and any(name.endswith(FUSED) for name in providers):
+            gate_of_fused = make_gate(case, networks.converted, *some, INFERENCE)
         results: dict[str, dict[str, Any]] = {}
         calls = {}
         for name in providers:
             reason = None
             if name.startswith(OURS):
-                reason = backends.why_not(name.removeprefix(OURS), images, *case.operator)
+                reason = backends.why_not(backend_of(name), images, *case.operator)
             if reason is not None:
                 results[name] = {"timing": None, "note": f"missing: {reason}"}
                 continue
             step = Step(case, networks.of(name, case), images, labels)
             try:
-                results[name] = prepare(case, networks, gate, step, name, which)
+                own = gate_of_fused if name.endswith(FUSED) else gate
+                results[name] = prepare(case, networks, own, step, name, which)
             # Out of memory, or a backend that refuses one of the layers.
             except RuntimeError as failure:
                 text = str(failure).partition("\n")[0].removeprefix("dcconv: ")
@@ -486,6 +504,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--layout", type=names, dest="layouts", metavar="A,B", help=", ".join(LAYOUTS))
     add("--passes", type=names, metavar="A,B", help=", ".join(PASSES))
+    add("--fuse-norms", action="store_true", help="every backend with fused norms as well")
 
 
 def complete(options: argparse.Namespace) -> None:
@@ -520,7 +539,9 @@ def providers_of(options: argparse.Namespace) -> list[str]:
     chosen = options.backends
     if chosen is None:
         chosen = shared.willing_backends(options.device) or backends.names
-    return [PLAIN, REFERENCE, *(OURS + name for name in chosen if name != REFERENCE)]
+    own = [OURS + name for name in chosen if name != REFERENCE]
+    fused = [name + FUSED for name in own if options.fuse_norms]
+    return [PLAIN, REFERENCE, *own, *fused]
 
 
 def cases_of(options: argparse.Namespace, names: list[str]) -> list[Case]:

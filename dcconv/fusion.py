@@ -163,10 +163,6 @@ def _read(found: _Graph, uses: dict[nn.Module, _Uses]) -> None:
         return parts.get(str(node.target)) if plain else None
 
     for node in found.graph.nodes:
-        if node.op == "get_attr":
-            owner = parts.get(str(node.target).rpartition(".")[0])
-            if owner in uses:
-                uses[owner].followed = False  # somebody normalises by hand
         if node.op != "call_module" or parts.get(str(node.target)) not in uses:
             continue
         use = uses[parts[str(node.target)]]

@@ -108,6 +108,30 @@ def test_rows_have_every_provider_with_time_memory_and_errors(dtype: str, tmp_pa
 
 
 @pytest.mark.backend("cpu")
+def test_fused_norms_are_a_provider_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network() -> nn.Module:
+        layers = list(tiny_network())
+        return nn.Sequential(*layers[:3], *layers[4:])
+
+    monkeypatch.setitem(NETWORKS, "tiny", TINY._replace(build=network))
+    status, _ = run("--networks", "tiny", "--fuse-norms", "--results", str(tmp_path))
+    assert status == 0
+    fused = OWN + networks.FUSED
+    for record in rows(tmp_path):
+        assert list(record.results) == [PLAIN, REFERENCE, OWN, fused]
+        assert record.median(fused) is not None
+        assert set(record.results[fused]["errors"]) == {"logits"}
+    made = networks.make_networks(case := tiny_case(), case.data()[0])
+    norms = [
+        sum(isinstance(part, dcconv.BatchNormAct2d) for part in made.of(name, case).modules())
+        for name in (OWN, fused)
+    ]
+    assert norms == [0, 1]
+
+
+@pytest.mark.backend("cpu")
 @pytest.mark.parametrize(("magnitude", "angular"), [("tanh", "linear"), ("ball", "cosine")])
 def test_network_that_computes_something_else_has_no_time(
     magnitude: str, angular: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -159,6 +159,19 @@ def plain_chain(network: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(plain_like(norm), nn.ReLU(), conv)
 
 
+def noted_sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """Return a list that grows by what every layer is given whose input has sums."""
+    given: list[Tensor | None] = []
+    fitting = pixel_sums.PixelSums.fitting
+
+    def noted(sums: Any, *call: Any) -> Tensor | None:
+        given.append(fitting(sums, *call))
+        return given[-1]
+
+    monkeypatch.setattr(pixel_sums.PixelSums, "fitting", noted)
+    return given
+
+
 @pytest.mark.parametrize("options", [{}, {"radius_unit": "absolute", "bias": True}], ids=ids)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("groups", [1, 2])
@@ -173,14 +186,7 @@ def test_the_next_layer_starts_from_the_sums(
 ) -> None:
     network = chain(dtype, groups, training, **options)
     truth, peer = plain_chain(network).double(), plain_chain(network)
-    given: list[Tensor | None] = []
-    fitting = pixel_sums.PixelSums.fitting
-
-    def noted(sums: Any, *call: Any) -> Tensor | None:
-        given.append(fitting(sums, *call))
-        return given[-1]
-
-    monkeypatch.setattr(pixel_sums.PixelSums, "fitting", noted)
+    given = noted_sums(monkeypatch)
     x = beside_the_kink(images(2, 6, 5, 4, dtype=dtype, last=True), truth[0])
     renamed = {"0": "0", "1": "2"}
 
@@ -262,7 +268,9 @@ def test_what_a_changed_output_carries() -> None:
         y = norm(x)
     for other in (y.clone(), y * 1, y.view_as(y), y.detach(), y[:], y.double(), copy.copy(y)):
         assert pixel_sums.of(other) is None
-    assert pixel_sums.of(y) is not None
+    twin = y.view_as(y)
+    vars(twin).update(vars(y))
+    assert pixel_sums.of(twin) is None and pixel_sums.of(y) is not None
 
 
 def test_what_copies_of_a_changed_output_carry() -> None:
@@ -290,7 +298,9 @@ def test_a_changed_output_is_convolved_as_it_is(backend: str) -> None:
 
 def test_layers_with_other_groups_find_their_own() -> None:
     norm, conv = layer(6, groups=2).eval(), dcconv.DecoupledConv2d(6, 6, 3, groups=3).eval()
-    y = norm(images(2, 6, 4, 4)).detach()
+    with torch.no_grad():
+        y = norm(images(2, 6, 4, 4))
+    assert pixel_sums.of(y) is not None
     assert torch.equal(conv(norm(images(0, 6, 4, 4))), conv(images(0, 6, 4, 4)))
     assert torch.equal(conv(y), conv(y.clone()))
     # One layout for y, another for the call.
@@ -309,7 +319,7 @@ def test_inference_mode_counts_no_changes() -> None:
         check("y", network(x), want.double(), want, torch.float32)
 
 
-def test_autocast(backend: str) -> None:
+def test_autocast(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch normalisation stays in its input's dtype; a cast of its output is another tensor."""
     network = chain(torch.float32, 1, True)
     x = images(2, 6, 4, 4, last=True)
@@ -320,8 +330,13 @@ def test_autocast(backend: str) -> None:
         y, want = network(x), plain(x)
         assert y.dtype == torch.bfloat16
         check("y", y, want.double(), want, torch.bfloat16)
+        given = noted_sums(monkeypatch)
+        network(x)
+        assert not given
         half = network[0](x.bfloat16())
         assert half.dtype == torch.bfloat16 and pixel_sums.of(half) is not None
+        network[1](half)
+        assert len(given) == 1
 
 
 def test_empty_batches_and_single_values() -> None:
