@@ -26,7 +26,7 @@ class _Normalised(NamedTuple):
         of_batch: whether by the batch's own statistics; running ones are updated then.
         momentum: of the update.
         eps: added to the variance.
-        groups, namespace: of ``affine_relu``.
+        groups, channels_last, namespace: of ``affine_relu``.
     """
 
     running_mean: Tensor | None
@@ -35,6 +35,7 @@ class _Normalised(NamedTuple):
     momentum: float
     eps: float
     groups: int
+    channels_last: bool
     namespace: str
 
 
@@ -57,9 +58,12 @@ def _forward(
     mean, var = _statistics(x, how)
     invstd = torch.rsqrt(var + how.eps)
     scale = invstd if weight is None else invstd * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    last = memory_format(x) == torch.channels_last
-    y, sums = ops.affine_relu(AffineRelu(x, scale, shift, how.groups, last), how.namespace)
+    if bias is None:
+        shift = (mean * scale).neg_()
+    else:
+        shift = torch.addcmul(bias.to(mean.dtype), mean, scale, value=-1)
+    call = AffineRelu(x, scale, shift, how.groups, how.channels_last)
+    y, sums = ops.affine_relu(call, how.namespace)
     return y, sums, mean, var, invstd
 
 
@@ -211,22 +215,26 @@ class BatchNormAct2d(tracing.Leaf, nn.BatchNorm2d):
             return recorded
         self._check_input_dim(x)
         runner = None if tracing.recording() else backends.choose(x, self.backend)
-        if pixel_sums.is_watched() or not self._is_fusible(x):
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        if pixel_sums.is_watched() or not self._is_fusible(x, own):
             y: Tensor = super().forward(x)
             return y if self.before_relu else F.relu(y)
         assert runner is not None
-        last = memory_format(x) == torch.channels_last
+        layout = memory_format(x)
+        last = layout == torch.channels_last
         if runner.name == "reference":
             y = F.relu(super().forward(x))
             sums = reference.pixel_sums(y.detach(), self.groups, last)
         else:
-            how = self._update(runner.backend.namespace or COMPILED)
-            x = x.contiguous(memory_format=memory_format(x))
-            tensors = (x, self.weight, self.bias)
-            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-                y, sums = _BatchNormAct.apply(*tensors, how)
+            how = self._update(own[2], own[3], last, runner.backend.namespace or COMPILED)
+            x, (weight, bias) = x.contiguous(memory_format=layout), own[:2]
+            learned = (weight is not None and weight.requires_grad) or (
+                bias is not None and bias.requires_grad
+            )
+            if torch.is_grad_enabled() and (learned or x.requires_grad):
+                y, sums = _BatchNormAct.apply(x, weight, bias, how)
             else:
-                y, sums, *_ = _forward(*tensors, how)
+                y, sums, *_ = _forward(x, weight, bias, how)
         pixel_sums.hand_on(y, PixelSums(sums, self.groups, last), self.before_relu)
         return y
 
@@ -240,31 +248,36 @@ class BatchNormAct2d(tracing.Leaf, nn.BatchNorm2d):
         if input.dtype not in FLOATING_DTYPES:
             raise checks.type_error("x", f"have dtype {checks.DTYPE_RULE[3:]}", input.dtype)
 
-    def _is_fusible(self, x: Tensor) -> bool:
+    def _is_fusible(self, x: Tensor, own: tuple[Tensor | None, ...]) -> bool:
         """Whether kernels read x and the layer's tensors, for a gain; PyTorch has the errors."""
-        own = (self.weight, self.bias, self.running_mean, self.running_var)
-        dtypes = {t.dtype for t in own if t is not None}
-        return (
-            type(x) is Tensor
-            and x.numel() > x.shape[1]
-            # Its ReLU could not be told, and would run.
-            and not (self.before_relu and torch.is_inference_mode_enabled())
-            and len(dtypes) <= 1
-            and dtypes <= {x.dtype, compute_dtype(x.dtype)}
-            and all(t is None or (type(t) in PLAIN and t.device == x.device) for t in own)
-        )
+        if type(x) is not Tensor or x.numel() <= x.size(1):
+            return False
+        if self.before_relu and torch.is_inference_mode_enabled():
+            return False  # Its ReLU could not be told, and would run.
+        dtype: torch.dtype | None = None
+        for t in own:
+            if t is None:
+                continue
+            if type(t) not in PLAIN or t.device != x.device or dtype not in (None, t.dtype):
+                return False
+            dtype = t.dtype
+        return dtype in (None, x.dtype, compute_dtype(x.dtype))
 
-    def _update(self, namespace: str) -> _Normalised:
+    def _update(
+        self, mean: Tensor | None, var: Tensor | None, last: bool, namespace: str
+    ) -> _Normalised:
         """Return how a call normalises, the batch counted, as ``nn.BatchNorm2d.forward`` does."""
-        momentum = self.momentum or 0.0
-        tracks = not self.training or self.track_running_stats
-        if self.training and tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
-        of_batch = self.training or (self.running_mean is None and self.running_var is None)
-        return _Normalised(mean, var, of_batch, momentum, self.eps, self.groups, namespace)
+        momentum, training = self.momentum or 0.0, self.training
+        of_batch = training or (mean is None and var is None)
+        if training and not self.track_running_stats:
+            mean = var = None
+        elif training:
+            steps = self.num_batches_tracked
+            if steps is not None:
+                steps.add_(1)
+                if self.momentum is None:
+                    momentum = 1.0 / float(steps)
+        return _Normalised(mean, var, of_batch, momentum, self.eps, self.groups, last, namespace)
 
     def extra_repr(self) -> str:
         """Show the arguments of ``nn.BatchNorm2d``, and those that differ from their defaults."""

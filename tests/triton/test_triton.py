@@ -316,6 +316,10 @@ def test_planes_take_shallow_steps_beside_many_sums() -> None:
     ]
 
 
+def test_layers_start_from_given_sums(interpreter: Worker) -> None:
+    assert interpreter.ask("given_sums") == 8
+
+
 def test_offsets_beyond_int32(interpreter: Worker) -> None:
     interpreter.ask("offsets_beyond_int32")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from cases import (
     by_id,
     make_inputs,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,9 +36,12 @@ from dcconv import backends, functional, native
 from dcconv.operator import reference
 from dcconv.operator.functions import angulars, magnitudes, weighted_magnitude, weightings
 from dcconv.operator.numerics import ANGLE_DELTA
+from dcconv.operator.records import Window
 from dcconv.passes import fused
 from dcconv.passes.backward import InputSide
-from dcconv.passes.records import COMPILED, OWN_RULE, Taps
+from dcconv.passes.ops import conv2d_norms as norms_op
+from dcconv.passes.records import COMPILED, OWN_RULE, Norms, Taps
+from dcconv.pixel_sums import PixelSums
 from dcconv.triton import environment, launch, tuning
 from dcconv.triton import fused as triton_fused
 from dcconv.triton import tiles as gemm_tiles
@@ -636,6 +640,47 @@ def affine_refusals() -> dict[str, str]:
     except RuntimeError as refused:
         found["float64"] = str(refused)
     return found
+
+
+def given_sums() -> int:
+    """Layers behind BatchNormAct2d start from its sums, by either strategy; return how many did."""
+    fitting, given = PixelSums.fitting, []
+
+    def noted(sums: PixelSums, *call: Any) -> Tensor | None:
+        given.append(found := fitting(sums, *call))
+        return found
+
+    PixelSums.fitting = noted
+    for layout, groups, strategy in itertools.product(FORMATS, (1, 2), ("library", "fused")):
+        norm = dcconv.BatchNormAct2d(8, groups=groups)
+        conv = dcconv.DecoupledConv2d(8, 4, 3, padding=1, groups=groups).to(memory_format=layout)
+        plain = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), copy.deepcopy(conv))
+        x = torch.randn(2, 8, 5, 4).contiguous(memory_format=layout)
+        results = []
+        for module, image, backend in (
+            (nn.Sequential(norm, conv), x, "triton"),
+            (plain, x, "reference"),
+            (copy.deepcopy(plain).double(), x.double(), "reference"),
+        ):
+            leaf = image.detach().requires_grad_()
+            with backends.use_backend(backend), backends.strategies(f"library,{strategy}"):
+                y = module(leaf)
+            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+            parameters = list(module.parameters())
+            grads = torch.autograd.grad(y, [leaf, *parameters], cotangent.to(y.dtype))
+            results.append([y.detach(), *grads])
+        for got, peer, truth in zip(*results, strict=True):
+            check(f"{layout} {groups} {strategy}", got, truth, peer, torch.float32)
+        # The op itself: four times the sums are norms of twice the image.
+        call = Norms(x, conv.weight.detach(), Window(groups=groups), 1e-4, True, False)
+        last = layout == torch.channels_last
+        sums = 4 * reference.pixel_sums(x, groups, last)
+        one = norms_op(call._replace(x=2 * x, channels_last=last), "dcconv_triton")
+        two = norms_op(call._replace(sums=sums, channels_last=last), "dcconv_triton")
+        for a, b in zip(one, two, strict=True):
+            check("norms", b, a.double(), a, torch.float32)
+    PixelSums.fitting = fitting
+    return sum(found is not None for found in given)
 
 
 def schemas() -> list[list[str]] | None:
