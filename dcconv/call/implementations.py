@@ -43,8 +43,7 @@ class Backend(NamedTuple):
         patch_norm: both directions of a patch norm; None for operations that autograd knows.
         namespace: of the passes that its strategies are made of; None where one op, or PyTorch's
             own operations, do the whole direction.
-        prefers_fused: whether one pass should be the fastest for a key; None where no choice is
-            made in Python.
+        order: of its strategies, for a key; None where no choice is made in Python.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Backend(NamedTuple):
     why_not: Callable[[Call], str | None]
     patch_norm: PatchNorm | None
     namespace: str | None = None
-    prefers_fused: Callable[[Key], bool] | None = None
+    order: Callable[[Key], rule.Order] | None = None
 
 
 class Implementation(NamedTuple):
@@ -87,14 +86,14 @@ def _composed(
     name: str,
     namespace: str,
     why_not: Callable[[Call], str | None],
-    prefers_fused: Callable[[Key], bool],
+    order: Callable[[Key], rule.Order],
 ) -> Backend:
     """Return a backend for GPUs, composed of the passes of a namespace."""
     patch_norm = PatchNorm(
         partial(library.window_norm, namespace=namespace),
         partial(backward.window_norm_grad, namespace=namespace),
     )
-    return Backend(name, ("cuda",), why_not, patch_norm, namespace, prefers_fused)
+    return Backend(name, ("cuda",), why_not, patch_norm, namespace, order)
 
 
 def _patch_norm(x: Tensor, kernel: tuple[int, int], problem: Problem) -> Tensor:
@@ -108,8 +107,8 @@ def _patch_norm_grad(
     return ops.patch_norm_backward(records.WindowNormGrad(grad_b, x, b, kernel, problem.window))
 
 
-CUDA = _composed("cuda", CUDA_OPS, refusals.cuda, rule.prefers_fused_on_cuda)
-TRITON = _composed("triton", TRITON_OPS, refusals.triton, rule.prefers_fused_in_triton)
+CUDA = _composed("cuda", CUDA_OPS, refusals.cuda, rule.order_on_cuda)
+TRITON = _composed("triton", TRITON_OPS, refusals.triton, rule.order_in_triton)
 CPU = Backend("cpu", ("cpu",), refusals.cpu, PatchNorm(_patch_norm, _patch_norm_grad))
 REFERENCE = Backend("reference", (), refusals.reference, None)
 

@@ -12,9 +12,19 @@ from dcconv.passes.fused import STEM_CHANNELS
 STRATEGIES = ("library", "fused", "graph")
 LIBRARY, FUSED, GRAPH = STRATEGIES
 
+#: What to take first, among those that can run a call: one pass before all others, a cuDNN graph
+#: and then one pass, or the library before one pass.
+Order = tuple[str, ...]
+FUSED_FIRST: Order = (FUSED, GRAPH, LIBRARY)
+FUSED_SECOND: Order = (GRAPH, FUSED, LIBRARY)
+FUSED_LAST: Order = (GRAPH, LIBRARY, FUSED)
+
 # The pass over the result that library has and fused saves takes time in inverse proportion to
 # the length of the sums, C R S: below this it is a third of the convolution or more.
 SHORT_SUM = 600
+# Up to here the implicit GEMM is predicted to take 0.84 to 1.16 of library's time on an H200, and
+# 0.50 to 0.85 on A100 and RTX 4090 (bench/results/machine); beyond it loses 7 to 10 % on an H200.
+LONG_SUM = 2400
 CHANNEL_VECTOR = 8
 
 # The implicit GEMM of the triton backend runs at 0.57 to 0.74 of the library's convolution. Without
@@ -40,55 +50,54 @@ def _summed(key: Key) -> int:
     return summed // key.groups * key.r * key.s
 
 
-def prefers_fused_on_cuda(key: Key) -> bool:
-    """Return whether one pass should be the fastest of the compiled kernels.
+def order_on_cuda(key: Key) -> Order:
+    """Return the order in which to take what can run a call on the cuda backend.
 
-    It should for depthwise layers, 1x1 layers whose channels and filters are multiples of 8, and
-    sums of at most 600 products, but not for stems.
+    One pass comes first for depthwise layers, 1x1 layers whose channels and filters are multiples
+    of 8, and sums of at most 600 products; behind a cuDNN graph alone for sums of at most 2,400 in
+    half precision with such channels and filters; never for stems.
     """
     channels, filters = key.c // key.groups, key.o // key.groups
     if _depthwise(key):
-        return True
-    if key.direction == WEIGHT_GRADIENT:
-        return False
-    if key.groups == 1 and channels <= STEM_CHANNELS:
-        return False
-    pointwise = key.r == key.s == 1
-    if pointwise and channels % CHANNEL_VECTOR == 0 and filters % CHANNEL_VECTOR == 0:
-        return True
-    return _summed(key) <= SHORT_SUM
+        return FUSED_FIRST
+    if key.direction == WEIGHT_GRADIENT or (key.groups == 1 and channels <= STEM_CHANNELS):
+        return FUSED_LAST
+    vectors = channels % CHANNEL_VECTOR == filters % CHANNEL_VECTOR == 0
+    summed = _summed(key)
+    if (vectors and key.r == key.s == 1) or summed <= SHORT_SUM:
+        return FUSED_FIRST
+    return FUSED_SECOND if vectors and key.dtype in HALF and summed <= LONG_SUM else FUSED_LAST
 
 
-def prefers_fused_in_triton(key: Key) -> bool:
-    """Return whether one pass should be the fastest of Triton's kernels.
+def order_in_triton(key: Key) -> Order:
+    """Return the order in which to take what can run a call on the triton backend.
 
-    It should for depthwise layers, and in half precision for ungrouped 1x1 layers and sums of at
-    most 256 products in groups of at least 16 channels and filters; of float32 layers without TF32
-    for the depthwise ones alone, with it for the ungrouped 1x1 layers too; in the gradient of the
-    input at stride 1 only.
+    One pass comes first for depthwise layers, and in half precision for ungrouped 1x1 layers and
+    sums of at most 256 products in groups of at least 16 channels and filters; of float32 layers
+    without TF32 for the depthwise ones alone, with it for the ungrouped 1x1 layers too; in the
+    gradient of the input at stride 1 only.
     """
     if _depthwise(key):
-        return True
+        return FUSED_FIRST
     if key.direction == WEIGHT_GRADIENT:
-        return False
+        return FUSED_LAST
     if key.direction == INPUT_GRADIENT and key.stride != (1, 1):
-        return False
+        return FUSED_LAST
     pointwise = key.groups == key.r == key.s == 1
     if key.dtype not in HALF:
-        return key.dtype == TF32 and pointwise
+        return FUSED_FIRST if key.dtype == TF32 and pointwise else FUSED_LAST
     narrow = key.groups > 1 and min(key.c, key.o) < PRODUCT_TILE * key.groups
-    return pointwise or (_summed(key) <= TRITON_SHORT_SUM and not narrow)
+    short = _summed(key) <= TRITON_SHORT_SUM and not narrow
+    return FUSED_FIRST if pointwise or short else FUSED_LAST
 
 
-def rule(prefers_fused: bool, willing: Sequence[str]) -> str:
+def rule(order: Order, willing: Sequence[str]) -> str:
     """Return the strategy that should be fastest, from reasoning alone.
 
     Args:
-        prefers_fused: whether one pass should be faster than the others: what the backend says of
-            the call. Else graph should be, and then library.
+        order: in which to take them, as the backend says of the call.
         willing: names of the strategies that can run the call, at least one.
     """
-    order = (FUSED, GRAPH, LIBRARY) if prefers_fused else (GRAPH, LIBRARY, FUSED)
     return next(name for name in order if name in willing)
 
 

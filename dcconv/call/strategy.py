@@ -272,9 +272,9 @@ def _willing(question: Question, direction: str) -> tuple[str, ...]:
 
 def by_rule(key: Key, willing: Sequence[str]) -> str:
     """Return the willing strategy that should be fastest, as a key's backend reasons."""
-    prefers_fused = implementations.backends[key.backend].prefers_fused
-    assert prefers_fused is not None
-    return rule(prefers_fused(key), willing)
+    order = implementations.backends[key.backend].order
+    assert order is not None
+    return rule(order(key), willing)
 
 
 def _known(key: Key, benchmark: bool) -> tuple[str, Times]:
@@ -503,7 +503,7 @@ def _forced_name(willing: Sequence[str]) -> str:
 
 def _decided(question: Question, direction: str, willing: Sequence[str]) -> Decision:
     """Return the choice of one direction for the report, without measuring."""
-    if implementations.backends[question.backend].prefers_fused is not None:
+    if implementations.backends[question.backend].order is not None:
         with _lock:
             return decide(question.key(direction), willing, question.benchmark)
     if len(willing) == 1:

@@ -126,6 +126,31 @@ def test_rule(layer: Layer, forward: str, input_gradient: str, weight_gradient: 
 
 
 @pytest.mark.parametrize(
+    ("layer", "dtype", "forward"),
+    [
+        (Layer(8, 72, 56, 128, 3), "float16", "fused"),
+        # 2,400 products, and 2,408; no multiples of 8 channels, or filters; groups.
+        (Layer(8, 96, 56, 64, 5), "bfloat16", "fused"),
+        (Layer(8, 2408, 7, 64, 1), "bfloat16", "fused"),
+        (Layer(8, 8, 56, 64, 17), "bfloat16", "fused"),
+        (Layer(8, 104, 56, 64, 5), "bfloat16", "library"),
+        (Layer(8, 100, 56, 64, 3), "bfloat16", "library"),
+        (Layer(8, 128, 56, 68, 3), "bfloat16", "library"),
+        (Layer(8, 128, 56, 128, 3), "float32", "library"),
+        (Layer(8, 256, 56, 256, 3, groups=2), "bfloat16", "fused"),
+        (Layer(8, 28, 56, 28, 11, groups=4), "bfloat16", "library"),
+        (Layer(8, 3, 224, 64, 7, 2), "bfloat16", "library"),
+    ],
+    ids=str,
+)
+def test_rule_without_a_graph(layer: Layer, dtype: str, forward: str) -> None:
+    key = key_for(layer, FORWARD)._replace(dtype=dtype)
+    assert strategy.by_rule(key, ("library", "fused")) == forward
+    graph = strategy.by_rule(key, EVERY)
+    assert graph == ("fused" if layer.k == 1 else "graph")
+
+
+@pytest.mark.parametrize(
     ("layer", "dtype", "forward", "input_gradient", "weight_gradient"),
     [
         # Depthwise, whatever it multiplies in.
@@ -1230,8 +1255,8 @@ def test_passes_around_a_choice_are_the_backends(
     assert chosen.namespace == namespace
     seen = []
 
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        seen.append(arguments[3:])
+    def forward(*arguments: Any, namespace: str) -> tuple[Tensor, ...]:
+        seen.append((*arguments[3:], namespace))
         return (torch.zeros(1),) * 5
 
     monkeypatch.setattr(library, "forward", forward)
