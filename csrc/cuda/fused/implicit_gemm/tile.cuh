@@ -12,9 +12,9 @@ constexpr int kPiece = 8;
 
 // A block computes Rows x Columns elements of the product in steps of Depth; each of its WarpRows x
 // WarpColumns warps an equal part of them. Stages: steps whose operands are in shared memory or on
-// their way. Blocks: how many share a multiprocessor, by its registers. Warps compute 64x64 elements
-// where a tile has room for two of them: then shared memory is read less often than tensor cores
-// multiply, in 384 of 410 cycles of a step of 128x128 on an H200, where 64x32 takes 512.
+// their way. Blocks: how many share a multiprocessor, by its registers. Warps compute 64x64
+// elements where a tile has room for two of them: then shared memory is read less often than tensor
+// cores multiply, in 384 of 410 cycles of a step of 128x128 on an H200, where 64x32 takes 512.
 template <int Rows, int Columns, int Depth, int WarpRows, int WarpColumns, int Stages, int Blocks>
 struct GemmTile {
   static constexpr int kRows = Rows, kColumns = Columns, kDepth = Depth;
