@@ -157,8 +157,10 @@ def test_network_that_computes_something_else_has_no_time(
 
 @pytest.mark.backend("cpu")
 def test_wrong_gradient_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def altered(self: Case, network: nn.Module, backend: str) -> nn.Module:
-        converted = convert(self, network, backend)
+    def altered(
+        self: Case, network: nn.Module, backend: str, fuse_norms: bool = False
+    ) -> nn.Module:
+        converted = convert(self, network, backend, fuse_norms)
         if backend == "cpu":
             for layer in decoupled_layers(converted):
                 layer.norm_mean_grad = False

@@ -864,6 +864,42 @@ def windows(**changes: Any) -> Any:
     return guards.windows(**(WINDOWS | others), window=Window(**own))
 
 
+BATCH_NORMS = [
+    Refusal(
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(dcconv.BatchNormAct2d(4))),
+        NotImplementedError,
+        "BatchNormAct2d must stay what it is: nn.SyncBatchNorm has no ReLU, "
+        "got convert_sync_batchnorm",
+    ),
+    Refusal(
+        lambda: dcconv.BatchNormAct2d(4, groups=3),
+        ValueError,
+        "groups must divide num_features 4, got 3",
+    ),
+    Refusal(
+        lambda: dcconv.BatchNormAct2d(4, momentum=1.5),
+        ValueError,
+        "momentum must be None or a number from 0 to 1, got 1.5",
+    ),
+    Refusal(
+        lambda: dcconv.BatchNormAct2d(4, dtype=torch.int64),
+        TypeError,
+        "dtype must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    Refusal(lambda: dcconv.BatchNormAct2d(4)(3), TypeError, "x must be a tensor, got int"),
+    Refusal(
+        lambda: dcconv.BatchNormAct2d(4)(X[0]),
+        ValueError,
+        "x must have shape [n, 4, h, w], got [4, 5, 6]",
+    ),
+    Refusal(
+        lambda: dcconv.BatchNormAct2d(4)(X.long()),
+        TypeError,
+        "x must have dtype float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+]
+
+
 GUARDS = [
     *(
         Refusal(partial(windows, **changes), RuntimeError, message)
@@ -965,6 +1001,7 @@ REFUSALS = [
     *CONVERSIONS,
     *CALIBRATIONS,
     *GUARDS,
+    *BATCH_NORMS,
 ]
 
 
