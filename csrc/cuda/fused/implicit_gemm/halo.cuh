@@ -18,9 +18,9 @@ public:
   static constexpr int kPieces = Tile::kDepth / kPiece;
   static constexpr int kRowBytes = Tile::kDepth * 2;
   static constexpr int kHaloBytes = kHaloRows * kRowBytes;
-  // Two halos in turn, the weight's stages, and a row of zeros for pixels outside of the image.
+  // In shared memory: two halos in turn, the weight's stages, a row of zeros for pixels outside of
+  // the image, and a word of taps for each of the tile's rows.
   static constexpr int kWeights = 2 * kHaloBytes;
-  // ... and a word of taps for each of the tile's rows.
   static constexpr int kZeros = kWeights + kStages * Tile::kWeightBytes;
   static constexpr int kSeen = kZeros + kRowBytes;
   static constexpr int kBytes = kSeen + Tile::kRows * 4;

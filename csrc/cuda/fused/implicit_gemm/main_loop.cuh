@@ -1,5 +1,5 @@
-// The main loop: a ring of stages filled by asynchronous copies, multiplied on tensor cores into
-// float32 accumulators, which then change places with the stages in shared memory.
+// The main loop: operands that asynchronous copies bring to shared memory, multiplied on tensor
+// cores into float32 accumulators.
 #pragma once
 
 #include "cuda/fused/implicit_gemm/halo.cuh"
