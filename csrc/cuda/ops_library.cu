@@ -23,6 +23,22 @@ void check_sums(int64_t sums) {
   DCCONV_CHECK(sums >= 0 && sums <= all, "sums must be bits of ", all, ", got ", sums);
 }
 
+// Sums of the squares of x per pixel and group, a map; x is dense in the layout.
+Tensor pixel_sums(const Tensor& x, const ConvShape& shape, bool channels_last, Stream stream) {
+  const Dtype dtype = dtype_of(x);
+  Tensor sums = empty(x, {shape.n * shape.input_pixels() * shape.groups}, compute_type(dtype));
+  PixelSumsqParams p{};
+  p.n = shape.n;
+  p.pixels = to_int(shape.input_pixels());
+  p.c = to_int(shape.c);
+  p.groups = to_int(shape.groups);
+  p.channels_last = channels_last;
+  p.x = x.const_data_ptr();
+  p.sums = sums.mutable_data_ptr();
+  pixel_sumsq(dtype, p, stream);
+  return sums;
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
     Tensor x,
     Tensor weight,
@@ -48,24 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_norms(
       x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), {weight.size(2), weight.size(3)}
   );
   const int64_t outputs = shape.positions() * groups;
-  const int64_t pixels = shape.n * shape.input_pixels() * groups;
-
-  Tensor sums;
-  if (given.has_value()) {
-    check_map(*given, pixels, dtype, "sums");
-    sums = *given;
-  } else {
-    sums = empty(x, {pixels}, compute);
-    PixelSumsqParams s{};
-    s.n = shape.n;
-    s.pixels = to_int(shape.input_pixels());
-    s.c = to_int(shape.c);
-    s.groups = to_int(groups);
-    s.channels_last = channels_last;
-    s.x = x.const_data_ptr();
-    s.sums = sums.mutable_data_ptr();
-    pixel_sumsq(dtype, s, device.stream());
-  }
+  if (given.has_value())
+    check_map(*given, shape.n * shape.input_pixels() * groups, dtype, "sums");
+  const Tensor sums =
+      given.has_value() ? *given : pixel_sums(x, shape, channels_last, device.stream());
 
   // The norms of windows have a pass of their own, though it is one launch more than to take the
   // sums where a norm is needed: maps are 1 / channels of a tensor's size, and a sum costs its
@@ -629,25 +631,16 @@ Tensor window_norm_op(
   const Geometry geometry{stride, padding, dilation, groups, padding_mode};
   const ConvShape shape =
       geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), groups, kernel_size);
-  Tensor sums = empty(x, {shape.n * shape.input_pixels() * groups}, compute);
-  PixelSumsqParams s{};
-  s.n = shape.n;
-  s.pixels = to_int(shape.input_pixels());
-  s.c = to_int(shape.c);
-  s.groups = to_int(groups);
-  s.channels_last = channels_last;
-  s.x = x.const_data_ptr();
-  s.sums = sums.mutable_data_ptr();
-  pixel_sumsq(dtype, s, device.stream());
+  const Tensor sums = pixel_sums(x, shape, channels_last, device.stream());
   Tensor b =
       empty(x, {shape.n, groups, shape.rows.output, shape.columns.output}, compute, channels_last);
   WindowNormParams w{};
   w.n = shape.n;
-  w.groups = s.groups;
+  w.groups = to_int(groups);
   w.window = window_of(shape);
   w.channels_last = channels_last;
   w.eps = eps;
-  w.sums = s.sums;
+  w.sums = sums.const_data_ptr();
   w.b = b.mutable_data_ptr();
   window_norm(dtype, w, device.stream());
   return b;
